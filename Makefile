@@ -1,0 +1,44 @@
+# What a person types. Everything lives in .venv; nothing is installed elsewhere.
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Written last: its absence tells an interrupted install from a complete one.
+STAMP := $(VENV)/.complete
+INSTALL = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
+SCRIPTS = $(shell git ls-files --cached --others --exclude-standard | xargs grep -lE '^\#!.*\b(ba)?sh\b' 2>/dev/null)
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+venv: $(STAMP) ## build .venv (every other target does it by itself)
+
+# A complete environment is brought up to date in place; anything else is built from nothing.
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -f $(STAMP) ]; then rm $(STAMP); else \
+	    python=$$(launch/find-python.sh) && echo "building $(VENV) with $$python" && \
+	    rm -rf $(VENV) && "$$python" -m venv $(VENV); fi
+	@echo "installing torch and megatron-core: takes 2-4 minutes the first time"
+	@$(INSTALL) setuptools
+	@$(INSTALL) --no-build-isolation --editable '.[megatron,data,demo,dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP) ## train GPT-2 with S3, kill it, resume it, compare with AdamW: 12 minutes on 2 cores
+	@$(BIN)/python -m s3_megatron.demo
+
+# One thread a process: the distributed tests start as many processes as there are cores, and more.
+test: $(STAMP) ## run the whole test suite: 15 minutes on 2 cores
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff, mypy, import-linter, shellcheck
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/shellcheck $(SCRIPTS)
+
+clean: ## remove .venv, runs/ and every cache
+	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,38 @@
+"""Files that are either whole or not there."""
+
+import os
+from pathlib import Path
+
+from s3_megatron.errors import S3Error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` at once: a reader sees the whole file or none; makes the folder.
+
+    Raises S3Error where it cannot be written.
+    """
+    partial = Path(f"{path}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(data)
+            publish(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise S3Error(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give a finished file its name, once its bytes are on the disk; replaces what was there."""
+    _fsync(partial)
+    os.replace(partial, path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,93 @@
+"""The picture of the demonstration: losses, and how far each optimizer moves the weights."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from s3_megatron.demo.report import NOTE, Outcome
+
+S3_COLOR, ADAMW_COLOR, MARK_COLOR = "#0b6e99", "#d1670a", "#b3262b"
+
+
+def draw(path: Path, outcome: Outcome, report: Mapping[str, Any]) -> None:
+    """Write the picture as PNG beside ``path`` and move it there."""
+    figure = Figure(figsize=(12, 5.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, updates = figure.subplots(1, 2)
+    _losses(losses, outcome, report)
+    _updates(updates, outcome)
+    for axes in (losses, updates):
+        axes.set_xlabel("iteration")
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(0, max(outcome.s3.train) * 1.01)
+    model = report["s3"]
+    figure.suptitle(
+        f"GPT-2 with {model['parameters'] / 1e6:.1f}M weights in Megatron's distributed optimizer, "
+        f"{model['world_size']} ranks: S3 and AdamW",
+        fontsize=12,
+    )
+    figure.supxlabel(NOTE, fontsize=8, color="#555555")
+    beside = path.with_suffix(".tmp")
+    figure.savefig(beside, format="png")
+    os.replace(beside, path)
+
+
+def _losses(axes: Axes, outcome: Outcome, report: Mapping[str, Any]) -> None:
+    resume = report["resume"]
+    for metrics, color, name in (
+        (outcome.adamw, ADAMW_COLOR, f"AdamW, validation {report['adamw']['val_loss']:.3f} at the end"),
+        (outcome.s3, S3_COLOR, f"S3, validation {report['s3']['val_loss']:.3f} at the end"),
+    ):
+        iterations, losses = _series(metrics.train, "lm_loss")
+        axes.plot(iterations, losses, color=color, linewidth=0.8, alpha=0.3)
+        axes.plot(iterations, _smooth(losses), color=color, linewidth=1.8, label=name)
+        axes.plot(*_series(metrics.validation, "lm_loss"), "o", color=color, markersize=6, markeredgecolor="white")
+    iterations, losses = _series(outcome.resumed.train, "lm_loss")
+    again = [(i, loss) for i, loss in zip(iterations, _smooth(losses), strict=True) if i > resume["resumed_from"]]
+    label = f"S3 after kill and resume, largest gap {resume['loss_gap']:g}"
+    axes.plot(*zip(*again, strict=True), color="black", linewidth=1.2, linestyle=(0, (1, 2)), label=label)
+    axes.axvspan(resume["resumed_from"], resume["killed_at"], color=MARK_COLOR, alpha=0.10, linewidth=0)
+    axes.axvline(resume["killed_at"], color=MARK_COLOR, linewidth=1)
+    axes.annotate(
+        f"rank killed at {resume['killed_at']},\nresumed from {resume['resumed_from']}",
+        (resume["killed_at"], 0.62),
+        xycoords=("data", "axes fraction"),
+        xytext=(6, 0),
+        textcoords="offset points",
+        color=MARK_COLOR,
+        fontsize=9,
+    )
+    axes.set_title("training loss (lines) and validation loss (dots)", fontsize=10, loc="left")
+    axes.set_ylabel("cross entropy per token, nats")
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _updates(axes: Axes, outcome: Outcome) -> None:
+    for metrics, color, name in ((outcome.adamw, ADAMW_COLOR, "AdamW"), (outcome.s3, S3_COLOR, "S3")):
+        for key, style in (("largest", "-"), ("mean", "--")):
+            series = _series(metrics.train, "update_max" if key == "largest" else "update_mean")
+            axes.plot(*series, color=color, linewidth=1.3, linestyle=style, label=f"{name}, {key}")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.axhline(1, color="black", linewidth=1)
+    axes.text(0.99, 1.04, "S3's bound: 1", transform=axes.get_yaxis_transform(), ha="right", fontsize=9)
+    axes.set_title("|update| of the weights, in units of the learning rate", fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=9, ncols=2)
+
+
+def _smooth(values: list[float], window: int = 15) -> list[float]:
+    """The mean of up to ``window`` values around each."""
+    half = window // 2
+    return [fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def _series(events: Mapping[int, Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    points = [(i, event[key]) for i, event in sorted(events.items()) if event[key] is not None]
+    return [i for i, _ in points], [value for _, value in points]

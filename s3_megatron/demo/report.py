@@ -1,0 +1,160 @@
+"""What the demonstration found: report.json and a table, from the metrics files of its three runs."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+import s3_megatron
+from s3_megatron.demo.recipe import s3_rates
+from s3_megatron.demo.runs import Interruption
+from s3_megatron.errors import S3Error
+from s3_megatron.watch.metrics import Metrics, read_metrics
+
+NOTE = "One seed, one rate each, a tiny model: a demonstration that it works, not evidence that S3 is better."
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The metrics of the three runs, and the interruption of the second."""
+
+    s3: Metrics
+    resumed: Metrics
+    adamw: Metrics
+    interruption: Interruption
+
+    @classmethod
+    def read(cls, folder: Path, interruption: Interruption) -> "Outcome":
+        """Read the runs "s3", "s3-killed" and "adamw" under ``folder``; raises S3Error where one is incomplete."""
+        s3, resumed, adamw = (_complete(folder / name) for name in ("s3", "s3-killed", "adamw"))
+        return cls(s3, resumed, adamw, interruption)
+
+    def loss_gap(self) -> float:
+        """The largest difference of training loss after the resume, resumed against uninterrupted run."""
+        first = self.interruption.resumed_from + 1
+        iterations = [i for i in self.s3.train if i >= first]
+        missing = [i for i in iterations if i not in self.resumed.train]
+        if missing or not iterations:
+            raise S3Error(
+                f"the resumed run has no loss of iteration {missing[0] if missing else first}, which the "
+                "uninterrupted one has: run the demonstration again"
+            )
+        return max(abs(self.s3.train[i]["lm_loss"] - self.resumed.train[i]["lm_loss"]) for i in iterations)
+
+
+def _complete(folder: Path) -> Metrics:
+    metrics = read_metrics(folder)
+    for part in ("optimizer", "train", "validation"):
+        if not getattr(metrics, part):
+            raise S3Error(f"{folder} has no {part} event in its metrics: the run did not end; see its log.txt")
+    return metrics
+
+
+def summarize(outcome: Outcome, config: Mapping[str, Any], *, gpus: int, corpus: Mapping[str, Any]) -> dict[str, Any]:
+    """Build what report.json holds."""
+    optimizer, interruption = config["optimizer"], outcome.interruption
+    s3_lr, s3_decay = s3_rates(optimizer)
+    adamw = optimizer["adamw"]
+    return {
+        "note": NOTE,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "s3-megatron": s3_megatron.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "megatron-core")},
+        },
+        "machine": {
+            "cores": len(os.sched_getaffinity(0)),
+            "gpus": gpus,
+            "backend": "nccl" if gpus else "gloo, rehearsal",
+        },
+        "corpus": dict(corpus),
+        "seed": config["run"]["seed"],
+        "model": dict(config["model"]),
+        "run": dict(config["run"]),
+        "s3": {
+            "lr": s3_lr,
+            "weight_decay": s3_decay,
+            "beta": optimizer["s3"]["beta"],
+            "p": optimizer["s3"]["p"],
+            **_figures(outcome.s3),
+        },
+        "adamw": {
+            "lr": adamw["lr"],
+            "weight_decay": adamw["weight_decay"],
+            "betas": adamw["betas"],
+            **_figures(outcome.adamw),
+        },
+        "resume": {
+            "killed_at": interruption.killed_at,
+            "resumed_from": interruption.resumed_from,
+            "iterations_lost": interruption.killed_at - interruption.resumed_from,
+            "loss_gap": outcome.loss_gap(),
+            "val_loss": _last(outcome.resumed.validation)["lm_loss"],
+        },
+    }
+
+
+def _figures(metrics: Metrics) -> dict[str, Any]:
+    updates = [event for event in metrics.train.values() if event["update_max"] is not None]
+    described = ("wrapper", "world_size", "parameters", "shard_elements")
+    sizes = ("state_bytes_per_param_rank", "master_bytes_per_param_rank")
+    return {
+        "val_loss": _last(metrics.validation)["lm_loss"],
+        "train_loss": _last(metrics.train)["lm_loss"],
+        **{key: metrics.optimizer[key] for key in (*described, *sizes)},
+        "largest_update": max((event["update_max"] for event in updates), default=None),
+        "largest_mean_update": max((event["update_mean"] for event in updates), default=None),
+    }
+
+
+def _last(events: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    return events[max(events)]
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Write ``report`` beside ``path`` and move it there."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(beside, path)
+
+
+def table(report: Mapping[str, Any]) -> Table:
+    """The comparison a person reads."""
+    s3, adamw, resume = report["s3"], report["adamw"], report["resume"]
+    rows = Table(
+        title=f"GPT-2, {s3['parameters']:,} weights on {s3['world_size']} ranks, "
+        f"{report['run']['train_iters']} iterations",
+        caption=NOTE,
+        title_justify="left",
+        caption_justify="left",
+    )
+    rows.add_column("")
+    rows.add_column("S3", justify="right")
+    rows.add_column("AdamW", justify="right")
+    for label, key, form in (
+        ("peak learning rate", "lr", "{:g}"),
+        ("weight decay", "weight_decay", "{:g}"),
+        ("validation loss at the end", "val_loss", "{:.4f}"),
+        ("largest |update| of any weight, in learning rates", "largest_update", "{:.3f}"),
+        ("optimizer state, bytes per parameter per rank", "state_bytes_per_param_rank", "{:.2f}"),
+        ("float32 masters, bytes per parameter per rank", "master_bytes_per_param_rank", "{:.2f}"),
+    ):
+        rows.add_row(label, *("-" if x[key] is None else form.format(x[key]) for x in (s3, adamw)))
+    rows.add_row(
+        "shard of each rank, elements", *("\n".join(f"{n:,}" for n in x["shard_elements"]) for x in (s3, adamw))
+    )
+    rows.add_section()
+    rows.add_row("one rank killed at iteration", str(resume["killed_at"]), "")
+    rows.add_row(
+        "resumed from iteration (iterations lost)", f"{resume['resumed_from']} ({resume['iterations_lost']})", ""
+    )
+    rows.add_row("loss gap to the uninterrupted run after that", f"{resume['loss_gap']:g}", "")
+    return rows

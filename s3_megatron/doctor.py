@@ -1,0 +1,246 @@
+"""What this machine has for training with S3, what is missing, and how to get it."""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from rich.table import Table
+
+import s3_megatron
+
+# Seconds; a cold import of torch from a network disk takes a minute.
+PATIENCE = 180
+OK, OPTIONAL, BAD = "ok", "optional", "bad"
+COLOURS = {OK: "green", OPTIONAL: "yellow", BAD: "red"}
+
+# Each in its own process: a broken package may end or hang the one that imports it. `found` is told back.
+PROBES = {
+    "torch": """
+import torch
+cuda = torch.cuda.is_available()
+gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if cuda else []
+found["gpus"] = [[gpu.name, gpu.total_memory] for gpu in gpus]
+found["cuda"] = torch.version.cuda
+found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if cuda else None
+""",
+    "megatron": """
+import torch
+from megatron.core.package_info import __version__
+found["version"] = __version__
+from s3_megatron import rehearsal
+if not torch.cuda.is_available():
+    rehearsal.activate()
+from s3_megatron.engines.megatron import install
+install()
+import megatron.training.training
+""",
+    "deepspeed": "import deepspeed",
+    "sentencepiece": "import sentencepiece",
+    "transformers": "import transformers",
+    "zstandard": "import zstandard",
+    "transformer_engine": "import transformer_engine.pytorch",
+    # What tells NVIDIA's apex from the unrelated package of that name.
+    "apex": "from apex.optimizers import FusedAdam",
+}
+
+# Packages print what they like as well; and what one does wrong at the interpreter's end is no matter.
+MARK = "s3-megatron doctor: "
+PROGRAM = """
+import json
+found = {{}}
+try:
+{code}
+    found["works"] = True
+finally:
+    print("\\n{mark}" + json.dumps(found), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row: ``state`` is OK, OPTIONAL (training works without it) or BAD; ``advice`` how to mend it."""
+
+    name: str
+    state: str
+    found: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All rows, and whether a training run can start here in some form."""
+
+    rows: list[Finding]
+    can_train: bool
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """What a probe found; ``error`` says why it failed, "" where it did not."""
+
+    found: dict[str, Any]
+    error: str = ""
+
+
+def examine() -> Findings:
+    """Look at everything once: half a minute of imports, side by side. A broken package is a row."""
+    with ThreadPoolExecutor() as pool:
+        probes = dict(zip(PROBES, pool.map(_probe, PROBES.values()), strict=True))
+    can_train = not probes["megatron"].error
+    rows = [*_machine(), *_core(probes), *_packages(probes), _compiler(), _verdict(probes)]
+    return Findings(rows, can_train)
+
+
+def table(findings: Findings) -> Table:
+    """The rows as a table for a terminal."""
+    result = Table(box=None, pad_edge=False)
+    for heading in ("", "found", "what to do"):
+        result.add_column(heading, overflow="fold")
+    for row in findings.rows:
+        result.add_row(row.name, f"[{COLOURS[row.state]}]{_plain(row.found)}[/]", _plain(row.advice))
+    return result
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _machine() -> list[Finding]:
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return [
+        Finding("Python", OK, f"{platform.python_version()}, {sys.executable}"),
+        Finding("machine", OK, f"{platform.platform()}, {cores} cores, {memory:.0f} GiB"),
+        Finding("s3-megatron", OK, s3_megatron.__version__),
+    ]
+
+
+def _core(probes: dict[str, _Probe]) -> list[Finding]:
+    torch, engine = probes["torch"], probes["megatron"]
+    gpus = torch.found.get("gpus", [])
+    if torch.error:
+        gpu = Finding("GPU", BAD, "unknown, torch does not work")
+    elif gpus:
+        names = ", ".join(f"{name} ({memory / 2**30:.0f} GiB)" for name, memory in gpus)
+        gpu = Finding("GPU", OK, f"{names}; CUDA {torch.found['cuda']}, NCCL {torch.found['nccl']}")
+    else:
+        driver = shutil.which("nvidia-smi")
+        advice = f"nvidia-smi is here, torch (CUDA {torch.found['cuda']}) sees no GPU: check driver and torch"
+        gpu = Finding("GPU", OPTIONAL, "none: runs are rehearsals (CPU, gloo)", advice if driver else "")
+    return [
+        _package("torch", torch, "torch", "pip install torch", needed=True),
+        gpu,
+        _megatron(engine),
+        _engine(engine, bool(gpus)),
+        Finding("kernels", OK, "foreach (any device)"),
+    ]
+
+
+def _megatron(engine: _Probe) -> Finding:
+    # Not by its distribution: a checkout of Megatron-LM has none.
+    if version := engine.found.get("version"):
+        return Finding("megatron-core", OK, version)
+    return Finding("megatron-core", BAD, "not found", "pip install 's3-megatron[megatron]'")
+
+
+def _engine(engine: _Probe, gpu: bool) -> Finding:
+    if engine.error:
+        return Finding("engine: Megatron", BAD, engine.error)
+    how = "" if gpu else ", with --rehearsal"
+    return Finding("engine: Megatron", OK, f"works: --optimizer s3{how}")
+
+
+def _packages(probes: dict[str, _Probe]) -> list[Finding]:
+    data = "pip install 's3-megatron[data]'"
+    container = "optional, faster on GPUs: comes with NVIDIA's PyTorch containers"
+    return [
+        _package("SentencePiece", probes["sentencepiece"], "sentencepiece", f"for tokenizing: {data}"),
+        _package("transformers", probes["transformers"], "transformers", f"for gpt2 and hf: tokenizers: {data}"),
+        _package("zstandard", probes["zstandard"], "zstandard", f"for .zst input: {data}"),
+        _package(
+            "DeepSpeed",
+            probes["deepspeed"],
+            "deepspeed",
+            "optional: this version has no S3 engine for it yet",
+        ),
+        _package("Transformer Engine", probes["transformer_engine"], "transformer_engine", container),
+        _apex(probes["apex"], container),
+    ]
+
+
+def _package(name: str, probe: _Probe, distribution: str, advice: str, needed: bool = False) -> Finding:
+    state = BAD if needed else OPTIONAL
+    version = _version(distribution)
+    if version is None and probe.error:
+        return Finding(name, state, "not installed", advice)
+    if probe.error:
+        return Finding(name, state, f"{version}, broken: {probe.error}", f"install it again: {advice}")
+    return Finding(name, OK, version or "works, version unknown")
+
+
+def _apex(probe: _Probe, advice: str) -> Finding:
+    version = _version("apex")
+    if not probe.error:
+        return Finding("NVIDIA apex", OK, version or "works, version unknown")
+    if version and version.startswith("0.9.10"):
+        return Finding(
+            "NVIDIA apex",
+            OPTIONAL,
+            f"no: the installed apex {version} is an unrelated package of that name from PyPI",
+            "pip uninstall apex",
+        )
+    return _package("NVIDIA apex", probe, "apex", advice)
+
+
+def _compiler() -> Finding:
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler:
+        return Finding("C++ compiler", OK, compiler)
+    return Finding(
+        "C++ compiler", OPTIONAL, "none", "for Megatron from source, and DeepSpeed: apt-get install g++ make"
+    )
+
+
+def _verdict(probes: dict[str, _Probe]) -> Finding:
+    gpus = len(probes["torch"].found.get("gpus", []))
+    if probes["megatron"].error:
+        return Finding("training", BAD, "not possible here", "mend the red rows above, from the top")
+    return Finding("training", OK, f"on {gpus} GPU{'s'[: gpus != 1]}" if gpus else "as a rehearsal without a GPU")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _probe(code: str) -> _Probe:
+    program = PROGRAM.format(code=textwrap.indent(code, "    "), mark=MARK)
+    try:
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", program],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PATIENCE,
+        )
+    except subprocess.TimeoutExpired:
+        return _Probe({}, f"its import takes more than {PATIENCE} s")
+    told = [line.removeprefix(MARK) for line in run.stdout.splitlines() if line.startswith(MARK)]
+    found = json.loads(told[0]) if told else {}
+    if found.get("works"):
+        return _Probe(found)
+    if run.returncode < 0:
+        return _Probe(found, f"its import dies of {signal.Signals(-run.returncode).name}")
+    lines = [line for line in run.stderr.splitlines() if line.strip()]
+    return _Probe(found, lines[-1] if lines else "it gives no reason")

@@ -1,0 +1,1 @@
+"""S3 inside the hosts that shard it."""

@@ -1,0 +1,123 @@
+"""Building S3 where megatron-core builds Adam, so that every wrapper of Megatron takes it."""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import megatron.core.optimizer as host
+import numpy
+import torch
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer, distrib_optimizer
+from megatron.core.utils import log_single_rank
+
+from s3_megatron.engines.megatron import metrics
+from s3_megatron.engines.megatron.checkpoint import guard_adam, guard_s3
+from s3_megatron.engines.megatron.config import S3OptimizerConfig
+from s3_megatron.errors import S3Error
+from s3_megatron.optim import S3
+
+logger = logging.getLogger(__name__)
+
+
+def make_optimizer(original: Callable[..., MegatronOptimizer]) -> Callable[..., MegatronOptimizer]:
+    """Wrap ``megatron.core.optimizer.get_megatron_optimizer`` (0.19.2)."""
+
+    @functools.wraps(original)
+    def get_megatron_optimizer(config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any) -> MegatronOptimizer:
+        if config.optimizer != "s3":
+            optimizer = original(config, model_chunks, *args, **kwargs)
+            for part in parts_of(optimizer):
+                guard_adam(part)
+        else:
+            if not isinstance(config, S3OptimizerConfig):
+                raise S3Error(
+                    "optimizer='s3' came in a plain OptimizerConfig: build it as "
+                    "s3_megatron.engines.megatron.S3OptimizerConfig, which has S3's hyperparameters"
+                )
+            with _adam_slot_builds_s3(config):
+                optimizer = original(config, model_chunks, *args, **kwargs)
+            for part in parts_of(optimizer):
+                _finish(part, config)
+            _say(optimizer, model_chunks)
+        metrics.observe(parts_of(optimizer), model_chunks)
+        return optimizer
+
+    return get_megatron_optimizer
+
+
+def parts_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """List the optimizers in a ChainedOptimizer, without the stubs of ranks that train nothing."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+
+
+@contextmanager
+def _adam_slot_builds_s3(config: S3OptimizerConfig) -> Iterator[None]:
+    """Let the factory run as for fused Adam, with S3 in Adam's place.
+
+    ``get_megatron_optimizer`` sends any name but adam and sgd to the emerging optimizers, where embeddings, norms
+    and biases would go to Adam. By Adam's name it takes the element-wise road for every parameter, and calls the
+    module's ``Adam`` once a group of chunks (megatron-core 0.19.2, core/optimizer/__init__.py).
+    """
+
+    def build(*, params: list[dict[str, Any]], lr: float, weight_decay: float, **_adams: Any) -> S3:
+        return S3(
+            params,
+            lr=lr,
+            weight_decay=weight_decay,
+            beta=config.s3_beta,
+            betas=config.s3_betas,
+            p=config.s3_p,
+            nesterov=config.s3_nesterov,
+        )
+
+    adam, plain = host.Adam, host.USING_PYTORCH_OPTIMIZER
+    config.optimizer, host.Adam, host.USING_PYTORCH_OPTIMIZER = "adam", build, False
+    try:
+        yield
+    finally:
+        config.optimizer, host.Adam, host.USING_PYTORCH_OPTIMIZER = "s3", adam, plain
+
+
+def _finish(part: MegatronOptimizer, config: S3OptimizerConfig) -> None:
+    """Check that S3 is in ``part``, allocate its state on the shards, and watch over its checkpoints."""
+    if not isinstance(part.optimizer, S3):
+        raise S3Error(f"Megatron built {type(part.optimizer).__name__} where S3 was asked for: report this version")
+    init_state(part.optimizer)
+    if isinstance(part, DistributedOptimizer) and not distrib_optimizer.HAVE_APEX_OR_TE:
+        _put_steps(part.optimizer)
+        part.optimizer.register_load_state_dict_post_hook(_put_steps)
+    part.init_state_fn = init_state
+    guard_s3(part, config)
+
+
+def init_state(optimizer: S3, config: Any = None) -> None:
+    """Megatron's ``init_state_fn``: allocate the state that is missing, in place."""
+    optimizer.allocate_state()
+
+
+def _put_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter the ``step`` that DistributedOptimizer demands without TE and Apex (megatron-core 0.19.2).
+
+    ``state_dict()`` asserts one step common to all, even before the first step; S3 has none, so it stays at 0. Its
+    ``item()`` is all that is asked of it, and it must not be a tensor: the fully reshardable formats leave ``step``
+    out of what they load, and then miss it among the state's tensors (KeyError: 'step', for torch's Adam too).
+    """
+    for state in optimizer.state.values():
+        state["step"] = numpy.float32(0.0)
+
+
+def _say(optimizer: MegatronOptimizer, model_chunks: list[Any]) -> None:
+    held = [param for part in parts_of(optimizer) for group in part.param_groups for param in group["params"]]
+    model = sum(param.numel() for chunk in model_chunks for param in chunk.parameters())
+    wrappers = ", ".join(sorted({type(part).__name__ for part in parts_of(optimizer)})) or "nothing to train"
+    group: dict[str, Any] = next((group for part in parts_of(optimizer) for group in part.param_groups), {})
+    log_single_rank(
+        logger,
+        logging.WARNING,  # Megatron's default level hides INFO, and this line is how a user knows that S3 runs
+        f"S3 active in {wrappers}: this rank updates {len(held)} tensors, {sum(p.numel() for p in held):,} of "
+        f"{model:,} elements; m and r in float32; betas={group.get('betas')} p={group.get('p')} "
+        f"nesterov={group.get('nesterov')}",
+    )

@@ -1,0 +1,233 @@
+"""Feeding ``watch``: losses, rates and update sizes of every logged iteration (``--watch-dir``)."""
+
+import functools
+import inspect
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
+from s3_megatron.watch.metrics import MetricsWriter
+from s3_megatron.watch.updates import adam_update_statistics
+
+
+class _Observer:
+    """What one training process watches: its optimizer, and the file it writes."""
+
+    def __init__(self, parts: list[MegatronOptimizer], model_chunks: list[Any]) -> None:
+        self.parts = parts
+        self.model_elements = sum(param.numel() for chunk in model_chunks for param in chunk.parameters())
+        self.described = False
+        self.evaluating: tuple[str, int] = ("validation", 0)  # event, iteration
+        self.last_log: tuple[int, float] | None = None
+
+
+_observer: _Observer | None = None
+
+
+def observe(parts: list[MegatronOptimizer], model_chunks: list[Any]) -> None:
+    """Remember the optimizer that this process trains with, in its parts."""
+    global _observer
+    _observer = _Observer(parts, model_chunks)
+    if _watch_dir() is not None:
+        for part in parts:
+            if isinstance(part.optimizer, S3):
+                device = next((p.device for group in part.param_groups for p in group["params"]), None)
+                part.optimizer.update_statistics = torch.zeros(2, dtype=torch.float64, device=device)
+
+
+def log_training(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``megatron.training.training.training_log`` (0.19.2), called by every rank after every step."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def training_log(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        called = signature.bind(*args, **kwargs).arguments
+        directory = _watch_dir()
+        if _observer is not None and directory is not None:
+            if called["iteration"] % _args().log_interval == 0:
+                _write_training(_observer, directory, called)
+        return result
+
+    return training_log
+
+
+def remember_evaluation(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``megatron.training.training.evaluate_and_print_results`` (0.19.2): it knows what is evaluated, and when.
+
+    Its ``prefix`` is "iteration 8", "iteration 8 on validation set", or "iteration 8 on test set".
+    """
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def evaluate_and_print_results(*args: Any, **kwargs: Any) -> Any:
+        if _observer is not None:
+            called = signature.bind(*args, **kwargs).arguments
+            kind = "test" if called["prefix"].endswith("test set") else "validation"
+            _observer.evaluating = (kind, called["iteration"])
+        return original(*args, **kwargs)
+
+    return evaluate_and_print_results
+
+
+def log_validation(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``megatron.training.training.evaluate`` (0.19.2): it returns the validation losses."""
+
+    @functools.wraps(original)
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        directory = _watch_dir()
+        losses = result[0]
+        if _observer is not None and directory is not None and losses and _is_writer():
+            kind, iteration = _observer.evaluating
+            _writer(directory).write({"event": kind, "iteration": iteration, **_losses(losses)})
+        return result
+
+    return evaluate
+
+
+def _write_training(observer: _Observer, directory: Path, called: dict[str, Any]) -> None:
+    """Write one line; every rank takes part in the reductions."""
+    if not observer.described:
+        description = _describe(observer)
+        observer.described = True
+        if _is_writer():
+            _writer(directory).write(description)
+    skipped = bool(called["skipped_iter"])
+    mean, largest = _reduced_update(observer.parts)
+    if not _is_writer():
+        return
+    now, iteration = time.perf_counter(), called["iteration"]
+    seconds = None
+    if observer.last_log is not None:
+        seconds = (now - observer.last_log[1]) / (iteration - observer.last_log[0])
+    observer.last_log = (iteration, now)
+    event = {
+        "event": "train",
+        "iteration": iteration,
+        **_losses(called["loss_dict"]),
+        "lr": called["learning_rate"],
+        "grad_norm": None if called["grad_norm"] is None else float(called["grad_norm"]),
+        "skipped": skipped,
+        "update_mean": None if skipped else mean,
+        "update_max": None if skipped else largest,
+        "seconds": seconds,
+    }
+    _writer(directory).write(event)
+    _mirror(event)
+
+
+def _mirror(event: dict[str, Any]) -> None:
+    """Write the update sizes, which Megatron has not, to its TensorBoard and W&B writers."""
+    from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+    scalars = {name: event[name] for name in ("update_mean", "update_max") if event[name] is not None}
+    if writer := get_tensorboard_writer():
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, event["iteration"])
+    if wandb := get_wandb_writer():
+        wandb.log(scalars, event["iteration"])
+
+
+def _losses(losses: dict[str, Tensor]) -> dict[str, float]:
+    return {name.replace(" ", "_"): float(value) for name, value in losses.items()}
+
+
+def _reduced_update(parts: list[MegatronOptimizer]) -> tuple[float | None, float | None]:
+    """Mean and max of |update| over all ranks, in units of the learning rate; None for other optimizers.
+
+    Every rank's elements count once, so a parameter that tensor-parallel ranks hold in common weighs more.
+    """
+    device = _device()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # sum of |update|, elements
+    largest = torch.zeros(1, dtype=torch.float64, device=device)
+    for part in parts:
+        inner = part.optimizer
+        if isinstance(inner, S3):
+            statistics = inner.update_statistics
+            assert statistics is not None, "observe() sets it"
+        else:
+            statistics = adam_update_statistics(inner).to(device)
+        sums += torch.stack([statistics[0], torch.tensor(float(_elements(part)), device=device).double()])
+        largest = torch.maximum(largest, statistics[1:])
+    dist.all_reduce(sums)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    total, elements = sums.tolist()
+    return (total / elements, largest.item()) if elements else (None, None)
+
+
+def _describe(observer: _Observer) -> dict[str, Any]:
+    """Say what is sharded how; bytes are the worst rank's, per parameter of its model shard."""
+    state = sum(
+        tensor.numel() * tensor.element_size()
+        for part in observer.parts
+        for entry in part.optimizer.state.values()
+        for name, tensor in entry.items()
+        if name in (EXP_AVG, EXP_AVG_ROOT)
+    )
+    masters = sum(
+        param.numel() * param.element_size()
+        for part in observer.parts
+        # DistributedOptimizer's and Float16OptimizerWithFloat16Params' float32 copies (megatron-core 0.19.2).
+        for name in ("shard_fp32_from_float16_groups", "fp32_from_float16_groups")
+        for group in getattr(part, name, [])
+        for param in group
+        if param is not None
+    )
+    mine = {
+        "elements": sum(_elements(part) for part in observer.parts),
+        "state": state / observer.model_elements,
+        "masters": masters / observer.model_elements,
+        "model": observer.model_elements,
+    }
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    return {
+        "event": "optimizer",
+        "name": _args().optimizer,
+        "wrapper": ", ".join(sorted({type(part).__name__ for part in observer.parts})),
+        "world_size": len(ranks),
+        "parameters": mine["model"],
+        "shard_elements": [rank["elements"] for rank in ranks],
+        "state_bytes_per_param_rank": max(rank["state"] for rank in ranks),
+        "master_bytes_per_param_rank": max(rank["masters"] for rank in ranks),
+    }
+
+
+def _elements(part: MegatronOptimizer) -> int:
+    return sum(param.numel() for group in part.param_groups for param in group["params"])
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+@functools.cache
+def _writer(directory: Path) -> MetricsWriter:
+    return MetricsWriter(directory)
+
+
+def _is_writer() -> bool:
+    """The last rank has the losses under every parallel layout."""
+    return bool(dist.get_rank() == dist.get_world_size() - 1)
+
+
+def _args() -> Any:
+    from megatron.training import get_args
+
+    return get_args()
+
+
+def _watch_dir() -> Path | None:
+    """The flag's value; None too where a user of megatron.core alone has no global arguments."""
+    from megatron.training.global_vars import _GLOBAL_ARGS
+
+    directory = getattr(_GLOBAL_ARGS, "watch_dir", None)
+    return None if directory is None else Path(directory)

@@ -1,0 +1,42 @@
+"""Replacing symbols of a host, loudly and reversibly."""
+
+from collections.abc import Callable
+from typing import Any
+
+from s3_megatron.errors import S3Error
+
+
+class SymbolSwap:
+    """Replaces attributes of host modules and puts them back."""
+
+    def __init__(self, host: str) -> None:
+        """Remember ``host``, the name and version that an error message shows."""
+        self._host = host
+        self._undo: list[tuple[Any, str, Any]] = []
+
+    def replace(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+        """Set ``owner.name`` to ``make(original)``.
+
+        Raises:
+            S3Error: the host has no such symbol any more; what was replaced before is put back first.
+        """
+        if not hasattr(owner, name):
+            self.undo()
+            raise S3Error(
+                f"{self._host} has no {owner.__name__}.{name}, which s3_megatron replaces: install a version from "
+                "the README's table, or report this one"
+            )
+        original = getattr(owner, name)
+        setattr(owner, name, make(original))
+        self._undo.append((owner, name, original))
+
+    def undo(self) -> None:
+        """Put every original back, the last replaced first."""
+        while self._undo:
+            owner, name, original = self._undo.pop()
+            setattr(owner, name, original)
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is replaced."""
+        return bool(self._undo)

@@ -1,0 +1,1 @@
+"""Fast forms of the one update rule; each is held to ``optim/reference.py``."""

@@ -1,0 +1,5 @@
+"""S3 itself: the optimizer, and Algorithm 1 for readers."""
+
+from s3_megatron.optim.s3 import EXP_AVG, EXP_AVG_ROOT, S3, from_adam_state, is_s3_state
+
+__all__ = ["EXP_AVG", "EXP_AVG_ROOT", "S3", "from_adam_state", "is_s3_state"]

@@ -1,0 +1,98 @@
+"""Mistakes that Megatron would answer with a traceback, or not at all."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron.core.datasets.indexed_dataset import get_bin_path, get_idx_path
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from s3_megatron.errors import S3Error
+
+# Other models, and batches that are made otherwise: gpt.py would pass over these flags in silence.
+_OTHER_SCRIPTS = (
+    "sft",
+    "fim_data",
+    "dataloader_inter_document_masking",
+    "per_dataset_sequences_path",
+    "hybrid_context_parallel",
+    "hybrid_layer_pattern",
+    "perform_rl_step",
+    "logits_save_dir",
+    "logits_load_dir",
+)
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Check what ``args``, parsed but not validated, asks for, and that the files it names exist.
+
+    Raises:
+        S3Error: a flag belongs to another script, or a tokenizer's or data set's file is missing.
+    """
+    for name in _OTHER_SCRIPTS:
+        if getattr(args, name):
+            raise S3Error(
+                f"--{name.replace('_', '-')} is not for this script: run one that knows it, such as Megatron-LM's "
+                "pretrain_gpt.py, with 'python -m s3_megatron.train.run SCRIPT ARGS...'"
+            )
+    _check_tokenizer(args)
+    if not args.mock_data:
+        _check_data(args)
+
+
+def _check_tokenizer(args: argparse.Namespace) -> None:
+    model = args.tokenizer_model
+    if args.tokenizer_type in (*SP_TOKENIZERS, "TikTokenizer"):
+        if model is None:
+            raise S3Error(f"--tokenizer-type {args.tokenizer_type} needs a file: give --tokenizer-model FILE")
+        _check_file("--tokenizer-model", model)
+    for flag, path in (("--vocab-file", args.vocab_file), ("--merge-file", args.merge_file)):
+        if path is not None:
+            _check_file(flag, path)
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    for flag in ("data_args_path", "per_split_data_args_path"):
+        if getattr(args, flag) is not None:
+            _check_file(f"--{flag.replace('_', '-')}", getattr(args, flag))
+    whole, per_split = get_blend_and_blend_per_split(args)
+    blends = [blend for blend in (whole, *(per_split or ())) if blend is not None]
+    if not blends:
+        raise S3Error("no data to train on: give --data-path PREFIX, --train-data-path PREFIX, or --mock-data")
+    missing = [
+        path
+        for prefixes, _weights in blends
+        for prefix in prefixes
+        if not is_object_storage_path(prefix)
+        for path in (get_bin_path(prefix), get_idx_path(prefix))
+        if not Path(path).is_file()
+    ]
+    if missing:
+        raise S3Error(
+            f"missing data files: {', '.join(missing)}; a data path is a prefix, without .bin or .idx "
+            "('s3-megatron data prepare' makes both files)"
+        )
+
+
+def _check_file(flag: str, path: str) -> None:
+    if not is_object_storage_path(path) and not Path(path).is_file():
+        raise S3Error(f"{flag} {path} is not a file: give the path of an existing one")
+
+
+def check_vocabulary(args: argparse.Namespace, tokenizer: Any) -> None:
+    """Check that the model embeds every token of ``tokenizer``.
+
+    Megatron (0.19.2) overrules a small --vocab-size without a word, and takes a small --padded-vocab-size, with
+    which the first large token ends the run in an index error.
+
+    Raises:
+        S3Error: ``tokenizer`` has more tokens than the flags give the model.
+    """
+    for flag, limit in (("--vocab-size", args.vocab_size), ("--padded-vocab-size", args.padded_vocab_size)):
+        if limit is not None and tokenizer.vocab_size > limit:
+            raise S3Error(
+                f"the tokenizer ({args.tokenizer_model or args.tokenizer_type}) has {tokenizer.vocab_size} tokens, "
+                f"more than {flag} {limit}: leave {flag} out, or make it at least {tokenizer.vocab_size}"
+            )

@@ -1,0 +1,158 @@
+"""The report, from small metrics files written by the same writer that training uses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from s3_megatron.demo import figure, report
+from s3_megatron.demo.__main__ import set_aside
+from s3_megatron.demo.runs import Interruption
+from s3_megatron.errors import S3Error
+from s3_megatron.watch.metrics import MetricsWriter
+
+INTERRUPTION = Interruption(killed_at=7, resumed_from=4)
+CORPUS = {"python": "3.12.1", "bytes": 8_000_000}
+CONFIG = {
+    "model": {"num_layers": 2},
+    "run": {"train_iters": 10, "seed": 1234},
+    "optimizer": {
+        "adamw": {"lr": 3e-4, "weight_decay": 0.1, "betas": [0.9, 0.999]},
+        "s3": {"lr_ratio": 10, "beta": 0.95, "p": 3},
+    },
+}
+OPTIMIZER = {
+    "event": "optimizer",
+    "name": "s3",
+    "wrapper": "DistributedOptimizer",
+    "world_size": 2,
+    "parameters": 1001,
+    "shard_elements": [501, 500],
+    "state_bytes_per_param_rank": 4.0,
+    "master_bytes_per_param_rank": 2.0,
+}
+
+
+def step(iteration: int, *, shift: float = 0.0, update: float = 0.5) -> dict[str, Any]:
+    loss = 8 - 0.1 * iteration + shift
+    rest = {"lr": 1e-3, "grad_norm": 1.0, "skipped": False, "seconds": 0.2}
+    moved = {"update_mean": update / 5, "update_max": update}
+    return {"event": "train", "iteration": iteration, "lm_loss": loss, **moved, **rest}
+
+
+def validation(loss: float) -> dict[str, Any]:
+    return {"event": "validation", "iteration": 10, "lm_loss": loss}
+
+
+def write(folder: Path, *events: dict[str, Any]) -> None:
+    writer = MetricsWriter(folder)
+    for event in events:
+        writer.write(event)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three runs of 10 iterations; the killed one did 5 to 7 twice, first with other losses."""
+    write(tmp_path / "s3", OPTIMIZER, *map(step, range(1, 11)), validation(6.5))
+    write(tmp_path / "s3-killed", OPTIMIZER, *map(step, range(1, 5)), *(step(i, shift=1) for i in range(5, 8)))
+    write(tmp_path / "s3-killed", OPTIMIZER, *map(step, range(5, 11)), validation(6.5))
+    adam = {**OPTIMIZER, "name": "adam"}
+    write(tmp_path / "adamw", adam, *(step(i, shift=0.2, update=3.0) for i in range(1, 11)), validation(6.7))
+    return tmp_path
+
+
+def summary(folder: Path) -> tuple[report.Outcome, dict[str, Any]]:
+    outcome = report.Outcome.read(folder, INTERRUPTION)
+    return outcome, report.summarize(outcome, CONFIG, gpus=0, corpus=CORPUS)
+
+
+def test_what_report_json_holds(folder: Path):
+    report.write_json(folder / "report.json", summary(folder)[1])
+    found = json.loads((folder / "report.json").read_text())
+    assert (found["s3"]["val_loss"], found["adamw"]["val_loss"]) == (6.5, 6.7)
+    assert found["s3"]["state_bytes_per_param_rank"] == found["adamw"]["state_bytes_per_param_rank"] == 4.0
+    assert found["s3"]["shard_elements"] == [501, 500]
+    assert (found["s3"]["largest_update"], found["adamw"]["largest_update"]) == (0.5, 3.0)
+    assert (found["s3"]["lr"], found["s3"]["weight_decay"]) == pytest.approx((3e-3, 0.01))
+    assert found["resume"] == {
+        "killed_at": 7, "resumed_from": 4, "iterations_lost": 3, "loss_gap": 0.0, "val_loss": 6.5,
+    }  # fmt: skip
+    assert found["seed"] == 1234 and set(found["versions"]) == {"s3-megatron", "python", "torch", "megatron-core"}
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_the_gap_is_the_largest_difference_after_the_resume(folder: Path):
+    """The shifts are exact in float64 up to the rounding of the losses, 8 * 2^-53."""
+    write(folder / "s3-killed", step(8, shift=-0.25), step(9, shift=0.125))
+    assert summary(folder)[0].loss_gap() == pytest.approx(0.25, abs=1e-14)
+
+
+def test_iterations_before_the_resume_do_not_count(folder: Path):
+    write(folder / "s3-killed", step(3, shift=1))
+    assert summary(folder)[0].loss_gap() == 0
+
+
+def test_a_resumed_run_that_stopped_early_has_no_gap(folder: Path):
+    (folder / "s3-killed/metrics.jsonl").unlink()
+    write(folder / "s3-killed", OPTIMIZER, *map(step, range(1, 9)), validation(6.5))
+    with pytest.raises(S3Error, match="no loss of iteration 9"):
+        summary(folder)
+
+
+@pytest.mark.parametrize(
+    ("events", "part"),
+    [
+        ([], "optimizer"),
+        ([step(1), validation(6.0)], "optimizer"),
+        ([OPTIMIZER, validation(6.0)], "train"),
+        ([OPTIMIZER, step(1)], "validation"),
+    ],
+)
+def test_a_run_that_did_not_end_is_named(folder: Path, events: list[dict[str, Any]], part: str):
+    (folder / "adamw/metrics.jsonl").unlink()
+    write(folder / "adamw", *events)
+    with pytest.raises(S3Error, match=f"adamw has no {part} event"):
+        summary(folder)
+
+
+def test_a_run_without_update_sizes_is_reported(folder: Path):
+    """Megatron's fp16 skips steps; a skipped one moved nothing and has no update."""
+    (folder / "adamw/metrics.jsonl").unlink()
+    skipped = [{**step(i), "update_mean": None, "update_max": None} for i in range(1, 11)]
+    write(folder / "adamw", OPTIMIZER, *skipped, validation(6.7))
+    outcome, found = summary(folder)
+    assert found["adamw"]["largest_update"] is None
+    figure.draw(folder / "report.png", outcome, found)
+    assert "-" in shown(found)
+
+
+def shown(found: dict[str, Any]) -> str:
+    console = Console(width=90, record=True, quiet=False, file=open("/dev/null", "w"))
+    console.print(report.table(found))
+    return console.export_text()
+
+
+def test_the_table_and_the_picture(folder: Path):
+    outcome, found = summary(folder)
+    text = shown(found)
+    for part in ("6.5000", "6.7000", "0.003", "0.0003", "4.00", "501", "4 (3)", "not evidence"):
+        assert part in text
+    figure.draw(folder / "report.png", outcome, found)
+    height, width, _ = imread(folder / "report.png").shape
+    assert width >= 1200 and height >= 500
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_an_earlier_demonstration_is_set_aside(tmp_path: Path):
+    console = Console(quiet=True)
+    folder = tmp_path / "demo"
+    set_aside(folder, console)
+    for text in ("first", "second"):
+        folder.mkdir()
+        (folder / "report.json").write_text(text)
+        set_aside(folder, console)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.previous"]
+    assert (tmp_path / "demo.previous/report.json").read_text() == "second"

@@ -1,0 +1,234 @@
+"""A small model under Megatron's DDP, fed with injected gradients, and the unsharded S3 it is compared with.
+
+Gradients are injected, equal on every data-parallel rank, instead of being computed: then the average over ranks is
+exact (a sum of 2 or 4 equal numbers, divided by 2 or 4), so a sharded run may differ from an unsharded one by S3's
+own arithmetic alone, and the tolerance can be that of float32.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from s3_megatron import rehearsal
+
+rehearsal.activate()
+
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+from megatron.core.optimizer import (  # noqa: E402
+    DistributedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+)
+from megatron.core.transformer import MegatronModule, TransformerConfig  # noqa: E402
+
+from s3_megatron.engines.megatron import S3OptimizerConfig, install  # noqa: E402
+from s3_megatron.errors import S3Error  # noqa: E402
+from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3  # noqa: E402
+
+install()
+
+from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402  (the installed one)
+
+STEPS = 10
+LR, DECAY = 3e-3, 0.1
+
+
+class Net(MegatronModule):
+    """An embedding, a norm, a linear with bias and a single weight: odd sizes, so that shards are uneven."""
+
+    def __init__(self, width: int = 13, vocabulary: int = 101) -> None:
+        super().__init__(config=TransformerConfig(num_layers=1, hidden_size=width, num_attention_heads=1))
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.embedding.weight.is_embedding_or_output_parameter = True
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, 2 * width + 1)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        return {
+            name: dist_checkpointing.ShardedTensor.from_rank_offsets(
+                prefix + name,
+                tensor,
+                replica_id=(0, 0, parallel_state.get_data_parallel_rank()),
+                allow_shape_mismatch=False,
+            )
+            for name, tensor in self.state_dict(prefix="", keep_vars=True).items()
+        }
+
+
+class Single(MegatronModule):
+    """One weight: with it, only the first rank holds anything."""
+
+    def __init__(self) -> None:
+        super().__init__(config=TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1))
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+class Run:
+    """A model under Megatron's DDP with a Megatron optimizer, fed with injected gradients."""
+
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        sharded: bool = True,
+        optimizer: str = "s3",
+        bucket_size: int | None = None,
+        overrides: dict | None = None,
+        net: nn.Module | None = None,
+        **settings: object,
+    ) -> None:
+        torch.manual_seed(1)
+        self.net = (net or Net()).to(dtype)
+        config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=sharded,
+            bucket_size=bucket_size,
+            overlap_grad_reduce=bucket_size is not None,  # Megatron makes one bucket otherwise
+        )
+        self.ddp = DistributedDataParallel(self.net.config, config, self.net, disable_bucketing=bucket_size is None)
+        kind = S3OptimizerConfig if optimizer == "s3" else OptimizerConfig
+        settings = {"lr": LR, "min_lr": 0.0, "weight_decay": DECAY, "clip_grad": 0.0, **settings}
+        self.config = kind(
+            optimizer=optimizer,
+            fp16=dtype == torch.float16,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=sharded,
+            **settings,
+        )
+        self.optimizer: MegatronOptimizer = get_megatron_optimizer(self.config, [self.ddp], overrides)
+
+    @property
+    def part(self) -> MegatronOptimizer:
+        """The one optimizer inside the chain."""
+        (part,) = self.optimizer.chained_optimizers
+        return part
+
+    def step(self, gradients: dict[str, Tensor]) -> bool:
+        """Inject, reduce, step; tells whether the host took the step."""
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        scale = self.optimizer.get_loss_scale()
+        for name, param in self.net.named_parameters():
+            param.main_grad.copy_(gradients[name] * scale)
+        if self.ddp.ddp_config.overlap_grad_reduce:
+            self.ddp.start_grad_sync()
+        self.ddp.finish_grad_sync()  # starts by itself where nothing overlaps; twice would scale twice
+        success, _, _ = self.optimizer.step()
+        return success
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's parameters, copied."""
+        return {name: param.detach().clone() for name, param in self.net.named_parameters()}
+
+    def inner_tensors(self) -> list[Tensor]:
+        """Masters, m and r of this rank, copied."""
+        inner = self.part.optimizer
+        params = [param for group in inner.param_groups for param in group["params"]]
+        state = [inner.state[p][name] for p in params for name in (EXP_AVG, EXP_AVG_ROOT)]
+        return [tensor.detach().clone() for tensor in [*params, *state]]
+
+
+def gradients(net: nn.Module, step: int) -> dict[str, Tensor]:
+    """The same for every rank and layout, from one step to the next of changing size and sign."""
+    generator = torch.Generator().manual_seed(100 + step)
+    return {
+        name: torch.randn(param.shape, generator=generator) * 10.0 ** (step % 5 - 2)
+        for name, param in net.named_parameters()
+    }
+
+
+def unsharded(run: Run, *, clip: float = 0.0, masters_of: torch.dtype = torch.float32) -> tuple[S3, dict[str, Tensor]]:
+    """A plain S3 over float32 copies of ``run``'s parameters, with Megatron's choice of what decays."""
+    copies = {name: nn.Parameter(param.detach().float().clone()) for name, param in run.net.named_parameters()}
+    decayed = [p for p in copies.values() if p.ndim > 1]
+    others = [p for p in copies.values() if p.ndim == 1]
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return S3(groups, lr=LR, weight_decay=DECAY), copies
+
+
+def step_reference(optimizer: S3, copies: dict[str, Tensor], grads: dict[str, Tensor], clip: float = 0.0) -> None:
+    """One step of the unsharded run."""
+    for name, param in copies.items():
+        param.grad = grads[name].clone()
+    if clip:
+        torch.nn.utils.clip_grad_norm_(copies.values(), clip)
+    optimizer.step()
+
+
+def set_decay(run: Run) -> None:
+    """What Megatron's scheduler does at every step: weight decay times the group's multiplier."""
+    for group in run.optimizer.param_groups:
+        group["weight_decay"] = DECAY * group["wd_mult"]
+
+
+def compare(run: Run, *, clip: float = 0.0) -> None:
+    """Ten steps of ``run`` against the unsharded S3: float32 weights to 1e-6 relative, others to one rounding.
+
+    1e-6, of the weight or of the longest step, is about 8 ULP of float32. Both runs do the same arithmetic on every
+    element, but an element may fall into a vector register in one and into the loop's tail in the other.
+    """
+    reference, copies = unsharded(run)
+    before = run.weights()
+    set_decay(run)
+    for step in range(STEPS):
+        grads = gradients(run.net, step)
+        assert run.step(grads)
+        step_reference(reference, copies, grads, clip)
+    for name, weight in run.weights().items():
+        expected = copies[name].detach().to(weight.dtype)
+        tolerance = 1e-6 if weight.dtype == torch.float32 else 2 * torch.finfo(weight.dtype).eps
+        torch.testing.assert_close(weight, expected, rtol=tolerance, atol=1e-6 * LR, msg=lambda m, n=name: f"{n}: {m}")
+        assert not torch.equal(weight, before[name]), f"S3 did not move {name}"
+    # S3's update is the same for any scale of the gradients, so a wrong average does not show in the weights: a test
+    # that reduced twice, and saw 3/4 of every gradient, passed for that reason. It shows in m and r.
+    for name in (EXP_AVG, EXP_AVG_ROOT):
+        sharded = total(run.part.optimizer, name)
+        if isinstance(run.part, DistributedOptimizer):
+            dist.all_reduce(sharded)
+        expected = total(reference, name)
+        torch.testing.assert_close(sharded, expected, rtol=1e-5, atol=0.0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def total(optimizer: S3, name: str) -> Tensor:
+    """Sum one state over all parameters of this rank, in float64."""
+    tensors = [state[name].double().sum() for state in optimizer.state.values()]
+    return torch.stack(tensors).sum() if tensors else torch.zeros((), dtype=torch.float64)
+
+
+def save(run: Run, folder: Path, sharding: str) -> None:
+    model = run.net.sharded_state_dict()
+    state = {"optimizer": run.optimizer.sharded_state_dict(model, metadata={"distrib_optim_sharding_type": sharding})}
+    dist_checkpointing.save(state, str(folder), validate_access_integrity=False)
+
+
+def load(run: Run, folder: Path, sharding: str) -> None:
+    model = run.net.sharded_state_dict()
+    wanted = run.optimizer.sharded_state_dict(
+        model, is_loading=True, metadata={"distrib_optim_sharding_type": sharding}
+    )
+    run.optimizer.load_state_dict(
+        dist_checkpointing.load({"optimizer": wanted}, str(folder), validate_access_integrity=False)["optimizer"]
+    )
+
+
+def shared_folder() -> Path:
+    box = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    return Path(str(box[0]))
+
+
+def refuses(call: Callable[[], object], advice: str) -> None:
+    """Assert that ``call`` raises S3Error with ``advice`` in one line."""
+    try:
+        call()
+    except S3Error as error:
+        assert advice in str(error) and "\n" not in str(error), str(error)
+    else:
+        raise AssertionError(f"not refused, where advice with {advice!r} was wanted")

@@ -1,0 +1,26 @@
+"""S3 inside megatron-core's own optimizers, on 2 and 4 gloo ranks (the checks are in worker.py)."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tests.launcher import torchrun
+
+WORKER = Path(__file__).with_name("worker.py")
+CHECKS = re.findall(r"^def (check_\w+)", WORKER.read_text(), flags=re.MULTILINE)
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n}-ranks")
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What every check said, from one launch a world size."""
+    output = tmp_path_factory.mktemp("worker") / "results.json"
+    run = torchrun(["-m", "tests.megatron.worker", str(output)], nproc=request.param, timeout=300)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    return json.loads(output.read_text())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_ranks(results: dict[str, str], check: str) -> None:
+    assert results[check] == "", results[check]

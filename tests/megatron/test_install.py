@@ -1,0 +1,145 @@
+"""install(): what it replaces, and what it refuses, in one process."""
+
+import argparse
+
+import megatron.core.optimizer
+import megatron.core.package_info
+import megatron.training.arguments
+import megatron.training.training
+import pytest
+
+from s3_megatron.engines.megatron import S3OptimizerConfig, install, uninstall
+from s3_megatron.engines.swap import SymbolSwap
+from s3_megatron.errors import S3Error
+
+REPLACED = [
+    (megatron.training.arguments, "_add_training_args"),
+    (megatron.training.arguments, "validate_args"),
+    (megatron.training.training, "get_megatron_optimizer_config"),
+    (megatron.training.training, "get_megatron_optimizer"),
+    (megatron.training.training, "training_log"),
+    (megatron.training.training, "evaluate"),
+    (megatron.training.training, "evaluate_and_print_results"),
+    (megatron.core.optimizer, "get_megatron_optimizer"),
+]
+
+
+def symbols() -> list[object]:
+    return [getattr(owner, name) for owner, name in REPLACED]
+
+
+def test_install_is_idempotent_and_undone_to_the_original() -> None:
+    before = symbols()
+    install()
+    once = symbols()
+    install()
+    assert symbols() == once
+    assert all(a is not b for a, b in zip(before, once, strict=True))
+    uninstall()
+    assert symbols() == before
+    uninstall()  # a second time does nothing
+    assert symbols() == before
+
+
+def test_an_unsupported_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(megatron.core.package_info, "__version__", "0.16.1")
+    with pytest.raises(S3Error, match=r"megatron-core 0\.16\.1 is not supported.*0\.19\."):
+        install()
+
+
+def test_a_moved_symbol_is_loud_and_nothing_stays_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = symbols()
+    monkeypatch.delattr(megatron.training.training, "training_log")
+    with pytest.raises(S3Error, match=r"has no megatron\.training\.training\.training_log"):
+        install()
+    monkeypatch.undo()
+    assert symbols() == before
+
+
+def test_swap_puts_back_in_reverse_order() -> None:
+    owner = argparse.Namespace(__name__="owner", value=1)
+    swap = SymbolSwap("host")
+    swap.replace(owner, "value", lambda old: old + 1)
+    swap.replace(owner, "value", lambda old: old * 10)
+    assert owner.value == 20
+    swap.undo()
+    assert owner.value == 1 and not swap.active
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch):
+    """Megatron's own parser and validation over a minimal command line, with S3 installed."""
+    install()
+    # One CPU process has no CUDA device to ask; validation only wants its generation.
+    monkeypatch.setattr(megatron.training.arguments, "get_device_arch_version", lambda: 10)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+    def run(*extra: str) -> argparse.Namespace:
+        command = (
+            "prog --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --micro-batch-size 1 "
+            "--max-position-embeddings 32 --train-iters 2 --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 9 "
+            "--transformer-impl local --optimizer s3"
+        )
+        monkeypatch.setattr("sys.argv", [*command.split(), *extra])
+        args = megatron.training.arguments.parse_args()
+        megatron.training.arguments.validate_args(args)
+        return args
+
+    yield run
+    uninstall()
+
+
+def test_flags_reach_the_config(parse) -> None:
+    args = parse("--s3-beta", "0.9", "--s3-p", "2", "--s3-no-nesterov", "--use-distributed-optimizer")
+    assert args.optimizer == "s3" and args.use_distributed_optimizer and not args.use_layer_wise_distributed_optimizer
+    config, _ = megatron.training.training.get_megatron_optimizer_config(args)
+    assert isinstance(config, S3OptimizerConfig) and config.optimizer == "s3"
+    assert (config.s3_beta, config.s3_p, config.s3_nesterov, config.s3_betas) == (0.9, 2.0, False, None)
+    assert config.lr == 1e-3 and config.use_distributed_optimizer
+
+
+def test_defaults_are_the_papers(parse) -> None:
+    config, _ = megatron.training.training.get_megatron_optimizer_config(parse())
+    assert (config.s3_beta, config.s3_p, config.s3_nesterov) == (0.95, 3.0, True)
+
+
+def test_adam_gets_megatrons_own_config(parse) -> None:
+    config, _ = megatron.training.training.get_megatron_optimizer_config(parse("--optimizer", "adam"))
+    assert type(config) is megatron.core.optimizer.OptimizerConfig
+
+
+def test_from_adam_takes_the_new_rates(parse) -> None:
+    assert parse("--s3-from-adam").override_opt_param_scheduler
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--s3-p", "0.5"), r"--s3-p is 0\.5: .*>= 1"),
+        (("--s3-p", "nan"), r"--s3-p is nan: .*>= 1"),
+        (("--s3-beta", "1"), r"--s3-beta has 1\.0: .*\[0, 1\)"),
+        (("--s3-betas", "0.9", "-0.1"), r"--s3-betas has -0\.1: .*\[0, 1\)"),
+        (("--optimizer-cpu-offload",), r"--optimizer-cpu-offload does not work with --optimizer s3: "),
+        (("--use-megatron-fsdp",), r"--use-megatron-fsdp does not work .* --use-distributed-optimizer"),
+    ],
+)
+def test_bad_values_name_the_value_the_range_and_the_fix(parse, extra: tuple[str, ...], message: str) -> None:
+    with pytest.raises(S3Error, match=message) as caught:
+        parse(*extra)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_optimizer_is_told_what_there_is(parse, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--optimizer", "s4")
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "invalid choice: 's4'" in error and "s3" in error and len(error.splitlines()) <= 2
+
+
+def test_one_wrapper_serves_both_names() -> None:
+    install()
+    try:
+        assert megatron.core.optimizer.get_megatron_optimizer is megatron.training.training.get_megatron_optimizer
+    finally:
+        uninstall()

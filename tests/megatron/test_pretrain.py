@@ -1,0 +1,72 @@
+"""S3 in real pretraining runs of a tiny GPT: layouts, overlap, resuming on other ranks, and the stock road."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from s3_megatron.watch.metrics import read_metrics
+from tests.launcher import torchrun
+from tests.megatron.gpt import ENTRY, flags
+
+pytestmark = pytest.mark.distributed
+
+SAVED_AT, LAST = 4, 8
+
+
+def train(command: list[str], nproc: int, watch: Path) -> dict[int, float]:
+    """Run the entry to its end; returns the loss of every iteration, unrounded."""
+    run = torchrun([*ENTRY, *command, "--watch-dir", str(watch)], nproc=nproc, timeout=280)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    return {iteration: event["lm_loss"] for iteration, event in read_metrics(watch).train.items()}
+
+
+@pytest.fixture(scope="module")
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, float]]:
+    """An uninterrupted run on 2 data-parallel ranks, and its checkpoint of iteration 4, in one precision."""
+    folder, watch = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("watch")
+    command = flags(iterations=LAST, precision=request.param, checkpoints=folder, save_every=SAVED_AT)
+    seen = train(command, nproc=2, watch=watch)
+    assert sorted(seen) == list(range(1, LAST + 1))
+    shutil.rmtree(folder / f"iter_{LAST:07d}")
+    (folder / "latest_checkpointed_iteration.txt").write_text(str(SAVED_AT))
+    return folder, seen
+
+
+LAYOUTS = {
+    "dp2": (2, 1, 1, ()),
+    "dp2-overlap": (2, 1, 1, ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "8000")),
+    "dp1": (1, 1, 1, ()),
+    "dp4": (4, 1, 1, ()),
+    "tp2-dp2": (4, 2, 1, ()),
+    "pp2-dp2": (4, 1, 2, ()),
+}
+# In bf16 only where a layout changes what is summed.
+CASES = [(None, layout) for layout in LAYOUTS] + [("bf16", "tp2-dp2"), ("bf16", "pp2-dp2")]
+# The same layout is bit-equal; another one sums in another order, and S3, like every optimizer that divides a
+# gradient by its size, turns a rounding difference of a gradient near zero into a visible step.
+TOLERANCE = {None: 2e-5, "bf16": 2e-3}
+
+
+@pytest.mark.parametrize(("base", "layout"), CASES, indirect=["base"], ids=lambda value: value or "fp32")
+def test_every_layout_goes_on_with_the_same_losses(
+    base: tuple[Path, dict[int, float]], layout: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """TP=2 x DP=2 and PP=2 x DP=2 start from TP=1's own weights: PP seeds its stages apart, so only a checkpoint can
+    give both the same model; and resuming on another number of ranks is what users do with it."""
+    precision = request.node.callspec.params["base"]
+    nproc, tensor_parallel, pipeline_parallel, extra = LAYOUTS[layout]
+    shutil.copytree(base[0], tmp_path / "checkpoints")
+    command = flags(
+        iterations=LAST,
+        precision=precision,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        checkpoints=tmp_path / "checkpoints",
+        extra=extra,
+    )
+    seen = train(command, nproc=nproc, watch=tmp_path / "watch")
+    assert sorted(seen) == list(range(SAVED_AT + 1, LAST + 1)), "resumed from the checkpoint"
+    worst = max(abs(loss / base[1][iteration] - 1) for iteration, loss in seen.items())
+    print(f"{layout} {precision}: losses differ by {worst:.1e} at most")
+    assert worst <= (0.0 if layout == "dp2" else TOLERANCE[precision])

@@ -1,0 +1,164 @@
+"""S3's state: saved, loaded, copied, and told apart from Adam's."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+from s3_megatron.errors import S3Error
+from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3, from_adam_state, is_s3_state
+from s3_megatron.optim.reference import s3_reference_step
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def parameters(dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in ((3, 5), (0,), (97,))]
+
+
+def build(params: list[Tensor], lr: float | Tensor = 0.1) -> S3:
+    return S3([{"params": params[:2]}, {"params": params[2:], "beta": 0.9, "p": 1.5}], lr=lr, weight_decay=0.1)
+
+
+def train(params: list[Tensor], optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for x in params:
+            x.grad = torch.randn(x.shape, generator=generator).to(x.dtype)
+        optimizer.step()
+
+
+def bits(tensors: list[Tensor]) -> bytes:
+    return b"".join(t.detach().clone().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in tensors)
+
+
+def everything(params: list[Tensor], optimizer: torch.optim.Optimizer) -> bytes:
+    states = [optimizer.state[x][name] for x in params for name in (EXP_AVG, EXP_AVG_ROOT)]
+    return bits([*params, *states])
+
+
+def through_a_file(state_dict: dict) -> dict:
+    """weights_only: whoever gets a checkpoint need not trust its pickle."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_saving_and_loading_in_the_middle_equals_no_interruption(dtype, lr):
+    """Bit for bit. torch alone would round float32 state to the dtype of bfloat16 and float16 parameters on load."""
+    params = parameters(dtype)
+    optimizer = build(params, lr)
+    train(params, optimizer, range(4))
+    saved = through_a_file({"weights": [x.detach() for x in params], "optimizer": optimizer.state_dict()})
+
+    resumed = [x.clone().requires_grad_() for x in saved["weights"]]
+    # Other hyperparameters than the saved ones, which must win.
+    loaded = S3([{"params": resumed[:2]}, {"params": resumed[2:]}], lr=9.0, beta=0.1, p=8, nesterov=False)
+    loaded.load_state_dict(saved["optimizer"])
+    assert everything(resumed, loaded) == everything(params, optimizer)
+    assert loaded.state[resumed[0]][EXP_AVG].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+    train(params, optimizer, range(4, 8))
+    train(resumed, loaded, range(4, 8))
+    assert everything(resumed, loaded) == everything(params, optimizer)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda pair: pickle.loads(pickle.dumps(pair))}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_goes_on_alike_and_apart(way, dtype):
+    params = parameters(dtype)
+    optimizer = build(params)
+    train(params, optimizer, range(3))
+    before = everything(params, optimizer)
+    twin_params, twin = COPIES[way]((params, optimizer))
+    train(twin_params, twin, range(3, 6))
+    assert everything(params, optimizer) == before
+    train(params, optimizer, range(3, 6))
+    assert everything(twin_params, twin) == everything(params, optimizer) != before
+
+
+def test_parameters_that_had_no_state_yet_load_without():
+    params, others = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    optimizer, loaded = build(params), build(others)
+    params[2].grad = torch.ones_like(params[2])
+    optimizer.step()
+    loaded.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert list(loaded.state) == [others[2]]
+    assert loaded.state[others[2]][EXP_AVG].dtype == torch.float32
+
+
+def test_an_adam_state_is_refused_and_nothing_changes():
+    """Incident class: the same two names, another meaning: v where r belongs would make each update wild, silently."""
+    params = parameters(torch.float32)
+    adam = torch.optim.AdamW([{"params": params[:2]}, {"params": params[2:]}], weight_decay=0.1)
+    train(params, adam, range(3))
+    optimizer = build(params)
+    train(params, optimizer, range(2))
+    before = everything(params, optimizer)
+    assert not is_s3_state(adam.state_dict()["param_groups"])
+    with pytest.raises(S3Error, match=r"was not written by S3.*from_adam_state"):
+        optimizer.load_state_dict(adam.state_dict())
+    assert everything(params, optimizer) == before
+
+
+def test_one_unmarked_group_is_enough_to_refuse():
+    params = parameters(torch.float32)
+    optimizer = build(params)
+    train(params, optimizer, range(1))
+    assert is_s3_state(optimizer.state_dict()["param_groups"])
+    state = optimizer.state_dict()
+    del state["param_groups"][1]["s3_state"]
+    with pytest.raises(S3Error, match="was not written by S3"):
+        optimizer.load_state_dict(state)
+
+
+def test_another_number_of_parameters_is_refused():
+    params = parameters(torch.float32)
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        build(params).load_state_dict(build(params[1:]).state_dict())
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_a_converted_adam_state_goes_on_as_the_oracle_from_that_m_and_s(p):
+    """m is Adam's, and r = sqrt(v) stands for s = v^(p/2): the same scale of gradient at every p.
+
+    Adam's betas (.9, .999) let |m| exceed sqrt(v), so the first updates after the change may be above 1 by
+    Algorithm 1; S3's clamp keeps its promise of at most lr a step.
+    """
+    params = [x.detach().double().requires_grad_() for x in parameters(torch.float32)]
+    adam = torch.optim.AdamW([{"params": params[:2], "lr": 0.7}, {"params": params[2:]}], lr=0.5, weight_decay=0.3)
+    train(params, adam, range(20))
+    untouched = copy.deepcopy(adam.state_dict())
+    optimizer = S3([{"params": params[:2]}, {"params": params[2:], "beta": 0.9}], lr=0.1, p=p, weight_decay=0.1)
+    oracle = [(x.detach().clone(), adam.state[x]["exp_avg"], adam.state[x]["exp_avg_sq"] ** (p / 2)) for x in params]
+    optimizer.load_state_dict(through_a_file(from_adam_state(adam.state_dict(), optimizer)))
+    assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.1]
+    assert [g["betas"] for g in optimizer.param_groups] == [(0.95, 0.95), (0.9, 0.9)]
+    for x, (_, m, s) in zip(params, oracle, strict=True):
+        assert set(optimizer.state[x]) == {EXP_AVG, EXP_AVG_ROOT}
+        assert torch.equal(optimizer.state[x][EXP_AVG], m)
+        torch.testing.assert_close(optimizer.state[x][EXP_AVG_ROOT] ** p, s, rtol=1e-12, atol=0)
+
+    train(params, optimizer, range(20, 21))
+    above_one = 0
+    for x, (weight, m, s), beta in zip(params, oracle, (0.95, 0.95, 0.9), strict=True):
+        *_, update = s3_reference_step(weight, x.grad, m, s, lr=0.1, beta1=beta, beta2=beta, p=p)
+        above_one += int((update.abs() > 1).sum())
+        expected = weight - 0.1 * (update.clamp(-1, 1) + 0.1 * weight)
+        torch.testing.assert_close(x.detach(), expected, rtol=0, atol=1e-12)
+    assert above_one > 0
+    # What was converted is still Adam's own.
+    after = adam.state_dict()
+    assert after["param_groups"] == untouched["param_groups"]
+    for index, entry in untouched["state"].items():
+        assert all(torch.equal(after["state"][index][name], t) for name, t in entry.items())

@@ -1,0 +1,160 @@
+"""The project's own files: the interpreter finder, the Makefile, the pinned versions, what starts without torch."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FINDER = ROOT / "launch/find-python.sh"
+PYTHON = getattr(sys, "_base_executable", sys.executable)
+
+# What an interpreter looks like to the finder: the real one, with one thing made wrong before the finder's code runs.
+OLD = "sys.version_info = (3, 11, 7, 'final', 0)"
+NEW = "sys.version_info = (3, 14, 0, 'final', 0)"
+WITHOUT_ENSUREPIP = "sys.modules['ensurepip'] = None"
+WITHOUT_HEADERS = "import sysconfig; sysconfig.get_path = lambda name: '/nowhere'"
+SHIM = "sys.exit('pyenv: python3.12: command not found')"
+
+
+def fake(path: Path, wrong: str = "pass") -> Path:
+    """An executable at ``path`` that runs ``-I -c CODE`` as this Python after the statement ``wrong``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!/bin/sh\nexec "{PYTHON}" -I -c "import sys; {wrong}; exec(sys.argv[1])" "$3"\n')
+    path.chmod(0o755)
+    return path
+
+
+def find(tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the finder where nothing but ``tmp_path`` can hold a Python."""
+    clean = {"PATH": str(tmp_path / "bin"), "HOME": str(tmp_path / "home"), **env}
+    return subprocess.run(["/bin/sh", str(FINDER)], env=clean, capture_output=True, text=True, timeout=60)
+
+
+def test_finder_passes_over_a_shim_that_exists_and_fails(tmp_path: Path):
+    """pyenv puts a python3.12 on the PATH that only says "command not found"; ``which`` would have taken it."""
+    fake(tmp_path / "bin/python3.12", SHIM)
+    fake(tmp_path / "bin/python3.13", OLD)
+    fake(tmp_path / "bin/python3")
+    found = find(tmp_path)
+    assert (found.returncode, found.stdout.strip(), found.stderr) == (0, PYTHON, "")
+
+
+@pytest.mark.parametrize("wrong", [OLD, NEW, WITHOUT_ENSUREPIP, WITHOUT_HEADERS, SHIM])
+def test_finder_refuses_what_cannot_carry_the_project(tmp_path: Path, wrong: str):
+    fake(tmp_path / "bin/python3", wrong)
+    found = find(tmp_path)
+    assert (found.returncode, found.stdout) == (1, "")
+    assert len(found.stderr.splitlines()) == 1
+    assert "uv python install 3.12" in found.stderr
+
+
+def test_finder_looks_into_pyenv_and_uv(tmp_path: Path):
+    fake(tmp_path / "home/.pyenv/versions/3.12.1/bin/python")
+    assert find(tmp_path).stdout.strip() == PYTHON
+    fake(tmp_path / "elsewhere/versions/3.13.0/bin/python")
+    assert find(tmp_path, HOME="/nowhere", PYENV_ROOT=str(tmp_path / "elsewhere")).stdout.strip() == PYTHON
+
+    uv = tmp_path / "bin/uv"
+    uv.parent.mkdir()
+    uv.write_text(f'#!/bin/sh\n[ "$*" = "python find --python-preference only-managed 3.13" ] && echo "{PYTHON}"\n')
+    uv.chmod(0o755)
+    assert find(tmp_path, HOME="/nowhere").stdout.strip() == PYTHON
+
+
+def test_finder_takes_the_named_one_and_no_other(tmp_path: Path):
+    fake(tmp_path / "bin/python3")
+    named = fake(tmp_path / "named")
+    assert find(tmp_path, PYTHON=str(named)).stdout.strip() == PYTHON
+    old = fake(tmp_path / "old", OLD)
+    for value, reason in ((str(old), "it is 3.11.7 and not 3.12 or 3.13"), ("/nowhere", "it does not run")):
+        refused = find(tmp_path, PYTHON=value)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert f"PYTHON={value} will not do: {reason}; " in refused.stderr
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """The Makefile with an interpreter that only notes what it is asked; pip fails while a file BROKEN is there."""
+    (tmp_path / "launch").mkdir()
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    finder = tmp_path / "launch/find-python.sh"
+    finder.write_text("#!/bin/sh\necho ./python\n")
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\necho "$@" >>calls\n'
+        'case "$2" in\nvenv) mkdir -p "$3/bin" && cp python "$3/bin/python" ;;\npip) [ ! -e BROKEN ] ;;\nesac\n'
+    )
+    for script in (finder, python):
+        script.chmod(0o755)
+    return tmp_path
+
+
+def build(tree: Path) -> tuple[int, list[str]]:
+    """Run ``make venv``; returns its status and what the interpreters were asked to do: venv, pip."""
+    (tree / "calls").unlink(missing_ok=True)
+    # An outer make would hand its flags and its PYTHON down.
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "PYTHON"))}
+    status = subprocess.run(["make", "venv"], cwd=tree, env=env, capture_output=True, timeout=60).returncode
+    calls = tree / "calls"
+    return status, re.findall(r"^-m (venv|pip)", calls.read_text(), re.MULTILINE) if calls.exists() else []
+
+
+def test_make_reuses_a_complete_environment(tree: Path):
+    assert build(tree) == (0, ["venv", "pip", "pip"])
+    assert build(tree) == (0, [])
+    for name in ("pyproject.toml", "constraints.txt"):
+        os.utime(tree / name, (2**31, 2**31))
+        assert build(tree) == (0, ["pip", "pip"]), "brought up to date in place"
+        os.utime(tree / name, (0, 0))
+
+
+def test_an_interrupted_install_does_not_look_complete(tree: Path):
+    (tree / "BROKEN").touch()
+    status, calls = build(tree)
+    assert status != 0 and calls == ["venv", "pip"]
+    (tree / ".venv/half-installed").touch()
+    (tree / "BROKEN").unlink()
+    assert build(tree) == (0, ["venv", "pip", "pip"])
+    assert not (tree / ".venv/half-installed").exists()
+
+
+def test_an_interrupted_update_does_not_look_complete(tree: Path):
+    build(tree)
+    os.utime(tree / "constraints.txt", (2**31, 2**31))
+    (tree / "BROKEN").touch()
+    assert build(tree)[0] != 0
+    (tree / "BROKEN").unlink()
+    assert build(tree) == (0, ["venv", "pip", "pip"])
+
+
+def test_everything_that_make_installs_has_an_exact_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = re.search(r"--editable '\.\[(.*)\]'", (ROOT / "Makefile").read_text())
+    assert extras is not None
+    declared = [*project["dependencies"]]
+    for extra in extras[1].split(","):
+        declared += project["optional-dependencies"][extra]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
+    pinned = {normalized(line.partition("==")[0]) for line in lines}
+    assert [name for name in declared if normalized(re.match(r"[\w.-]+", name)[0]) not in pinned] == []
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_what_a_person_types_starts_without_torch():
+    """Login nodes have no torch, and its import takes seconds that ``--help`` should not cost."""
+    code = "import sys, s3_megatron.cli, s3_megatron.demo.__main__; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True, capture_output=True, text=True
+    )
+    assert not {"torch", "megatron"} & set(loaded.stdout.split())

@@ -1,0 +1,3 @@
+"""What a script imports from its own folder."""
+
+GREETING = "found its own folder"

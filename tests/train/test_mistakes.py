@@ -1,0 +1,159 @@
+"""What a user gets wrong: one line that names it, before any rank has built anything."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import sentencepiece
+
+from s3_megatron import rehearsal
+from s3_megatron.errors import S3Error
+from s3_megatron.train import entry
+from tests.launcher import torchrun
+from tests.train.tiny import FLAGS, MOCK
+
+
+@pytest.fixture(scope="module")
+def gpt() -> Iterator[ModuleType]:
+    """The entry's module in this process, on one rehearsed rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        entry.prepare([], rehearse=True)
+        from s3_megatron.engines.megatron import uninstall
+        from s3_megatron.train import gpt
+
+        yield gpt
+        uninstall()
+        rehearsal.deactivate()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 60 tokens."""
+    prefix = tmp_path_factory.mktemp("tokenizer") / "tiny"
+    text = [" ".join(sys.stdlib_module_names)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(prefix), vocab_size=60, minloglevel=2
+    )
+    return prefix.with_suffix(".model")
+
+
+def refusal(gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, *flags: str) -> str:
+    """Train with ``flags``; returns the line that a user would see."""
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.training.global_vars import destroy_global_vars
+
+    rehearsed = ["--distributed-backend", "gloo", "--transformer-impl", "local"]
+    one_rank = [*FLAGS, "--global-batch-size", "4", "--train-iters", "1"]
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt", *one_rank, *rehearsed, *flags])
+    try:
+        with pytest.raises(S3Error) as refused:
+            gpt.train()
+    finally:
+        destroy_global_vars()
+        unset_num_microbatches_calculator()
+    line = str(refused.value)
+    assert "\n" not in line
+    return line
+
+
+def test_data_files_that_are_not_there_are_named(
+    gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "half.bin").touch()
+    data = ["0.5", str(tmp_path / "none"), "0.5", str(tmp_path / "half")]
+    null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "255"]
+    for flag in ("--data-path", "--train-data-path"):
+        line = refusal(gpt, monkeypatch, *null, "--split", "1,0,0", flag, *data)
+        for missing in ("none.bin", "none.idx", "half.idx"):
+            assert str(tmp_path / missing) in line
+        assert "half.bin" not in line
+
+    line = refusal(gpt, monkeypatch, *null, "--data-args-path", str(tmp_path / "list.txt"))
+    assert f"--data-args-path {tmp_path / 'list.txt'} is not a file" in line
+    assert "--mock-data" in refusal(gpt, monkeypatch, *null), "no data at all"
+
+
+def test_a_tokenizer_that_is_not_there_is_named(
+    gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    piece = ["--mock-data", "--tokenizer-type", "GPTSentencePieceTokenizer"]
+    model = str(tmp_path / "none.model")
+    line = refusal(gpt, monkeypatch, *piece, "--tokenizer-model", model)
+    assert f"--tokenizer-model {model} is not a file" in line
+    assert "give --tokenizer-model" in refusal(gpt, monkeypatch, *piece)
+    words = ["--mock-data", "--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", model]
+    assert f"--vocab-file {model} is not a file" in refusal(gpt, monkeypatch, *words)
+
+
+@pytest.mark.parametrize("flag", ["--vocab-size", "--padded-vocab-size"])
+def test_a_vocabulary_larger_than_the_models_is_refused(
+    gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, tokenizer: Path, flag: str
+) -> None:
+    """Megatron 0.19.2 ignores a small --vocab-size and, with a small --padded-vocab-size, trains until a token is out
+    of range."""
+    model = ["--tokenizer-type", "GPTSentencePieceTokenizer", "--tokenizer-model", str(tokenizer)]
+    line = refusal(gpt, monkeypatch, "--mock-data", *model, flag, "59")
+    assert f"({tokenizer}) has 60 tokens, more than {flag} 59" in line
+    assert "at least 60" in line
+
+
+def test_flags_of_other_scripts_are_refused(gpt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = refusal(gpt, monkeypatch, *MOCK, "--fim-data")
+    assert line.startswith("--fim-data is not for this script")
+    assert "s3_megatron.train.run" in line
+
+
+def test_the_engines_refusals_arrive_as_they_are(gpt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--s3-p" in refusal(gpt, monkeypatch, *MOCK, "--optimizer", "s3", "--s3-p", "0.5")
+
+
+def test_a_script_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from s3_megatron.train import run
+
+    monkeypatch.setattr(sys, "argv", ["run", "--rehearsal", "nowhere.py", "--lr", "1"])
+    with pytest.raises(SystemExit) as stop:
+        run.main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("s3_megatron: error: nowhere.py is not a file")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.distributed
+def test_an_unknown_flag_ends_every_rank_with_one_line() -> None:
+    """Megatron's own answer is its usage, hundreds of lines from every rank."""
+    run = torchrun(
+        ["-m", "s3_megatron.train.pretrain_gpt", "--rehearsal", *FLAGS, "--lerning-rate", "1"], 2, timeout=140
+    )
+    assert run.returncode != 0
+    assert run.stderr.count("s3_megatron: error: unrecognized arguments: --lerning-rate 1") == 1
+    assert "usage:" not in run.stderr
+    assert "exitcode  : 2" in run.stderr, "torchrun's summary of the rank that ended first"
+    assert "REHEARSAL" in run.stderr
+
+
+LONELY = """
+import torch.distributed as dist
+from s3_megatron.errors import S3Error
+from s3_megatron.train.entry import one_line_errors
+with one_line_errors():
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if dist.get_rank() == 1:
+        raise S3Error("seen by rank 1 alone")
+    dist.barrier()
+"""
+
+
+@pytest.mark.distributed
+def test_a_mistake_that_rank_1_alone_sees_is_said_and_nobody_hangs(tmp_path: Path) -> None:
+    """The last rank alone writes metrics; its mistake must not be lost because rank 0 is the one that prints."""
+    script = tmp_path / "lonely.py"
+    script.write_text(LONELY)
+    run = torchrun([str(script)], nproc=2, timeout=60)
+    assert run.returncode != 0
+    assert run.stderr.count("s3_megatron: error: seen by rank 1 alone") == 1
+    assert "exitcode  : 2" in run.stderr

@@ -1,0 +1,43 @@
+"""The size of Adam's update, read from its state, is the distance that its step moved the weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from s3_megatron.watch.updates import adam_update_statistics
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
+def test_adams_update_is_what_moved_the_weights(kind: type[torch.optim.Optimizer]) -> None:
+    """In float64 and with a rate of 1, so that rounding the weight hides nothing; decay off, since it is left out."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((5, 3), (7,), (0,))]
+    groups = [{"params": params[:1]}, {"params": params[1:], "betas": (0.5, 0.9)}]
+    optimizer = kind(groups, lr=1.0, weight_decay=0.0)
+    for _ in range(3):
+        before = [param.detach().clone() for param in params]
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+    moved = torch.cat([(a - b).abs().flatten() for a, b in zip(before, params, strict=True)]).detach()
+    torch.testing.assert_close(
+        adam_update_statistics(optimizer), torch.stack([moved.sum(), moved.max()]), rtol=1e-9, atol=0.0
+    )
+
+
+def test_adams_update_exceeds_1_and_is_seen_to() -> None:
+    """Theorem 1: |m|/sqrt(v) reaches 7.27 at (0.9, 0.999); here after silence and one burst."""
+    param = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([param], lr=1.0, betas=(0.9, 0.999), eps=0.0, weight_decay=0.0)
+    for step in range(3000):
+        param.grad = torch.full((1,), 1e-6 if step < 2988 else 1.0)
+        optimizer.step()
+    assert adam_update_statistics(optimizer)[1] > 5.0
+
+
+def test_optimizers_of_another_kind_count_as_nothing() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([param], lr=0.1, momentum=0.9)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert adam_update_statistics(optimizer).tolist() == [0.0, 0.0]
