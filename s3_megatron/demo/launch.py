@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -56,6 +57,7 @@ class Training:
         self.log = folder / "log.txt"
         self._log_start = self.log.stat().st_size if self.log.exists() else 0
         self._tail = Tail(folder)
+        self._family: list[psutil.Process] = []
         with self.log.open("ab") as file:
             self._process = subprocess.Popen(
                 command,
@@ -72,15 +74,17 @@ class Training:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ask torchrun to end, which passes it on to the ranks; after PATIENCE end them all."""
+        """Ask torchrun to end, which passes it on to the ranks; after PATIENCE end whatever is left."""
         if self._process.poll() is None:
-            family = [*self._ranks(), psutil.Process(self.pid)]
+            self._family = self._descendants()
             self._process.send_signal(signal.SIGTERM)
-            _, alive = psutil.wait_procs(family, timeout=PATIENCE)
-            for process in alive:
+            psutil.wait_procs([*self._family, psutil.Process(self.pid)], timeout=PATIENCE)
+            self._process.kill()
+        for process in self._family:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-            psutil.wait_procs(alive, timeout=PATIENCE)
-            self._process.wait()
+        psutil.wait_procs(self._family, timeout=PATIENCE)
+        self._process.wait()
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Yield what the run logs until it has ended."""
@@ -96,8 +100,13 @@ class Training:
         return self._process.pid
 
     def kill_last_rank(self) -> None:
-        """Send SIGKILL to the rank with the highest number, as a node's failure or the OOM killer would."""
-        max(self._ranks(), key=lambda rank: int(rank.environ()["RANK"])).kill()
+        """Send SIGKILL to the rank with the highest number, as a node's failure or the OOM killer would.
+
+        The helper processes of the ranks (Megatron writes checkpoints with some) would outlive them: they are
+        remembered, and end with the ``with`` block.
+        """
+        self._family = self._descendants()
+        max(psutil.Process(self.pid).children(), key=lambda rank: int(rank.environ()["RANK"])).kill()
 
     def check(self) -> None:
         """Raise S3Error with the reasons found in the log when the run has failed."""
@@ -105,8 +114,8 @@ class Training:
         if status:
             raise S3Error(f"training ended with status {status}: {self._reason()} (whole log: {self.log})")
 
-    def _ranks(self) -> list[psutil.Process]:
-        return psutil.Process(self.pid).children()
+    def _descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.pid).children(recursive=True)
 
     def _reason(self) -> str:
         with self.log.open("rb") as file:

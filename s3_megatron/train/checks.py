@@ -13,6 +13,7 @@ from s3_megatron.errors import S3Error
 
 # Other models, and batches that are made otherwise: gpt.py would pass over these flags in silence.
 _OTHER_SCRIPTS = (
+    "yaml_cfg",  # first: what it gives lacks the other names
     "sft",
     "fim_data",
     "dataloader_inter_document_masking",

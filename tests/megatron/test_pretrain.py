@@ -1,6 +1,8 @@
 """S3 in real pretraining runs of a tiny GPT: layouts, overlap, resuming on other ranks, and the stock road."""
 
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,16 +23,24 @@ def train(command: list[str], nproc: int, watch: Path) -> dict[int, float]:
     return {iteration: event["lm_loss"] for iteration, event in read_metrics(watch).train.items()}
 
 
+Base = Callable[[str | None], tuple[Path, dict[int, float]]]
+
+
 @pytest.fixture(scope="module")
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, float]]:
-    """An uninterrupted run on 2 data-parallel ranks, and its checkpoint of iteration 4, in one precision."""
-    folder, watch = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("watch")
-    command = flags(iterations=LAST, precision=request.param, checkpoints=folder, save_every=SAVED_AT)
-    seen = train(command, nproc=2, watch=watch)
-    assert sorted(seen) == list(range(1, LAST + 1))
-    shutil.rmtree(folder / f"iter_{LAST:07d}")
-    (folder / "latest_checkpointed_iteration.txt").write_text(str(SAVED_AT))
-    return folder, seen
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """An uninterrupted run on 2 data-parallel ranks in one precision, and its checkpoint of iteration 4; made once."""
+
+    @functools.cache
+    def run(precision: str | None) -> tuple[Path, dict[int, float]]:
+        folder, watch = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("watch")
+        command = flags(iterations=LAST, precision=precision, checkpoints=folder, save_every=SAVED_AT)
+        seen = train(command, nproc=2, watch=watch)
+        assert sorted(seen) == list(range(1, LAST + 1))
+        shutil.rmtree(folder / f"iter_{LAST:07d}")
+        (folder / "latest_checkpointed_iteration.txt").write_text(str(SAVED_AT))
+        return folder, seen
+
+    return run
 
 
 LAYOUTS = {
@@ -43,20 +53,21 @@ LAYOUTS = {
 }
 # In bf16 only where a layout changes what is summed.
 CASES = [(None, layout) for layout in LAYOUTS] + [("bf16", "tp2-dp2"), ("bf16", "pp2-dp2")]
-# The same layout is bit-equal; another one sums in another order, and S3, like every optimizer that divides a
-# gradient by its size, turns a rounding difference of a gradient near zero into a visible step.
-TOLERANCE = {None: 2e-5, "bf16": 2e-3}
+# The same layout is bit-equal. Another one sums in another order, and S3, like every optimizer that divides a gradient
+# by its size, turns a rounding difference of a gradient near zero into a step; over these 4 iterations the losses were
+# seen to differ by 9e-8 in fp32 and 1.1e-5 in bf16; ten times that is allowed.
+TOLERANCE = {None: 1e-6, "bf16": 1e-4}
 
 
-@pytest.mark.parametrize(("base", "layout"), CASES, indirect=["base"], ids=lambda value: value or "fp32")
+@pytest.mark.parametrize(("precision", "layout"), CASES, ids=lambda value: value or "fp32")
 def test_every_layout_goes_on_with_the_same_losses(
-    base: tuple[Path, dict[int, float]], layout: str, tmp_path: Path, request: pytest.FixtureRequest
+    base: Base, precision: str | None, layout: str, tmp_path: Path
 ) -> None:
     """TP=2 x DP=2 and PP=2 x DP=2 start from TP=1's own weights: PP seeds its stages apart, so only a checkpoint can
     give both the same model; and resuming on another number of ranks is what users do with it."""
-    precision = request.node.callspec.params["base"]
+    checkpoint, uninterrupted = base(precision)
     nproc, tensor_parallel, pipeline_parallel, extra = LAYOUTS[layout]
-    shutil.copytree(base[0], tmp_path / "checkpoints")
+    shutil.copytree(checkpoint, tmp_path / "checkpoints")
     command = flags(
         iterations=LAST,
         precision=precision,
@@ -67,6 +78,6 @@ def test_every_layout_goes_on_with_the_same_losses(
     )
     seen = train(command, nproc=nproc, watch=tmp_path / "watch")
     assert sorted(seen) == list(range(SAVED_AT + 1, LAST + 1)), "resumed from the checkpoint"
-    worst = max(abs(loss / base[1][iteration] - 1) for iteration, loss in seen.items())
+    worst = max(abs(loss / uninterrupted[iteration] - 1) for iteration, loss in seen.items())
     print(f"{layout} {precision}: losses differ by {worst:.1e} at most")
     assert worst <= (0.0 if layout == "dp2" else TOLERANCE[precision])
