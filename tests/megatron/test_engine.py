@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from tests.launcher import torchrun
 
 WORKER = Path(__file__).with_name("worker.py")
