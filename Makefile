@@ -9,7 +9,7 @@ SCRIPTS = $(shell git ls-files --cached --others --exclude-standard | xargs grep
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo test lint sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -17,7 +17,7 @@ help: ## list the targets
 venv: $(STAMP) ## build .venv (every other target does it by itself)
 
 # A complete environment is brought up to date in place; anything else is built from nothing.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py
 	@if [ -f $(STAMP) ]; then rm $(STAMP); else \
 	    python=$$(launch/find-python.sh) && echo "building $(VENV) with $$python" && \
 	    rm -rf $(VENV) && "$$python" -m venv $(VENV); fi
@@ -40,6 +40,9 @@ lint: $(STAMP) ## ruff, mypy, import-linter, shellcheck
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck $(SCRIPTS)
+
+sanitize: $(STAMP) ## run the C++ kernel's tests under ASan and UBSan
+	@OMP_NUM_THREADS=2 PYTHONPATH=. $(BIN)/python tests/kernels/sanitize.py
 
 clean: ## remove .venv, runs/ and every cache
 	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,9 +1,11 @@
 """`s3-megatron`: what a person types; each command is one call into the package, imported when it runs."""
 
+import json
+import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,6 +27,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Text to Megatron's token files, and a look at them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(help="What a step costs here.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 console = Console()
 errors = Console(stderr=True)
@@ -184,6 +188,67 @@ def doctor() -> None:
         findings = examine()
     console.print(table(findings))
     raise typer.Exit(0 if findings.can_train else 1)
+
+
+@bench_app.command()
+def step(
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the weights are.")] = "cpu",
+    parameters: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="Weights to step; may be given again.", show_default="1M, 30M, 200M"),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="Threads on a CPU.", show_default="one a core")
+    ] = None,
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds; a time is their median.")] = 9,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write everything measured there too.")
+    ] = None,
+) -> None:
+    """Time an optimizer step of S3 and of Adam: kernels, sizes, one tensor and a thousand."""
+    import torch
+
+    from s3_megatron.bench import step as bench
+
+    if device not in ("cpu", "cuda"):
+        raise S3Error(f"--device is {device}: it must be cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise S3Error("--device cuda needs a GPU, and torch sees none; what its kernel moves: s3-megatron bench triton")
+    sizes = parameters or [1_000_000, 30_000_000, 200_000_000]
+    if min(sizes) <= bench.SHARDS:
+        raise S3Error(f"--parameters is {min(sizes)}: it must be more than {bench.SHARDS}, one for each tensor")
+    with errors.status("measuring") as status:
+        result = bench.measure(device, sizes, threads or len(os.sched_getaffinity(0)), repeats, status.update)
+    for table in bench.tables(result):
+        console.print(table)
+    _line(f"stream {result.stream:.1f} GB/s on {result.machine['processor']}, kernel: {result.machine['kernel']}")
+    for reason in result.missing:
+        _line(f"not measured: {reason}")
+    _write_json(json_file, bench.as_json(result, shlex.join(["s3-megatron", *sys.argv[1:]])))
+
+
+@bench_app.command()
+def triton(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write everything counted there too.")
+    ] = None,
+) -> None:
+    """Compile the GPU kernel for four GPUs and count what it moves; needs no GPU."""
+    from s3_megatron.bench import audit
+
+    with errors.status("compiling"):
+        rows = audit.rows()
+    console.print(audit.table(rows))
+    _write_json(json_file, audit.as_json(rows, shlex.join(["s3-megatron", *sys.argv[1:]])))
+
+
+def _write_json(path: Path | None, content: dict[str, Any]) -> None:
+    if path is None:
+        return
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.replace(path)
+    _line(f"wrote {path}")
 
 
 def _line(text: str) -> None:

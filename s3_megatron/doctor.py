@@ -43,6 +43,17 @@ from s3_megatron.engines.megatron import install
 install()
 import megatron.training.training
 """,
+    # Compiles the C++ kernel if it must: half a minute.
+    "kernels": """
+from s3_megatron.kernels import cpu, triton
+obstacles = {"C++": cpu.unavailable(), "Triton": triton.unavailable()}
+found["works_on"] = ["any device: foreach"]
+if obstacles["C++"] is None:
+    found["works_on"].append(f"CPU: C++ ({cpu.loop_name()})")
+if obstacles["Triton"] is None:
+    found["works_on"].append("GPU: Triton")
+found["obstacles"] = {name: obstacle for name, obstacle in obstacles.items() if obstacle}
+""",
     "deepspeed": "import deepspeed",
     "sentencepiece": "import sentencepiece",
     "transformers": "import transformers",
@@ -141,8 +152,17 @@ def _core(probes: dict[str, _Probe]) -> list[Finding]:
         gpu,
         _megatron(engine),
         _engine(engine, bool(gpus)),
-        Finding("kernels", OK, "foreach (any device)"),
+        _kernels(probes["kernels"], bool(gpus)),
     ]
+
+
+def _kernels(probe: _Probe, gpu: bool) -> Finding:
+    if probe.error:
+        return Finding("kernels", BAD, probe.error)
+    # Without a GPU its kernel is not missed.
+    missed = {name: why for name, why in probe.found["obstacles"].items() if gpu or name != "Triton"}
+    advice = "; ".join(f"not {name}: {why}" for name, why in missed.items())
+    return Finding("kernels", OPTIONAL if missed else OK, ", ".join(probe.found["works_on"]), advice)
 
 
 def _megatron(engine: _Probe) -> Finding:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from s3_megatron.kernels import formats
+
 # What torch._foreach_* takes and gives.
 type Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -20,40 +22,31 @@ def s3_step_(
     weight_decay: float,
     nesterov: bool,
     maximize: bool = False,
+    scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    model_params: Tensors = (),
     statistics: Tensor | None = None,
+    rounding_seed: Tensor | None = None,
 ) -> None:
-    """Move every parameter by one S3 step.
+    """Move every parameter by one S3 step; for arguments and effects see ``kernels.op``.
 
-    The state is m and the root ``r = s^(1/p)`` (SPEC section 2): the root has the range of the gradient itself,
-    where float32 ``|g|^3`` loses gradients under 6e-13 and overflows at 7e12.
-
-    Args:
-        params: weights, any floating dtype, all on one device (modified in place).
-        grads: gradients of the same shapes; never modified. A coordinate whose gradient is not finite (or beyond
-            half the range of the state's dtype) keeps its weight, m and r bit for bit.
-        exp_avgs: m, float32 or float64 (modified in place).
-        exp_avg_roots: r, same dtype as m (modified in place).
-        lr: learning rate; a 0-dim tensor is used without a host synchronisation.
-        beta1: decay of m, in [0, 1).
-        beta2: decay of s, in [0, 1). If it equals beta1 the update is clamped to [-1, 1]: |n/b| < 1 in exact
-            arithmetic, and float32 rounding reaches 1 + 1.1e-6. Betas apart have a larger bound and no clamp.
-        p: exponent of the denominator, >= 1.
-        weight_decay: decoupled, ``x <- x - lr * (update + weight_decay * x)``.
-        nesterov: look ahead by one step, as Algorithm 1 does.
-        maximize: ascend instead of descending; the decay still shrinks.
-        statistics: optional float64 tensor of two elements, [sum of |update|, max of |update|], to which this call
-            adds its own (modified in place).
+    The tensors of one kind may differ in dtype here, but for the states'.
     """
-    dtype = exp_avgs[0].dtype
+    old_m, old_r = [formats.read(x) for x in exp_avgs], [formats.read(x) for x in exp_avg_roots]
+    dtype = old_m[0].dtype
     g = [grad.to(dtype) for grad in grads]
+    if scale is not None:
+        g = [x * scale for x in g]
     if maximize:
         g = list(torch._foreach_neg(g))
-    # Half the range, or g - m overflows and leaves an infinite m behind; NaN compares false.
-    limit = torch.finfo(dtype).max / 2
-    finite = [x.abs() <= limit for x in g]
+    # A quarter of the range, or g - m overflows and leaves an infinite m behind; NaN compares false.
+    limit = torch.finfo(dtype).max / 4
+    moving = [x.abs() <= limit for x in g]
+    if found_inf is not None:
+        moving = [ok & (found_inf == 0) for ok in moving]
 
-    m = _average(exp_avgs, g, beta1)
-    r, b = _next_roots(exp_avg_roots, torch._foreach_abs(g), beta2=beta2, p=p)
+    m = _average(old_m, g, beta1)
+    r, b = _next_roots(old_r, torch._foreach_abs(g), beta2=beta2, p=p)
     if nesterov:
         n = _average(m, g, beta1)
     else:
@@ -67,17 +60,30 @@ def s3_step_(
         torch._foreach_clamp_min_(update, -1.0)
         torch._foreach_clamp_max_(update, 1.0)
 
-    # From here on non-finite gradients select the old value; multiplying by zero would write NaN.
-    update = [torch.where(ok, u, 0.0) for ok, u in zip(finite, update, strict=True)]
+    # From here on broken gradients select the old value; multiplying by zero would write NaN.
+    update = [torch.where(ok, u, 0.0) for ok, u in zip(moving, update, strict=True)]
     if statistics is not None:
-        _accumulate(statistics, update)
-    for i, ok in enumerate(finite):
-        exp_avgs[i].copy_(torch.where(ok, m[i], exp_avgs[i]))
-        exp_avg_roots[i].copy_(torch.where(ok, r[i], exp_avg_roots[i]))
+        _accumulate(statistics, update, g, found_inf)
+    first = 0
+    for i, ok in enumerate(moving):
+        seed = rounding_seed
+        formats.write_(exp_avgs[i], torch.where(ok, m[i], old_m[i]), seed=seed, first=first)
+        if seed is not None:
+            seed = seed ^ 0x5BD1E995  # r's noise must not be m's
+        formats.write_(exp_avg_roots[i], torch.where(ok, r[i], old_r[i]), seed=seed, first=first)
+        first += m[i].numel()
         # Low-precision weights are moved in the state's precision and rounded once.
         x = params[i].to(dtype)
-        moved = x - lr * (update[i] + weight_decay * x)
-        params[i].copy_(torch.where(ok, moved, x))
+        moved = torch.where(ok, x - lr * (update[i] + weight_decay * x), x)
+        params[i].copy_(moved)
+        if model_params:
+            model = model_params[i]
+            # A broken coordinate's model weight is its master's all the same; a step that does nothing writes nothing.
+            model.copy_(moved if found_inf is None else torch.where(found_inf == 0, moved.to(model.dtype), model))
+
+
+def unavailable() -> None:
+    """Return None: torch has what this needs everywhere."""
 
 
 def _next_roots(roots: Tensors, magnitudes: Tensors, *, beta2: float, p: float) -> tuple[Tensors, Tensors]:
@@ -120,12 +126,22 @@ def _root(tensors: Tensors, p: float) -> Tensors:
     return torch._foreach_sqrt(tensors) if p == 2 else torch._foreach_pow(tensors, 1 / p)
 
 
-def _accumulate(statistics: Tensor, updates: Tensors) -> None:
-    """Add sum and maximum of |update| to ``statistics`` (modified in place), without a host synchronisation."""
-    magnitudes = [u.abs() for u in updates if u.numel()]
-    if not magnitudes:
+def _accumulate(statistics: Tensor, updates: Tensors, grads: Tensors, found_inf: Tensor | None) -> None:
+    """Add this step's statistics (modified in place) without a host synchronisation; see ``kernels.op``."""
+    elements = sum(u.numel() for u in updates)
+    if not elements:
         return
-    total = torch.stack([x.sum(dtype=torch.float64) for x in magnitudes]).sum()
-    largest = torch.stack([x.max() for x in magnitudes]).max()
-    statistics[0] += total
+    pairs = [(u, g) for u, g in zip(updates, grads, strict=True) if u.numel()]
+    sums = torch.stack(
+        [
+            torch.stack([u.abs().sum(dtype=torch.float64) for u, _ in pairs]).sum(),
+            # The maximum's place: nothing to add.
+            torch.zeros((), dtype=torch.float64, device=statistics.device),
+            torch.stack([(u.abs() > 0.9).sum() for u, _ in pairs]).sum().double(),
+            torch.stack([((u > 0) & (g > 0) | (u < 0) & (g < 0)).sum() for u, g in pairs]).sum().double(),
+            torch.full((), float(elements), dtype=torch.float64, device=statistics.device),
+        ]
+    )
+    statistics += sums if found_inf is None else torch.where(found_inf == 0, sums, 0.0)
+    largest = torch.stack([u.abs().max() for u, _ in pairs]).max()
     statistics[1] = torch.maximum(statistics[1], largest.to(torch.float64))

@@ -1,7 +1,7 @@
 """S3 as a ``torch.optim.Optimizer``."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any, overload
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
-from s3_megatron.kernels import foreach
+from s3_megatron.kernels.op import IMPLEMENTATIONS, Implementation, step_
 
 # Megatron-LM and DeepSpeed find optimizer state in their checkpoints by Adam's two names, so S3 goes by them:
 # m in the first, the root r = s^(1/p) in the second.
@@ -24,13 +24,12 @@ STATE_FORMAT = "exp_avg=m, exp_avg_sq=s^(1/p)"
 class S3(torch.optim.Optimizer):
     """SoftSignSGD (arXiv 2507.06464, Algorithm 1): each weight moves by at most the learning rate.
 
-    The state is two float32 tensors a parameter (float64 for float64 parameters), shaped like it and allocated at
-    the first step: m, and the root r = s^(1/p). There is no step counter, no bias correction and no eps. A gradient
-    coordinate that is not finite leaves its weight and state untouched. Parameters in bfloat16 or float16 are moved
-    in float32 and rounded once.
+    The state is two tensors a parameter, shaped like it and allocated at the first step: m, and the root r = s^(1/p).
+    There is no step counter, no bias correction and no eps. A gradient coordinate that is not finite leaves its
+    weight and state untouched. Parameters in bfloat16 or float16 are moved in float32 and rounded once.
 
     Args:
-        params: parameters, or dicts defining param groups; any argument below can be set per group.
+        params: parameters, or dicts defining param groups; lr to maximize can be set per group.
         lr: learning rate, >= 0; the largest distance a weight moves in one step.
         beta: decay of both averages, in [0, 1).
         p: exponent of the denominator, a finite number >= 1. 1, 2 and 3 are the fast ones.
@@ -39,13 +38,29 @@ class S3(torch.optim.Optimizer):
         nesterov: look ahead one step in numerator and denominator, as Algorithm 1 does.
         betas: decays of m and s apart, for ablations; overrides ``beta``. Then |update| may exceed 1 (Theorem 2).
         maximize: maximize the objective instead of minimizing it.
+        implementation: the kernel: "auto" takes the best that works where the tensors are, and logs which; or
+            "foreach", "cpu" (C++), "triton".
+        state_dtype: dtype of m and r: torch.float32, or torch.bfloat16 for half the memory. Float64 parameters
+            always have float64 states.
+        rounding_seed: if given, bfloat16 states are rounded stochastically with noise of this seed, which counts up
+            in the param groups and so in checkpoints; if None, to nearest even.
+        capturable: keep what changes between steps (lr, the seed) in tensors on the parameters' device, so that a
+            step can be captured in a CUDA graph.
 
     Raises:
         S3Error: (a ValueError) for a hyperparameter out of range, a complex or integer parameter, a sparse gradient,
-            or a loaded state that is not S3's.
+            an implementation that cannot run, or a loaded state that is not S3's.
     """
 
-    # [sum, max] of |update| over the last step, float64, if somebody put a tensor of two zeros here.
+    # What an engine hands over for a single pass (see kernels.op): gradients that are not in ``param.grad``, and the
+    # model's low-precision copy of a weight to write; and one float32 each on the device, the gradients' factor and the
+    # flag that makes a step do nothing.
+    grads: Mapping[Tensor, Tensor] = {}
+    model_params: Mapping[Tensor, Tensor] = {}
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    # Over the last step, if somebody put five float64 zeros here: see ``statistics`` in kernels.op.
     update_statistics: Tensor | None = None
 
     def __init__(
@@ -59,7 +74,20 @@ class S3(torch.optim.Optimizer):
         nesterov: bool = True,
         betas: tuple[float, float] | None = None,
         maximize: bool = False,
+        implementation: Implementation = "auto",
+        state_dtype: torch.dtype = torch.float32,
+        rounding_seed: int | None = None,
+        capturable: bool = False,
     ) -> None:
+        if implementation not in IMPLEMENTATIONS:
+            raise S3Error(f"implementation is {implementation!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
+        if state_dtype not in (torch.float32, torch.bfloat16):
+            raise S3Error(f"state_dtype is {state_dtype}: it must be torch.float32 or torch.bfloat16")
+        if rounding_seed is not None and state_dtype != torch.bfloat16:
+            raise S3Error("rounding_seed is for state_dtype=torch.bfloat16: float32 states are not rounded")
+        self.implementation = implementation
+        self.state_dtype = state_dtype
+        self.capturable = capturable
         defaults = {
             "lr": lr,
             "betas": (beta, beta) if betas is None else tuple(betas),
@@ -67,10 +95,16 @@ class S3(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "maximize": maximize,
+            "rounding_seed": rounding_seed,
             STATE_MARK: STATE_FORMAT,
         }
         _check_hyperparameters(defaults)
         super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's own leaves out what it does not know, and a copy would lack it.
+        kept = ("implementation", "state_dtype", "capturable")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with their own hyperparameters; ``beta`` sets both ``betas``."""
@@ -80,13 +114,22 @@ class S3(torch.optim.Optimizer):
             group["betas"] = (beta, beta)
         _check_hyperparameters({**self.defaults, **group})
         super().add_param_group(group)
-        for param in self.param_groups[-1]["params"]:
+        added = self.param_groups[-1]
+        for param in added["params"]:
             if not param.is_floating_point():
                 self.param_groups.pop()
                 raise S3Error(
                     f"S3 cannot train a parameter of dtype {param.dtype}: it takes real floating-point parameters; "
                     "view a complex parameter as real (torch.view_as_real) or leave it out"
                 )
+        if added["rounding_seed"] is not None:
+            # Groups must not share their noise.
+            added["rounding_seed"] += (len(self.param_groups) - 1) << 40
+        if self.capturable and added["params"]:
+            device = added["params"][0].device
+            for name, dtype in (("lr", torch.float32), ("rounding_seed", torch.int64)):
+                if added[name] is not None:
+                    added[name] = torch.as_tensor(added[name], dtype=dtype).to(device)
 
     def allocate_state(self) -> None:
         """Allocate zero state for every parameter that has none; ``step`` does so where there is a gradient."""
@@ -98,8 +141,11 @@ class S3(torch.optim.Optimizer):
         state: dict[str, Tensor] = self.state[param]
         for name in (EXP_AVG, EXP_AVG_ROOT):
             if name not in state:
-                state[name] = torch.zeros_like(param, dtype=_state_dtype(param), requires_grad=False)
+                state[name] = torch.zeros_like(param, dtype=self._state_dtype(param), requires_grad=False)
         return state
+
+    def _state_dtype(self, param: Tensor) -> torch.dtype:
+        return torch.float64 if param.dtype == torch.float64 else self.state_dtype
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -119,36 +165,59 @@ class S3(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        buckets: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], ...]] = {}
-        for param in group["params"]:
-            if param.grad is None:
-                continue
-            if param.grad.is_sparse:
-                raise S3Error("S3 does not take sparse gradients: build the embedding with sparse=False")
-            state = self._state_of(param)
-            key = (param.device, state[EXP_AVG].dtype)
-            row = (param, param.grad, state[EXP_AVG], state[EXP_AVG_ROOT])
-            for column, tensor in zip(buckets.setdefault(key, ([], [], [], [])), row, strict=True):
-                column.append(tensor)
-        beta1, beta2 = group["betas"]
-        for params, grads, exp_avgs, exp_avg_roots in buckets.values():
-            foreach.s3_step_(
+        seed = group["rounding_seed"]
+        for params, grads, exp_avgs, exp_avg_roots, models in self._buckets(group):
+            device = params[0].device
+            (torch.ops.s3.step_ if torch.compiler.is_compiling() else step_)(
                 params,
                 grads,
                 exp_avgs,
                 exp_avg_roots,
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2,
+                models,
+                self.update_statistics,
+                torch.as_tensor(group["lr"], dtype=None if isinstance(group["lr"], Tensor) else torch.float64),
+                self.grad_scale,
+                self.found_inf,
+                None if seed is None else torch.as_tensor(seed, device=device),
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
                 p=group["p"],
                 weight_decay=group["weight_decay"],
                 nesterov=group["nesterov"],
                 maximize=group["maximize"],
-                statistics=self.update_statistics,
+                implementation=self.implementation,
             )
+        if isinstance(seed, Tensor):
+            seed += 1
+        elif seed is not None:
+            group["rounding_seed"] = seed + 1
+
+    def _buckets(self, group: dict[str, Any]) -> Iterable[tuple[list[Tensor], ...]]:
+        """Sort a group's tensors by device and dtypes: parameters, gradients, m, r and model parameters."""
+        # Shards come by the thousand, and a step of a small one takes a microsecond: what can be is looked up once.
+        buckets: dict[tuple[Any, ...], tuple[list[Tensor], ...]] = {}
+        grads, models = self.grads, self.model_params
+        for param in group["params"]:
+            grad = grads.get(param, param.grad) if grads else param.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise S3Error("S3 does not take sparse gradients: build the embedding with sparse=False")
+            state = self._state_of(param)
+            m, r = state[EXP_AVG], state[EXP_AVG_ROOT]
+            model = models.get(param) if models else None
+            key = (param.device, param.dtype, grad.dtype, m.dtype, None if model is None else model.dtype)
+            columns = buckets.get(key) or buckets.setdefault(key, ([], [], [], [], []))
+            columns[0].append(param)
+            columns[1].append(grad)
+            columns[2].append(m)
+            columns[3].append(r)
+            if model is not None:
+                columns[4].append(model)
+        return buckets.values()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load S3's own state; keeps the state's dtype, which torch would cast to the parameter's.
+        """Load S3's own state, in this optimizer's ``state_dtype``; torch would cast it to the parameter's dtype.
 
         Raises:
             S3Error: the state was not written by S3 (an Adam checkpoint has the same names and another meaning).
@@ -165,8 +234,8 @@ class S3(torch.optim.Optimizer):
         for index, param in zip(saved, params, strict=True):
             for name in (EXP_AVG, EXP_AVG_ROOT):
                 source = state_dict["state"].get(index, {}).get(name)
-                if source is not None and self.state[param][name].dtype != _state_dtype(param):
-                    self.state[param][name] = source.to(device=param.device, dtype=_state_dtype(param))
+                if source is not None and self.state[param][name].dtype != self._state_dtype(param):
+                    self.state[param][name] = source.to(device=param.device, dtype=self._state_dtype(param))
 
 
 def is_s3_state(param_groups: Iterable[dict[str, Any]]) -> bool:
@@ -189,10 +258,6 @@ def from_adam_state(state_dict: dict[str, Any], optimizer: S3) -> dict[str, Any]
         for ours, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
     ]
     return {"state": state, "param_groups": groups}
-
-
-def _state_dtype(param: Tensor) -> torch.dtype:
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:

@@ -120,7 +120,7 @@ class Run:
         if self.ddp.ddp_config.overlap_grad_reduce:
             self.ddp.start_grad_sync()
         self.ddp.finish_grad_sync()  # starts by itself where nothing overlaps; twice would scale twice
-        success, _, _ = self.optimizer.step()
+        success, self.grad_norm, _ = self.optimizer.step()
         return success
 
     def weights(self) -> dict[str, Tensor]:

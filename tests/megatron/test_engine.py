@@ -1,4 +1,4 @@
-"""S3 inside megatron-core's own optimizers, on 2 and 4 gloo ranks (the checks are in worker.py)."""
+"""S3 inside megatron-core's own optimizers, on 2 and 4 gloo ranks (the checks are in worker.py and passes.py)."""
 
 import json
 import re
@@ -8,8 +8,8 @@ import pytest
 
 from tests.launcher import torchrun
 
-WORKER = Path(__file__).with_name("worker.py")
-CHECKS = re.findall(r"^def (check_\w+)", WORKER.read_text(), flags=re.MULTILINE)
+SOURCES = [Path(__file__).with_name(name) for name in ("worker.py", "passes.py")]
+CHECKS = [check for file in SOURCES for check in re.findall(r"^def (check_\w+)", file.read_text(), flags=re.MULTILINE)]
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n}-ranks")

@@ -2,7 +2,7 @@
 
 import argparse
 
-import megatron.core.optimizer
+import megatron.core.optimizer.optimizer
 import megatron.core.package_info
 import megatron.training.arguments
 import megatron.training.training
@@ -21,6 +21,8 @@ REPLACED = [
     (megatron.training.training, "evaluate"),
     (megatron.training.training, "evaluate_and_print_results"),
     (megatron.core.optimizer, "get_megatron_optimizer"),
+    (megatron.core.optimizer.optimizer, "clip_grad_by_total_norm_fp32"),
+    (megatron.core.optimizer.optimizer, "get_grad_norm_fp32"),
 ]
 
 

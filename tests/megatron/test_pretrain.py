@@ -4,6 +4,7 @@ import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,11 +37,25 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
         command = flags(iterations=LAST, precision=precision, checkpoints=folder, save_every=SAVED_AT)
         seen = train(command, nproc=2, watch=watch)
         assert sorted(seen) == list(range(1, LAST + 1))
+        check_update_statistics(list(read_metrics(watch).train.values()))
         shutil.rmtree(folder / f"iter_{LAST:07d}")
         (folder / "latest_checkpointed_iteration.txt").write_text(str(SAVED_AT))
         return folder, seen
 
     return run
+
+
+def check_update_statistics(events: list[dict[str, Any]]) -> None:
+    """What S3 cannot but say of its first steps.
+
+    Of a first step every coordinate with a gradient has |u| = (1 - beta^2)^(2/3), 0.21, against its gradient, so the
+    mean says how many there are. None is beyond 0.9, then or in the second step, where |u| is at most 0.34.
+    """
+    first = events[0]
+    assert first["update_max"] == pytest.approx((1 - 0.95**2) ** (2 / 3), rel=1e-5)
+    assert first["update_agreement"] == pytest.approx(first["update_mean"] / first["update_max"], rel=1e-5)
+    assert first["update_saturated"] == events[1]["update_saturated"] == 0
+    assert all(0.5 < event["update_agreement"] < 1 for event in events[1:]), "batches differ, averages follow them"
 
 
 LAYOUTS = {

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from s3_megatron.watch.metrics import read_metrics
 from tests.launcher import torchrun
 from tests.megatron.gpt import ENTRY, flags
 
@@ -36,12 +37,14 @@ def adams_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_adam_is_bit_identical_with_s3_installed(adams_run: Path, tmp_path: Path) -> None:
     command = flags(iterations=6, optimizer="adam")
-    command += ["--tensorboard-dir", str(tmp_path), "--tensorboard-log-interval", "1"]
+    command += ["--tensorboard-dir", str(tmp_path), "--tensorboard-log-interval", "1", "--watch-dir", str(tmp_path)]
     run = torchrun(["-m", "s3_megatron.train.run", "--rehearsal", str(SCRIPT), *command], nproc=2, timeout=200)
     assert run.returncode == 0, run.stderr[-4000:]
     stock = exact_losses(adams_run / "board")
     assert [step for step, _ in stock] == [1, 2, 3, 4, 5, 6] and stock[0] != stock[-1]
     assert exact_losses(tmp_path) == stock
+    event = read_metrics(tmp_path).train[6]
+    assert event["update_mean"] > 0 and event["update_saturated"] is None and event["update_agreement"] is None
 
 
 def test_adams_checkpoint_is_refused_in_one_line(adams_run: Path, tmp_path: Path) -> None:

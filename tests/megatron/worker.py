@@ -17,6 +17,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.optimizer import DistributedOptimizer, FP32Optimizer, OptimizerConfig, ParamKey, distrib_optimizer
 
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
+from tests.megatron import passes
 from tests.megatron.harness import (
     LR,
     Run,
@@ -240,7 +241,7 @@ def main(output: Path) -> None:
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     results = {}
-    for name, check in sorted(globals().items()):
+    for name, check in sorted({**globals(), **vars(passes)}.items()):
         if name.startswith("check_"):
             try:
                 check()

@@ -189,7 +189,7 @@ def test_the_memory_layout_changes_nothing(of_param, of_grad):
 def test_any_shape_and_an_empty_one_beside_it(shape):
     x, empty = parameter(*shape), parameter(0, 3)
     optimizer, oracle = S3([empty, x], lr=0.1, weight_decay=0.1), Oracle(x)
-    optimizer.update_statistics = torch.zeros(2, dtype=torch.float64)
+    optimizer.update_statistics = torch.zeros(5, dtype=torch.float64)
     for grad in gradients(x, 3):
         x.grad, empty.grad = grad, torch.zeros_like(empty)
         oracle.step(grad, optimizer.param_groups[0])
@@ -240,12 +240,12 @@ def test_allocate_state_reserves_zeros_and_keeps_what_exists():
             assert not state.any() and not state.requires_grad
 
 
-def test_update_statistics_are_the_last_steps_sum_and_maximum():
+def test_update_statistics_are_the_last_steps():
     """Over groups and dtypes together; low-precision weights count with the update before it is rounded."""
     params = [parameter(7, dtype=dtype, seed=i) for i, dtype in enumerate(STATE_DTYPES)]
     params += [parameter(0), parameter(5), parameter(5)]  # the last one gets no gradient
     optimizer = S3([{"params": params[:2]}, {"params": params[2:], "p": 1.5}], lr=1.0, weight_decay=0.1)
-    optimizer.update_statistics = torch.full((2,), 99.0, dtype=torch.float64)
+    optimizer.update_statistics = torch.full((5,), 99.0, dtype=torch.float64)
     oracles = [Oracle(x) for x in params]
     # The second step is the smaller one: what the first left behind would show.
     for size, sign in ((1.0, 1), (0.2, -1)):
@@ -257,9 +257,10 @@ def test_update_statistics_are_the_last_steps_sum_and_maximum():
             expected.append((before - oracle.x).abs())
         optimizer.step()
         update = torch.cat(expected)
-        torch.testing.assert_close(
-            optimizer.update_statistics, torch.stack([update.sum(), update.max()]), rtol=1e-6, atol=0
-        )
+        # Signs agree but in the second step, whose gradient is too small to turn m.
+        agreeing = update.numel() if sign > 0 else 0
+        expected = torch.tensor([update.sum(), update.max(), (update > 0.9).sum(), agreeing, update.numel()])
+        torch.testing.assert_close(optimizer.update_statistics, expected.double(), rtol=1e-6, atol=0)
 
 
 def test_without_statistics_none_are_kept():

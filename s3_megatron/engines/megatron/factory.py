@@ -12,7 +12,7 @@ import torch
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer, distrib_optimizer
 from megatron.core.utils import log_single_rank
 
-from s3_megatron.engines.megatron import metrics
+from s3_megatron.engines.megatron import metrics, single_pass
 from s3_megatron.engines.megatron.checkpoint import guard_adam, guard_s3
 from s3_megatron.engines.megatron.config import S3OptimizerConfig
 from s3_megatron.errors import S3Error
@@ -82,7 +82,7 @@ def _adam_slot_builds_s3(config: S3OptimizerConfig) -> Iterator[None]:
 
 
 def _finish(part: MegatronOptimizer, config: S3OptimizerConfig) -> None:
-    """Check that S3 is in ``part``, allocate its state on the shards, and watch over its checkpoints."""
+    """Check that S3 is in ``part``, allocate its state on the shards, watch over its checkpoints, merge its passes."""
     if not isinstance(part.optimizer, S3):
         raise S3Error(f"Megatron built {type(part.optimizer).__name__} where S3 was asked for: report this version")
     init_state(part.optimizer)
@@ -91,6 +91,7 @@ def _finish(part: MegatronOptimizer, config: S3OptimizerConfig) -> None:
         part.optimizer.register_load_state_dict_post_hook(_put_steps)
     part.init_state_fn = init_state
     guard_s3(part, config)
+    single_pass.fuse(part)
 
 
 def init_state(optimizer: S3, config: Any = None) -> None:

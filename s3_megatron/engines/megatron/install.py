@@ -21,11 +21,11 @@ def install() -> None:
     if _swap.active:
         return
     _check_version()
-    import megatron.core.optimizer
+    import megatron.core.optimizer.optimizer
     import megatron.training.arguments
     import megatron.training.training
 
-    from s3_megatron.engines.megatron import config, factory, metrics
+    from s3_megatron.engines.megatron import config, factory, metrics, single_pass
 
     _swap.replace(megatron.training.arguments, "_add_training_args", config.add_flags)
     _swap.replace(megatron.training.arguments, "validate_args", config.validate)
@@ -33,6 +33,9 @@ def install() -> None:
     _swap.replace(megatron.training.training, "training_log", metrics.log_training)
     _swap.replace(megatron.training.training, "evaluate_and_print_results", metrics.remember_evaluation)
     _swap.replace(megatron.training.training, "evaluate", metrics.log_validation)
+    host = megatron.core.optimizer.optimizer
+    _swap.replace(host, "clip_grad_by_total_norm_fp32", single_pass.clip_by_norm)
+    _swap.replace(host, "get_grad_norm_fp32", single_pass.norm_of_unscaled)
     # Both modules hold the name; one wrapper serves both.
     make_optimizer = functools.cache(factory.make_optimizer)
     _swap.replace(megatron.core.optimizer, "get_megatron_optimizer", make_optimizer)

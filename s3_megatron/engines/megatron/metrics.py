@@ -39,7 +39,7 @@ def observe(parts: list[MegatronOptimizer], model_chunks: list[Any]) -> None:
         for part in parts:
             if isinstance(part.optimizer, S3):
                 device = next((p.device for group in part.param_groups for p in group["params"]), None)
-                part.optimizer.update_statistics = torch.zeros(2, dtype=torch.float64, device=device)
+                part.optimizer.update_statistics = torch.zeros(5, dtype=torch.float64, device=device)
 
 
 def log_training(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,7 +101,7 @@ def _write_training(observer: _Observer, directory: Path, called: dict[str, Any]
         if _is_writer():
             _writer(directory).write(description)
     skipped = bool(called["skipped_iter"])
-    mean, largest = _reduced_update(observer.parts)
+    updates = _reduced_updates(observer.parts)
     if not _is_writer():
         return
     now, iteration = time.perf_counter(), called["iteration"]
@@ -116,8 +116,7 @@ def _write_training(observer: _Observer, directory: Path, called: dict[str, Any]
         "lr": called["learning_rate"],
         "grad_norm": None if called["grad_norm"] is None else float(called["grad_norm"]),
         "skipped": skipped,
-        "update_mean": None if skipped else mean,
-        "update_max": None if skipped else largest,
+        **{name: None if skipped else value for name, value in updates.items()},
         "seconds": seconds,
     }
     _writer(directory).write(event)
@@ -128,7 +127,7 @@ def _mirror(event: dict[str, Any]) -> None:
     """Write the update sizes, which Megatron has not, to its TensorBoard and W&B writers."""
     from megatron.training import get_tensorboard_writer, get_wandb_writer
 
-    scalars = {name: event[name] for name in ("update_mean", "update_max") if event[name] is not None}
+    scalars = {name: value for name, value in event.items() if name.startswith("update_") and value is not None}
     if writer := get_tensorboard_writer():
         for name, value in scalars.items():
             writer.add_scalar(name, value, event["iteration"])
@@ -140,27 +139,38 @@ def _losses(losses: dict[str, Tensor]) -> dict[str, float]:
     return {name.replace(" ", "_"): float(value) for name, value in losses.items()}
 
 
-def _reduced_update(parts: list[MegatronOptimizer]) -> tuple[float | None, float | None]:
-    """Mean and max of |update| over all ranks, in units of the learning rate; None for other optimizers.
+def _reduced_updates(parts: list[MegatronOptimizer]) -> dict[str, float | None]:
+    """Mean and max of |update| over all ranks, in units of the learning rate, and for S3 the shares of its kernel.
 
-    Every rank's elements count once, so a parameter that tensor-parallel ranks hold in common weighs more.
+    ``update_saturated`` is the share of elements with |update| > 0.9, ``update_agreement`` of those that move against
+    their gradient. Every rank's elements count once, so a parameter that tensor-parallel ranks hold in common weighs
+    more. None where there is nothing to tell.
     """
     device = _device()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # sum of |update|, elements
+    # As in kernels.op: sum |u|, max |u|, count |u| > 0.9, count of the gradient's sign, elements.
+    totals = torch.zeros(5, dtype=torch.float64, device=device)
     largest = torch.zeros(1, dtype=torch.float64, device=device)
     for part in parts:
         inner = part.optimizer
         if isinstance(inner, S3):
-            statistics = inner.update_statistics
-            assert statistics is not None, "observe() sets it"
+            assert inner.update_statistics is not None, "observe() sets it"
+            statistics = inner.update_statistics.to(device)
         else:
-            statistics = adam_update_statistics(inner).to(device)
-        sums += torch.stack([statistics[0], torch.tensor(float(_elements(part)), device=device).double()])
-        largest = torch.maximum(largest, statistics[1:])
-    dist.all_reduce(sums)
+            statistics = torch.zeros_like(totals)
+            statistics[:2] = adam_update_statistics(inner)
+            statistics[4] = _elements(part)
+        totals += statistics
+        largest = torch.maximum(largest, statistics[1:2])
+    dist.all_reduce(totals)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    total, elements = sums.tolist()
-    return (total / elements, largest.item()) if elements else (None, None)
+    total, _, saturated, agreeing, elements = totals.tolist()
+    of_s3 = elements and _args().optimizer == "s3"
+    return {
+        "update_mean": total / elements if elements else None,
+        "update_max": largest.item() if elements else None,
+        "update_saturated": saturated / elements if of_s3 else None,
+        "update_agreement": agreeing / elements if of_s3 else None,
+    }
 
 
 def _describe(observer: _Observer) -> dict[str, Any]:

@@ -1,0 +1,227 @@
+"""One pass over memory where megatron-core makes four: unscale, clip, step, copy to the model's parameters.
+
+S3's kernel multiplies gradients by a factor and writes the model's low-precision weights as it goes. So here the host's
+unscaling and clipping only leave their factor in ``S3.grad_scale``, and its copy finds its work done. After a step the
+host's gradients are as the backward pass left them: scaled, and not clipped.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import optimizer as host
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MixedPrecisionOptimizer
+from torch import Tensor
+
+from s3_megatron.errors import S3Error
+from s3_megatron.optim import S3
+
+_WRITABLE = (torch.float32, torch.bfloat16, torch.float16)
+# Replaced on every part, and on those with low-precision weights or shards (megatron-core 0.19.2).
+_METHODS = ("prepare_grads", "step_with_ready_grads")
+_MIXED_METHODS = ("_unscale_main_grads_and_check_for_nan", "_copy_main_params_to_model_params")
+
+# Read where the host's functions get a list of parameters or gradients, not knowing whose they are.
+_live: WeakSet["SinglePass"] = WeakSet()
+
+
+def fuse(part: MegatronOptimizer) -> None:
+    """Let S3's step in ``part`` do the work of the host's other passes (replaces methods of this instance).
+
+    Raises:
+        S3Error: ``part`` lacks something that this goes through in megatron-core 0.19.2.
+    """
+    _live.add(SinglePass(part))
+
+
+class SinglePass:
+    """One Megatron optimizer's step, its passes merged; lives as long as the optimizer, whose methods it holds."""
+
+    def __init__(self, part: MegatronOptimizer) -> None:
+        """Replace the methods of ``part``; see ``fuse``."""
+        self.part: Any = part
+        self.inner: S3 = part.optimizer
+        # The 2-norms, unscaled, of gradients that are still scaled.
+        self.norms: dict[Tensor, Tensor] = {}
+        self._copied = False
+        self._sources: list[Tensor] = []
+        self._addresses: list[int] = []
+        self._shards: dict[Tensor, Tensor] | None = None
+        names = _METHODS + (_MIXED_METHODS if isinstance(part, MixedPrecisionOptimizer) else ())
+        _require(part, *names)
+        self._host: dict[str, Callable[[], Any]] = {name: getattr(part, name) for name in names}
+        for name in names:
+            setattr(part, name, getattr(self, name))
+
+    def prepare_grads(self) -> Any:
+        """Forget what a skipped step left, and let the host collect the gradients."""
+        self._forget()
+        return self._host["prepare_grads"]()
+
+    @torch.no_grad()
+    def _unscale_main_grads_and_check_for_nan(self) -> Any:
+        """Read the gradients' norms instead of unscaling them; tells whether one on any rank is not finite.
+
+        Every rank makes the host's one reduction, whichever way its own gradients go.
+        """
+        grads = [param.grad for param in self.part.get_parameters() if param.grad is not None]
+        # After uninstall() the host would take the norm of the scaled gradients.
+        if not grads or not hasattr(host.get_grad_norm_fp32, "__wrapped__"):
+            return self._host["_unscale_main_grads_and_check_for_nan"]()
+        norms = torch.stack(torch._foreach_norm(grads))
+        # A NaN or inf, or squares beyond float32: the host looks at every element.
+        if not norms.isfinite().all():
+            return self._host["_unscale_main_grads_and_check_for_nan"]()
+        inv_scale = self.part.grad_scaler.inv_scale
+        self.inner.grad_scale = inv_scale.reshape(1)
+        self.norms = dict(zip(grads, (norms * inv_scale).unbind(), strict=True))
+        self.part.found_inf.fill_(0.0)
+        torch.distributed.all_reduce(
+            self.part.found_inf, op=torch.distributed.ReduceOp.MAX, group=self.part.get_grad_stats_parallel_group()
+        )
+        found = self.part.found_inf.item() > 0
+        if found:
+            self._forget()
+        return found
+
+    def clip(self, coefficient: float | Tensor) -> None:
+        """Remember the factor by which the host would multiply every gradient; one above 1 is none."""
+        if not isinstance(coefficient, Tensor):
+            if not coefficient < 1.0:  # NaN too: the host leaves the gradients alone
+                return
+            device = self.part.get_parameters()[0].device
+            coefficient = torch.full((1,), coefficient, dtype=torch.float32, device=device)
+        factor = coefficient.reshape(1).clamp(max=1.0)
+        self.inner.grad_scale = factor if self.inner.grad_scale is None else self.inner.grad_scale * factor
+
+    def owns(self, parameters: Any) -> bool:
+        """Tell whether ``parameters`` are this optimizer's, all of them."""
+        mine = self.part.get_parameters()
+        return len(parameters) == len(mine) and all(a is b for a, b in zip(parameters, mine, strict=True))
+
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> Any:
+        """Step by the host's way, with the model's weights handed to S3."""
+        targets = self._targets()
+        if targets is not None:
+            self.inner.model_params = targets
+            # S3 passes over weights without a gradient; the host copies those as well.
+            self._copied = all(main.grad is not None for main in targets)
+        try:
+            return self._host["step_with_ready_grads"]()
+        finally:
+            self.inner.model_params, self._copied = {}, False
+            self._forget()
+
+    def _copy_main_params_to_model_params(self) -> None:
+        """Do nothing where the step has just written the model's weights."""
+        if not self._copied:
+            self._host["_copy_main_params_to_model_params"]()
+
+    def _forget(self) -> None:
+        self.inner.grad_scale, self.norms = None, {}
+
+    def _targets(self) -> dict[Tensor, Tensor] | None:
+        """Find the model's weight for every master; None where the host has more to do than to copy."""
+        if isinstance(self.part, Float16OptimizerWithFloat16Params):
+            _require(self.part, "float16_groups", "fp32_from_float16_groups")
+            pairs = _pairs(self.part.fp32_from_float16_groups, self.part.float16_groups)
+            return _writable(dict(pairs), [model for _, model in pairs])
+        if not isinstance(self.part, DistributedOptimizer) or _copies_otherwise(self.part):
+            return None
+        _require(self.part, "buffers", "model_param_gbuf_map", "_get_model_param_range_map")
+        sources = [bucket.param_data for buffer in self.part.buffers for bucket in buffer.buckets]
+        addresses = [source.data_ptr() for source in sources]
+        moved = addresses != self._addresses or any(a is not b for a, b in zip(sources, self._sources, strict=True))
+        if moved:
+            models = [model for group in self.part.model_float16_groups for model in group]
+            self._sources, self._addresses = sources, addresses
+            self._shards = _writable(dict(_model_shards(self.part)), models)
+        return self._shards
+
+
+def clip_by_norm(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``clip_grad_by_total_norm_fp32`` of ``megatron.core.optimizer.optimizer`` (0.19.2)."""
+
+    @functools.wraps(original)
+    def clip_grad_by_total_norm_fp32(
+        parameters: Any, max_norm: float, total_norm: float | Tensor, use_decoupled_grad: bool = False
+    ) -> None:
+        owner = next((single for single in _live if single.owns(parameters)), None)
+        # The groups whose norms are taken apart share one step but not one factor: they are clipped as ever.
+        if owner is None or use_decoupled_grad:
+            original(parameters, max_norm, total_norm, use_decoupled_grad=use_decoupled_grad)
+        else:
+            owner.clip(max_norm / (total_norm + 1.0e-6))
+
+    return clip_grad_by_total_norm_fp32
+
+
+def norm_of_unscaled(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``get_grad_norm_fp32`` of ``megatron.core.optimizer.optimizer`` (0.19.2), which reduces over ranks.
+
+    The 2-norm of a list is the one of its tensors' norms, so each gradient that is still scaled gives way to its norm.
+    """
+
+    @functools.wraps(original)
+    def get_grad_norm_fp32(grads_for_norm: Any, *args: Any, **kwargs: Any) -> Any:
+        known: dict[Tensor, Tensor] = {grad: norm for single in _live for grad, norm in single.norms.items()}
+        if not known:
+            return original(grads_for_norm, *args, **kwargs)
+        if args or kwargs.get("norm_type", 2) != 2:
+            raise S3Error("megatron-core asks for another norm than the 2-norm, as 0.19.2 does not: report this one")
+        norms = [known[grad] for grad in grads_for_norm if grad in known]
+        others = [grad for grad in grads_for_norm if grad not in known]
+        return original([*([torch.stack(norms)] if norms else []), *others], **kwargs)
+
+    return get_grad_norm_fp32
+
+
+def _require(part: Any, *names: str) -> None:
+    for name in names:
+        if not hasattr(part, name):
+            raise S3Error(
+                f"this megatron-core's {type(part).__name__} has no {name}, through which S3 makes its single pass in "
+                "0.19.2: install a version from the README's table, or report this one"
+            )
+
+
+def _copies_otherwise(part: Any) -> bool:
+    """Tell whether DistributedOptimizer quantizes, or leaves the copying to others (megatron-core 0.19.2)."""
+    ddp, config = part.ddp_config, part.config
+    return bool(
+        ddp.use_megatron_fsdp
+        or ddp.fp8_param_gather
+        or ddp.fp4_param_gather
+        or config.reuse_grad_buf_for_mxfp8_param_ag
+        or config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+    )
+
+
+def _pairs(mains: list[list[Tensor]], models: list[list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    return [pair for groups in zip(mains, models, strict=True) for pair in zip(*groups, strict=True)]
+
+
+def _model_shards(part: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield every master with its range of the parameter buffer, as DistributedOptimizer's copy does (0.19.2)."""
+    for main, model in (
+        *_pairs(part.shard_fp32_from_float16_groups, part.model_float16_groups),
+        *_pairs(part.shard_fp32_groups, part.model_fp32_groups),
+    ):
+        index, _, bucket = part.model_param_gbuf_map[model]
+        where = part._get_model_param_range_map(model)["gbuf_world_in_bucket"]
+        shard = part.buffers[index].buckets[bucket].param_data.view(-1)[where.start : where.end]
+        # A float32 shard is its part of the buffer; the host copies it onto itself.
+        if (shard.data_ptr(), shard.dtype) != (main.data_ptr(), main.dtype):
+            yield main, shard
+
+
+def _writable(targets: dict[Tensor, Tensor], models: list[Tensor]) -> dict[Tensor, Tensor] | None:
+    """Return ``targets`` if the kernels can write them all; quantized weights are subclasses of Tensor."""
+    plain = all(type(model.data) is Tensor for model in models)
+    if plain and all(target.dtype in _WRITABLE and target.is_contiguous() for target in targets.values()):
+        return targets
+    return None

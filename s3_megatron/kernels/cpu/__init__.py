@@ -1,0 +1,118 @@
+"""The S3 update as a C++ loop over any number of tensors: AVX-512, AVX2 or portable, chosen where it runs."""
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s3_megatron.kernels.cpu import library
+from s3_megatron.kernels.cpu.build import BuildError
+
+
+def unavailable() -> str | None:
+    """Return None if the C++ kernel can run here, else the reason, for people; it may have to compile it first."""
+    try:
+        library.load()
+    except (BuildError, OSError) as error:
+        return str(error)
+    return None
+
+
+def loop_name() -> str:
+    """Name the loop that runs on this CPU."""
+    return library.loops()[0]
+
+
+def s3_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_roots: Sequence[Tensor],
+    *,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    p: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool = False,
+    scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    model_params: Sequence[Tensor] = (),
+    statistics: Tensor | None = None,
+    rounding_seed: Tensor | None = None,
+    loop: int = 0,
+) -> None:
+    """Move every parameter by one S3 step in one pass over memory, on torch's number of threads.
+
+    A result depends on nothing but its own element: neither on threads, nor on where in which tensor it stands (but
+    for stochastic rounding, whose noise goes by the element's number in the call).
+
+    Args:
+        params: as all arguments below, see ``kernels.op``; float32, bfloat16 or float16, on the CPU.
+        grads: see there.
+        exp_avgs: m, float32 or bfloat16.
+        exp_avg_roots: r.
+        lr: see there.
+        beta1: see there.
+        beta2: see there.
+        p: see there.
+        weight_decay: see there.
+        nesterov: see there.
+        maximize: see there.
+        scale: see there.
+        found_inf: see there.
+        model_params: see there.
+        statistics: see there.
+        rounding_seed: see there.
+        loop: index into ``library.loops()``, for tests.
+    """
+    if not params or (found_inf is not None and found_inf.item()):
+        return
+    tensors: list[Sequence[Tensor]] = [
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_roots,
+        *([model_params] if model_params else []),
+    ]
+    # The loop knows no strides. (Unbound methods: a thousand small shards take longer to list than to move.)
+    rows = [
+        column if all(map(Tensor.is_contiguous, column)) else [x.contiguous() for x in column] for column in tensors
+    ]
+    table = np.zeros((len(params), 6), dtype=np.int64)
+    for index, column in enumerate(rows):
+        table[:, index] = list(map(Tensor.data_ptr, column))
+    table[:, 5] = list(map(Tensor.numel, params))
+
+    seed = 0 if rounding_seed is None else int(rounding_seed)
+    settings = library.Settings(
+        lr=float(lr),
+        weight_decay=weight_decay,
+        scale=(1.0 if scale is None else float(scale)) * (-1.0 if maximize else 1.0),
+        beta1=beta1,
+        one_minus_beta1=1 - beta1,
+        beta2=beta2,
+        one_minus_beta2=1 - beta2,
+        p=p,
+        bound=1.0 if beta1 == beta2 else math.inf,
+        form=int(p) if p in (1, 2, 3) else 0,
+        nesterov=nesterov,
+        forgets=beta2 == 0,
+        stochastic=rounding_seed is not None and exp_avgs[0].dtype == torch.bfloat16,
+        param=library.TYPES[params[0].dtype],
+        grad=library.TYPES[grads[0].dtype],
+        state=library.TYPES[exp_avgs[0].dtype],
+        model=library.TYPES[model_params[0].dtype] if model_params else 0,
+        # Two streams of noise, each far from the next step's.
+        seed=tuple((seed * 0x9E3779B97F4A7C15 >> shift) & 0xFFFFFFFF for shift in (16, 32)),
+    )
+    threads = torch.get_num_threads()
+    out = None if statistics is None else statistics.data_ptr()
+    library.load().s3_step(table.ctypes.data, len(params), ctypes.byref(settings), loop, threads, out)
+    for originals, used in zip(tensors, rows, strict=True):
+        if used is not originals and originals is not grads:
+            torch._foreach_copy_(list(originals), list(used))

@@ -1,0 +1,91 @@
+"""Finding, compiling and loading the C++ library; its functions as Python sees them."""
+
+import ctypes
+import functools
+import os
+import platform
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from s3_megatron.kernels.cpu.build import BuildError, compile_library, fingerprint
+
+INSTALLED = Path(__file__).parent
+
+# As in step.h.
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Settings(ctypes.Structure):
+    """``S3Settings`` of step.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_float) for name in ("lr", "weight_decay", "scale", "beta1", "one_minus_beta1", "beta2")),
+        *((name, ctypes.c_float) for name in ("one_minus_beta2", "p", "bound")),
+        *((name, ctypes.c_int32) for name in ("form", "nesterov", "forgets", "stochastic")),
+        *((name, ctypes.c_int32) for name in ("param", "grad", "state", "model")),
+        ("seed", ctypes.c_uint32 * 2),
+    ]
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Load the library: the one installed with the package, else one from the cache, compiled there at first use.
+
+    $S3_MEGATRON_KERNEL names another instead: `make sanitize` does.
+
+    Raises:
+        BuildError: it is not there and cannot be compiled.
+    """
+    if named := os.environ.get("S3_MEGATRON_KERNEL"):
+        return _open(Path(named))
+    for installed in INSTALLED.glob("_step*.so"):
+        try:
+            library = _open(installed)
+        except OSError:  # built for another kind of machine
+            continue
+        if library.s3_fingerprint().decode() == fingerprint():
+            return library
+    return _open(_cached())
+
+
+def loops() -> list[str]:
+    """Name the loops that run on this CPU, best first."""
+    names = iter(lambda: load().s3_loop(len(found)), None)
+    found: list[str] = []
+    for name in names:
+        found.append(name.decode())
+    return found
+
+
+def cache_folder() -> Path:
+    """Where a library compiled at first use is kept: $S3_MEGATRON_CACHE, else the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("S3_MEGATRON_CACHE") or Path(home, "s3_megatron"))
+
+
+def _cached() -> Path:
+    # Not torch.utils.cpp_extension: its lock is a file, which a rank that is killed while compiling leaves behind, and
+    # every later rank then waits for ever. The kernel takes this one back from a dead process.
+    target = cache_folder() / f"step-{fingerprint()}-{platform.machine()}.so"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with FileLock(target.with_suffix(".lock")):
+            if not target.exists():
+                compile_library(target)
+    except OSError as error:
+        raise BuildError(
+            f"{target.parent} cannot be written ({error}): name another folder in S3_MEGATRON_CACHE"
+        ) from None
+    return target
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    library.s3_loop.argtypes, library.s3_loop.restype = [ctypes.c_int32], ctypes.c_char_p
+    library.s3_fingerprint.argtypes, library.s3_fingerprint.restype = [], ctypes.c_char_p
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    library.s3_step.argtypes = [pointer, count, ctypes.POINTER(Settings), ctypes.c_int32, ctypes.c_int32, pointer]
+    library.s3_step.restype = None
+    return library

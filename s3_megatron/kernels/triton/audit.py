@@ -1,0 +1,173 @@
+"""What the compiled kernel reads, writes and holds in registers, from its assembly: no GPU is needed.
+
+Bytes are those of the instructions of one block over its elements. The few uniform loads of a program (its table
+entries, lr, scale, found_inf) are not counted: 64 bytes to 1,024 elements.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from s3_megatron.kernels.triton import kernel
+from s3_megatron.kernels.triton.launch import options
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_POINTERS = {
+    "work": "*i64",
+    "rows": "*i64",
+    "lr_pointer": "*fp32",
+    "scale": "*fp32",
+    "found_inf": "*fp32",
+    "statistics": "*fp64",
+    "rounding_seed": "*i64",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One compiled variant: dtypes by torch's names, the form of p, and the optional inputs by name."""
+
+    param: str = "float32"
+    grad: str = "float32"
+    state: str = "float32"
+    model: str | None = None
+    p: float = 3.0
+    nesterov: bool = True
+    aligned: bool = True
+    inputs: tuple[str, ...] = ("scale", "found_inf")
+
+    @property
+    def least(self) -> tuple[int, int]:
+        """Bytes an element that any implementation loads (x, g, m, r) and stores (x, m, r and the model's x)."""
+        param, grad, state = (_ITEM_SIZES[name] for name in (self.param, self.grad, self.state))
+        model = _ITEM_SIZES[self.model] if self.model else 0
+        return param + grad + 2 * state, param + 2 * state + model
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one variant does on one target; ``narrowest`` is the smallest access in bits, ``spilled`` in bytes."""
+
+    target: str
+    layout: Layout
+    loaded: float
+    stored: float
+    least_loaded: int
+    least_stored: int
+    narrowest: int
+    widest: int
+    registers: int
+    spilled: int
+    shared: int
+
+
+def audit(targets: Iterable[str] = TARGETS, layouts: Iterable[Layout] = (Layout(),)) -> list[Row]:
+    """Compile every layout for every target (names of ``TARGETS``) ahead of time and read the assembly."""
+    layouts = list(layouts)
+    return [_row(target, layout) for target in targets for layout in layouts]
+
+
+def compiled(target: GPUTarget, layout: Layout, **extra: int) -> triton.compiler.CompiledKernel:
+    """Compile one variant as a launch does, plus ``extra`` options of Triton's; numbers are float32 run-time values."""
+    constants = {
+        "PARAM": getattr(tl, layout.param),
+        "GRAD": getattr(tl, layout.grad),
+        "STATE": getattr(tl, layout.state),
+        "MODEL": getattr(tl, layout.model) if layout.model else None,
+        "FORM": int(layout.p) if layout.p in (1, 2, 3) else 0,
+        "NESTEROV": layout.nesterov,
+        "ALIGNED": layout.aligned,
+        "BLOCK": kernel.BLOCK,
+    }
+    signature = {}
+    for name in kernel.s3_step.arg_names:
+        pointer = _POINTERS.get(name)
+        if pointer and name not in (*layout.inputs, "work", "rows"):
+            constants[name] = None
+        signature[name] = "constexpr" if name in constants else pointer or "fp32"
+    source = ASTSource(kernel.s3_step, signature, constants)
+    return triton.compile(source, target=target, options=options(target.warp_size) | extra)
+
+
+def accesses(target: GPUTarget, assembly: str) -> tuple[list[int], list[int]]:
+    """Return the bytes a thread moves with each load and each store of tensor elements."""
+    found = list(_ptx_accesses(assembly) if target.backend == "cuda" else _amd_accesses(assembly))
+    return [size for kind, size in found if kind == "load"], [size for kind, size in found if kind == "store"]
+
+
+def resources(built: triton.compiler.CompiledKernel) -> tuple[int, int]:
+    """Return registers a thread and the bytes of memory a thread spills to."""
+    return _cuda_resources(built.asm["cubin"]) if "cubin" in built.asm else _amd_resources(built.asm["amdgcn"])
+
+
+def _row(name: str, layout: Layout) -> Row:
+    target = TARGETS[name]
+    built = compiled(target, layout)
+    cuda = target.backend == "cuda"
+    loads, stores = accesses(target, built.asm["ptx" if cuda else "amdgcn"])
+    registers, spilled = resources(built)
+    least_loaded, least_stored = layout.least
+    return Row(
+        target=name,
+        layout=layout,
+        loaded=sum(loads) / kernel.ELEMENTS_PER_THREAD,
+        stored=sum(stores) / kernel.ELEMENTS_PER_THREAD,
+        least_loaded=least_loaded,
+        least_stored=least_stored,
+        narrowest=8 * min(loads + stores),
+        widest=8 * max(loads + stores),
+        registers=registers,
+        spilled=spilled,
+        shared=built.metadata.shared,
+    )
+
+
+def _ptx_accesses(assembly: str) -> Iterable[tuple[str, int]]:
+    """Find PTX's global accesses; local ones count too, so that a spill shows as too many bytes."""
+    arguments = set(re.findall(r"ld\.param\.b64\s+(%rd\d+)", assembly))
+    pattern = r"\b(ld|st)\.(?:global|local)[\w:.]*?(?:\.v(\d))?\.[bfus](\d+)\s(.*)"
+    for kind, vector, bits, operands in re.findall(pattern, assembly):
+        address = re.search(r"\[\s*(%rd\d+)", operands)
+        # Uniform: 64-bit scalars are table entries and the seed, a bare argument is lr, scale or found_inf.
+        if kind == "ld" and ((bits == "64" and not vector) or (address and address[1] in arguments)):
+            continue
+        yield ("load" if kind == "ld" else "store"), int(vector or 1) * int(bits) // 8
+
+
+def _amd_accesses(assembly: str) -> Iterable[tuple[str, int]]:
+    """Find the vector accesses of AMD's instruction set; uniform loads go through the scalar unit or ``global``."""
+    sizes = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1}
+    for kind, name in re.findall(r"\b(?:buffer|scratch)_(load|store)_(dwordx\d|[a-z]+)", assembly):
+        yield kind, sizes[name]
+
+
+def _cuda_resources(cubin: bytes) -> tuple[int, int]:
+    """Return registers a thread and bytes of stack and local memory, from the cuobjdump of Triton's wheel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    values = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return values["REG"], values["STACK"] + values["LOCAL"]
+
+
+def _amd_resources(assembly: str) -> tuple[int, int]:
+    """Return vector registers a thread and bytes of scratch memory, from the metadata in the assembly."""
+    values = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)", assembly)}
+    return values["vgpr_count"], values["private_segment_fixed_size"] + 4 * values["vgpr_spill_count"]

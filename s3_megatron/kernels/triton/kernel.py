@@ -1,0 +1,194 @@
+"""The S3 update of many tensors in one Triton kernel: every program moves one block of one row.
+
+Everything that changes from step to step is a run-time value. Compiled apart are only the form (p is 1, 2, 3 or
+another), Nesterov, dtypes, alignment and which optional pointers are given.
+"""
+
+import triton
+import triton.language as tl
+
+from s3_megatron.kernels.triton.roots import next_root_and_reach
+
+# Columns of the row table, int64: five addresses and the number of elements.
+COLUMNS = tl.constexpr(6)
+# Eight elements a thread: one 128-bit access for 2-byte types, two for float32, so some 100 bytes a thread are under
+# way at once. No autotune: nothing but memory binds here, and a tuner would run the update several times over.
+BLOCK = 1024
+ELEMENTS_PER_THREAD = 8
+
+RUN_TIME = [
+    "work",
+    "rows",
+    "lr",
+    "lr_pointer",
+    "sign",
+    "beta1",
+    "rest1",
+    "beta2",
+    "rest2",
+    "p",
+    "inverse_p",
+    "bound",
+    "weight_decay",
+    "scale",
+    "found_inf",
+    "statistics",
+    "rounding_seed",
+]
+
+
+@triton.jit
+def load_state(exp_avg, exp_avg_root, mask):
+    """Read m and r as float32: with ``store_state`` the only place that knows the state's format."""
+    m = tl.load(exp_avg, mask=mask, other=0.0).to(tl.float32)
+    return m, tl.load(exp_avg_root, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_state(exp_avg, exp_avg_root, m, r, mask, noise):
+    """Write m and r, to nearest even, or where ``noise`` is given stochastically with 16 of its bits each."""
+    if noise is None:
+        low_m = m.to(exp_avg.dtype.element_ty)
+        low_r = r.to(exp_avg_root.dtype.element_ty)
+    else:
+        low_m = _round_stochastically(m, noise & 0xFFFF)
+        low_r = _round_stochastically(r, noise >> 16)
+    tl.store(exp_avg, low_m, mask=mask)
+    tl.store(exp_avg_root, low_r, mask=mask)
+
+
+@triton.jit
+def _round_stochastically(value, noise):
+    """Round float32 to bfloat16 up or down, with the mean kept: what bfloat16 holds exactly stays."""
+    bits = (value.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
+def _mix(x):
+    """Scramble 32 bits (the multipliers known as lowbias32)."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _noise(seed, row, chunk, lane):
+    """32 bits for every element of a block: a hash of the seed, the row and the element's number in it."""
+    key = _mix(_mix(seed.to(tl.uint32) + 0x9E3779B9) ^ (seed >> 32).to(tl.uint32))
+    key = _mix(_mix(key ^ row.to(tl.uint32)) ^ chunk.to(tl.uint32))
+    return _mix(_mix(lane.to(tl.uint32) ^ key) + key)
+
+
+@triton.jit
+def _pointers(address, start, lane, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """A block of pointers from the first element's address."""
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + start + lane
+
+
+@triton.jit
+def _accumulate(statistics, u, g, count):
+    """Add [sum |u|, max |u|, count |u| > 0.9, count sign(u) == sign(g), elements] of one block.
+
+    Beyond its ``count`` elements the block loaded zeros, so u is 0 there.
+    """
+    size = tl.abs(u)
+    some = count > 0
+    tl.atomic_add(statistics, tl.sum(size).to(tl.float64), mask=some, sem="relaxed")
+    # Not negative: their bits, as integers, are in the same order.
+    largest = (statistics + 1).to(tl.pointer_type(tl.int64), bitcast=True)
+    tl.atomic_max(largest, tl.max(size).to(tl.float64).to(tl.int64, bitcast=True), mask=some, sem="relaxed")
+    tl.atomic_add(statistics + 2, tl.sum((size > 0.9).to(tl.int32)).to(tl.float64), mask=some, sem="relaxed")
+    agree = tl.where(u > 0, tl.where(g > 0, 1, 0), tl.where(u < 0, tl.where(g < 0, 1, 0), 0))
+    tl.atomic_add(statistics + 3, tl.sum(agree).to(tl.float64), mask=some, sem="relaxed")
+    tl.atomic_add(statistics + 4, count.to(tl.float64), mask=some, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def s3_step(
+    work,  # int64 a program: row + 2^32 * block of the row
+    rows,  # int64 [rows, COLUMNS]: addresses of weight, gradient, m, r, model weight; elements
+    lr,
+    lr_pointer,  # None: lr is a number
+    sign,  # -1 to maximize
+    beta1,
+    rest1,  # 1 - beta1, rounded from float64
+    beta2,
+    rest2,
+    p,
+    inverse_p,
+    bound,  # of |u|: 1, or inf where the betas differ
+    weight_decay,
+    scale,
+    found_inf,
+    statistics,
+    rounding_seed,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    STATE: tl.constexpr,
+    MODEL: tl.constexpr,  # None: no model weight to write
+    FORM: tl.constexpr,  # p if it is 1, 2 or 3, otherwise 0
+    NESTEROV: tl.constexpr,
+    ALIGNED: tl.constexpr,  # 16-byte addresses and a multiple of 16 elements
+    BLOCK: tl.constexpr,
+):
+    """Move one block by one S3 step (SPEC section 2), float32 inside."""
+    item = tl.load(work + tl.program_id(0))
+    row = item & 0xFFFFFFFF
+    chunk = item >> 32
+    entry = rows + row * COLUMNS
+    elements = tl.load(entry + COLUMNS - 1)
+    if ALIGNED:
+        elements = tl.multiple_of(elements, 16)
+    start = chunk * BLOCK
+    lane = tl.arange(0, BLOCK)
+    # The block's own count fits 32 bits; the row's does not.
+    count = tl.minimum(elements - start, BLOCK).to(tl.int32)
+    if found_inf is not None:
+        count = tl.where(tl.load(found_inf) == 0, count, 0)
+    mask = lane < count
+
+    x_at = _pointers(tl.load(entry), start, lane, PARAM, ALIGNED)
+    g_at = _pointers(tl.load(entry + 1), start, lane, GRAD, ALIGNED)
+    m_at = _pointers(tl.load(entry + 2), start, lane, STATE, ALIGNED)
+    r_at = _pointers(tl.load(entry + 3), start, lane, STATE, ALIGNED)
+    x = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32)
+    m, r = load_state(m_at, r_at, mask)
+
+    if scale is not None:
+        sign *= tl.load(scale)
+    if lr_pointer is not None:
+        lr = tl.load(lr_pointer).to(tl.float32)
+    g *= sign
+    a = tl.abs(g)
+    # A quarter of the range, or g - m overflows; NaN compares false.
+    ok = a <= 8.507058665963221e37
+    ga = rest1 * g
+    m1 = beta1 * m + ga
+    n = m1
+    if NESTEROV:
+        n = beta1 * m1 + ga
+    r1, reach = next_root_and_reach(r, a, beta2, rest2, p, inverse_p, FORM, NESTEROV)
+    # b is zero or subnormal: m and r stop fading at a few units of the smallest denormal.
+    u = tl.where(reach > 8.507059173023462e37, 0.0, n * reach)
+    u = tl.minimum(tl.maximum(u, -bound), bound)
+    x1 = x - lr * (u + weight_decay * x)
+
+    # Broken gradients select the old value; multiplying by zero would write NaN.
+    x1 = tl.where(ok, x1, x)
+    m1 = tl.where(ok, m1, m)
+    r1 = tl.where(ok, r1, r)
+    tl.store(x_at, x1.to(PARAM), mask=mask)
+    noise = None
+    if rounding_seed is not None and STATE == tl.bfloat16:
+        noise = _noise(tl.load(rounding_seed), row, chunk, lane)
+    store_state(m_at, r_at, m1, r1, mask, noise)
+    if MODEL is not None:
+        model_at = _pointers(tl.load(entry + 4), start, lane, MODEL, ALIGNED)
+        tl.store(model_at, x1.to(MODEL), mask=mask)
+    if statistics is not None:
+        _accumulate(statistics, tl.where(ok, u, 0.0), g, count)

@@ -1,0 +1,63 @@
+"""Launching the Triton kernel: dtypes and form compiled in, everything else at run time."""
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from s3_megatron.kernels.triton import kernel
+from s3_megatron.kernels.triton.tables import Tables
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+_tables = Tables(kernel.BLOCK, kernel.COLUMNS.value)
+
+
+def step_(columns: Sequence[Sequence[Tensor]], hyperparameters: dict[str, Any]) -> None:
+    """Launch the kernel on rows of weight, gradient, m, r and, if there is a fifth column, model weight.
+
+    ``hyperparameters`` are the kernel's arguments by name. All but the gradients are modified in place.
+    """
+    if not columns[0]:
+        return
+    # The kernel knows no strides.
+    straight = [[x if x.is_contiguous() else x.contiguous() for x in column] for column in columns]
+    table = _tables.find(straight)
+    param, grad, state, _, *model = (DTYPES[column[0].dtype] for column in columns)
+    device = columns[0][0].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for launch in table.launches:
+            kernel.s3_step[(launch.work.numel(),)](
+                launch.work,
+                table.rows,
+                **hyperparameters,
+                PARAM=param,
+                GRAD=grad,
+                STATE=state,
+                MODEL=model[0] if model else None,
+                ALIGNED=launch.aligned,
+                BLOCK=kernel.BLOCK,
+                **options(_warp_size(device)),
+            )
+    for index, (column, copies) in enumerate(zip(columns, straight, strict=True)):
+        for x, copy in zip(column, copies, strict=True):
+            if copy is not x and index != 1:
+                x.copy_(copy)
+
+
+def options(warp_size: int) -> dict[str, Any]:
+    """Return Triton's compile options for warps (wavefronts) of this size."""
+    return {
+        "num_warps": kernel.BLOCK // (kernel.ELEMENTS_PER_THREAD * warp_size),
+        # The same bits however a row is aligned or sharded: the compiler may not choose where to fuse.
+        "enable_fp_fusion": False,
+    }
+
+
+@functools.cache
+def _warp_size(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).warp_size) if device.type == "cuda" else 32

@@ -1,0 +1,74 @@
+"""`s3-megatron bench`, which prints the figures: run small, and its arithmetic checked on made-up times."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from s3_megatron import cli
+from s3_megatron.bench import step as bench
+from s3_megatron.bench.contenders import ADAMW
+
+
+def test_every_contender_takes_its_steps_and_is_compared_with_fused_adamw(tmp_path):
+    target = tmp_path / "step.json"
+    command = ["bench", "step", "--parameters", "20011", "--threads", "1", "--repeats", "2", "--json", str(target)]
+    threads = torch.get_num_threads()
+    try:
+        result = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, command)
+    finally:
+        torch.set_num_threads(threads)
+    assert result.exit_code == 0, result.output
+    written = json.loads(target.read_text())
+    rows = {(row["tensors"], row["name"]): row for row in written["rows"]}
+    for tensors in (1, 1000):
+        assert rows[tensors, ADAMW]["ratio"] == 1
+        names = [name for count, name in rows if count == tensors]
+        assert {"S3 p=3", "S3 p=3, bf16 states", "S3 p=3, foreach"} < set(names)
+        for name in names:
+            assert rows[tensors, name]["ms"] > 0 and name in result.stdout
+    assert written["stream"] > 0 and written["machine"]["threads"] == 1
+    assert written["machine"]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    # Nothing is left beside the file.
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_bandwidth_and_ratios_are_computed_from_the_median():
+    """10^9 parameters at 28 bytes in 2 s are 14 GB/s: a quarter of a stream of 56, and half of an AdamW of 4 s."""
+    contender = bench.Contender("S3", lambda params: None, 28)
+    row = bench._row(contender, 10**9, 1, [2.0, 1.0, 9.0], stream=56e9, adamw=4.0, threads=2)
+    assert (row.ms, row.bandwidth, row.share_of_stream, row.ratio) == (2000, 14, 0.25, 0.5)
+    # 28 GB at 16 GB/s take 1.75 s: at 8 GB/s a core the same step is bound by its own 2 s.
+    assert row.ms_at_slow_cores == 2000
+    assert bench._row(contender, 10**9, 1, [1.0], stream=56e9, adamw=4.0, threads=2).ms_at_slow_cores == 1750
+
+
+def test_shards_cover_the_parameters_once_and_are_of_odd_sizes():
+    params = bench._parameters(100_003, 1000, "cpu")
+    assert sum(param.numel() for param in params) == 100_003 and len({param.numel() for param in params}) > 50
+    addresses = [param.data_ptr() for param in params]
+    assert addresses == sorted(addresses) and min(param.numel() for param in params) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--device", "tpu"], "cpu or cuda"),
+        (["--parameters", "1000"], "more than 1000"),
+        (["--repeats", "0"], "repeats"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["s3-megatron", "bench", "step", *options])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells a machine without a GPU what it can do instead")
+def test_without_a_gpu_cuda_is_refused_with_what_can_be_had(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["s3-megatron", "bench", "step", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "s3-megatron bench triton" in capsys.readouterr().err

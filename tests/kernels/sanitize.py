@@ -1,0 +1,43 @@
+"""`make sanitize`: the C++ kernel's tests, once, with a library compiled under ASan and UBSan."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from s3_megatron.kernels.cpu.build import compile_library, compiler
+
+# One register at a time, and without the checks that ASan makes too: with all of it the compiler takes ten minutes.
+FLAGS = [
+    *("-g1", "-O1", "-DS3_REGISTERS=1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "-fno-sanitize=null,alignment,object-size,pointer-overflow,bounds,vptr",
+]
+TESTS = ["tests/kernels/test_single_pass.py", "tests/kernels/test_oracle.py", "tests/kernels/test_edges.py"]
+# Ten thousand steps would take a quarter of an hour, and go where one goes; allocations are the sanitizer's own.
+LEFT_OUT = "not ten_thousand and not allocates"
+
+
+def main() -> int:
+    """Return pytest's exit code; a memory error or undefined behaviour ends it with the sanitizer's report."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "step.so")
+        print("compiling with", *FLAGS, flush=True)
+        compile_library(library, FLAGS)
+        # Its runtime must come before all else that allocates.
+        runtime = subprocess.run(
+            [*compiler(), "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
+        )
+        environment = os.environ | {
+            "LD_PRELOAD": runtime.stdout.strip(),
+            "S3_MEGATRON_KERNEL": str(library),
+            # Python and torch free nothing at exit.
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        }
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", LEFT_OUT, *TESTS]
+        return subprocess.run(command, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

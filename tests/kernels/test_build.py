@@ -1,0 +1,113 @@
+"""Compiling at first use: once for all ranks, all or nothing, and with a line for people where it cannot be."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from s3_megatron.kernels.cpu import build, library
+
+# Stands in for the compiler, which takes 40 CPU seconds: what is tested is who calls it and what becomes of its output.
+# It counts its calls, and takes as long as it is told to; linking gives the real library.
+COMPILER = """#!{python}
+import os, shutil, sys, time
+with open({log!r}, "a") as log:
+    log.write("call\\n")
+time.sleep(float(os.environ.get("SLOW", 0)))
+if os.environ.get("BROKEN"):
+    sys.exit("step.cpp:7: error: something is not as it was")
+target = sys.argv[sys.argv.index("-o") + 1]
+shutil.copy({real!r}, target) if "-shared" in sys.argv else open(target, "w").close()
+"""
+# What a rank does; the installed library is out of the way.
+RANK = """
+from pathlib import Path
+from s3_megatron.kernels.cpu import library, unavailable
+library.INSTALLED = Path("/nowhere")
+print(unavailable() or library.loops()[-1])
+"""
+CALLS = len(build.LOOPS) + 2
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> dict[str, str]:
+    """An environment with an empty cache and the stand-in for a compiler."""
+    script, log = tmp_path / "compiler", tmp_path / "calls"
+    log.touch()
+    script.write_text(COMPILER.format(python=sys.executable, log=str(log), real=library.load()._name))
+    script.chmod(0o755)
+    return os.environ | {"CXX": str(script), "S3_MEGATRON_CACHE": str(tmp_path / "cache")}
+
+
+def start(environment: dict[str, str], **more: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", RANK]
+    return subprocess.Popen(command, env=environment | more, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def calls(environment: dict[str, str]) -> int:
+    return Path(environment["CXX"]).with_name("calls").read_text().count("call")
+
+
+def test_ranks_that_start_together_compile_once(machine):
+    ranks = [start(machine, SLOW="0.5") for _ in range(3)]
+    assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == ["portable"] * 3
+    assert calls(machine) == CALLS
+    assert start(machine).communicate(timeout=60)[0].strip() == "portable"
+    assert calls(machine) == CALLS
+
+
+def test_a_rank_killed_while_compiling_is_not_waited_for(machine):
+    """torch.utils.cpp_extension's lock is a file, which a killed rank leaves behind: the next ones wait for ever."""
+    rank = start(machine, SLOW="60")
+    for _ in range(600):
+        if calls(machine):
+            break
+        time.sleep(0.1)
+    os.killpg(rank.pid, signal.SIGKILL)
+    rank.communicate()
+    assert start(machine).communicate(timeout=60)[0].strip() == "portable"
+
+
+def test_a_compiler_that_fails_leaves_nothing_and_says_why(machine):
+    said, _ = start(machine, BROKEN="1").communicate(timeout=60)
+    assert "error: something is not as it was" in said
+    cache = Path(machine["S3_MEGATRON_CACHE"])
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(machine, tmp_path):
+    (tmp_path / "file").touch()
+    said, _ = start(machine, S3_MEGATRON_CACHE=str(tmp_path / "file" / "cache")).communicate(timeout=60)
+    assert str(tmp_path / "file" / "cache") in said and "S3_MEGATRON_CACHE" in said
+
+
+@pytest.mark.parametrize("named", ["", "/nowhere/g++"])
+def test_no_compiler_is_said_with_what_to_do(named, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", named)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(build.BuildError, match="CXX" if not named else "did not start"):
+        build.compile_library(tmp_path / "step.so")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_outdated_library_is_not_taken_for_a_current_one(monkeypatch):
+    """A change of a source, a flag or a loop changes the fingerprint, which the library carries."""
+    current = build.fingerprint()
+    assert library.load().s3_fingerprint().decode() == current
+    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
+    assert build.fingerprint() != current
+
+
+def test_the_library_needs_no_cpu_that_only_one_loop_has():
+    """Incident (of others): an inline function compiled with AVX-512 was linked for all, and older CPUs died of it.
+
+    Symbols that may be merged with those of another object file are weak ones; the loops must share none.
+    """
+    symbols = subprocess.run(["nm", "-C", library.load()._name], check=True, capture_output=True, text=True).stdout
+    weak = [line for line in symbols.splitlines() if line[17:18] in "WVu"]
+    assert not [line for line in weak if "s3_" in line or "Lanes" in line or "Power" in line], weak

@@ -1,0 +1,84 @@
+"""What a launch compiles, with a driver that pretends to be a GPU: compiled for real, never run."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton.runtime import driver
+
+from s3_megatron.kernels.triton import kernel, s3_step_
+from s3_megatron.kernels.triton.audit import TARGETS, Layout, compiled
+
+BF16 = torch.bfloat16
+
+
+class _Driver:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_target(self):
+        return TARGETS["sm_90"]
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+class _Compiling:
+    """The kernel's stand-in: compiles where a launch would run."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launched = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launched.append(self.kernel.warmup(*args, grid=grid, **options))
+
+
+@pytest.fixture
+def compiling(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    real = kernel.s3_step
+    monkeypatch.setattr(real, "device_caches", defaultdict(real.create_binder))
+    stand_in = _Compiling(real)
+    monkeypatch.setattr(kernel, "s3_step", stand_in)
+    monkeypatch.setattr(driver, "_active", _Driver())
+    return stand_in
+
+
+def _step(*, sizes=(17, 40, 2000), dtype=BF16, **settings):
+    columns = [[torch.zeros(size, dtype=kind) for size in sizes] for kind in (torch.float32, dtype, dtype, dtype)]
+    defaults = {"lr": torch.tensor(0.1), "beta1": 0.95, "beta2": 0.95, "p": 3, "weight_decay": 0.1, "nesterov": True}
+    s3_step_(*columns, **defaults | settings)
+
+
+def _pointers(offset):
+    """Device inputs that begin ``offset`` elements into their storage."""
+    dtypes = {"scale": torch.float32, "found_inf": torch.float32, "statistics": torch.float64}
+    inputs = dtypes | {"rounding_seed": torch.int64}
+    return {name: torch.ones(5 + offset, dtype=dtype)[offset:] for name, dtype in inputs.items()}
+
+
+def test_two_launches_and_nothing_is_compiled_twice(compiling):
+    """1, 0 and multiples of 16 are what Triton likes to compile in; int is another type than float."""
+    _step()
+    assert len(compiling.launched) == 2
+    _step(lr=torch.tensor(1.0), weight_decay=1, beta1=0, maximize=True)
+    _step(lr=torch.tensor(16, dtype=torch.float64), weight_decay=0, beta2=0, sizes=(1, 16, 1 << 20))
+    assert len({id(built) for built in compiling.launched}) == 2
+    _step(**_pointers(0))
+    _step(**_pointers(1))
+    assert len({id(built) for built in compiling.launched}) == 4
+    _step(p=1.5)
+    _step(p=8)
+    assert len({id(built) for built in compiling.launched}) == 6
+
+
+def test_the_audit_compiles_what_a_launch_does(compiling, monkeypatch):
+    _step(sizes=(64,), scale=torch.ones(1), found_inf=torch.zeros(1))
+    (launched,) = compiling.launched
+    monkeypatch.setattr(kernel, "s3_step", compiling.kernel)
+    audited = compiled(TARGETS["sm_90"], Layout(grad="bfloat16", state="bfloat16"))
+    assert launched.asm["ptx"] == audited.asm["ptx"]
