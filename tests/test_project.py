@@ -81,7 +81,7 @@ def test_finder_takes_the_named_one_and_no_other(tmp_path: Path):
 def tree(tmp_path: Path) -> Path:
     """The Makefile with an interpreter that only notes what it is asked; pip fails while a file BROKEN is there."""
     (tmp_path / "launch").mkdir()
-    for name in ("pyproject.toml", "constraints.txt"):
+    for name in ("pyproject.toml", "constraints.txt", "setup.py"):
         (tmp_path / name).write_text("")
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
     finder = tmp_path / "launch/find-python.sh"
@@ -109,7 +109,7 @@ def build(tree: Path) -> tuple[int, list[str]]:
 def test_make_reuses_a_complete_environment(tree: Path):
     assert build(tree) == (0, ["venv", "pip", "pip"])
     assert build(tree) == (0, [])
-    for name in ("pyproject.toml", "constraints.txt"):
+    for name in ("pyproject.toml", "constraints.txt", "setup.py"):
         os.utime(tree / name, (2**31, 2**31))
         assert build(tree) == (0, ["pip", "pip"]), "brought up to date in place"
         os.utime(tree / name, (0, 0))

@@ -7,6 +7,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels.op import IMPLEMENTATIONS, Implementation, step_
@@ -206,6 +207,9 @@ class S3(torch.optim.Optimizer):
             state = self._state_of(param)
             m, r = state[EXP_AVG], state[EXP_AVG_ROOT]
             model = models.get(param) if models else None
+            if isinstance(param, DTensor):
+                # FSDP2's: kernels move the shard that is here.
+                param, grad, m, r = (x.to_local() if isinstance(x, DTensor) else x for x in (param, grad, m, r))
             key = (param.device, param.dtype, grad.dtype, m.dtype, None if model is None else model.dtype)
             columns = buckets.get(key) or buckets.setdefault(key, ([], [], [], [], []))
             columns[0].append(param)

@@ -18,24 +18,30 @@ TESTS = ["tests/kernels/test_single_pass.py", "tests/kernels/test_oracle.py", "t
 LEFT_OUT = "not ten_thousand and not allocates"
 
 
+def _runtime(name: str) -> str:
+    command = [*compiler(), f"-print-file-name={name}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def main() -> int:
     """Return pytest's exit code; a memory error or undefined behaviour ends it with the sanitizer's report."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "step.so")
         print("compiling with", *FLAGS, flush=True)
         compile_library(library, FLAGS)
-        # Its runtime must come before all else that allocates.
-        runtime = subprocess.run(
-            [*compiler(), "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
-        )
+        # Its runtime must come before all else that allocates; with C++'s own beside it, or an exception of torch's
+        # ends the process.
+        runtimes = [_runtime(name) for name in ("libasan.so", "libstdc++.so")]
         environment = os.environ | {
-            "LD_PRELOAD": runtime.stdout.strip(),
+            "LD_PRELOAD": ":".join(runtimes),
             "S3_MEGATRON_KERNEL": str(library),
             # Python and torch free nothing at exit.
             "ASAN_OPTIONS": "detect_leaks=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", LEFT_OUT, *TESTS]
+        # --capture=sys: a sanitizer's report goes past Python's stderr, and pytest would take it along when it dies.
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider"]
+        command += ["-k", LEFT_OUT, *TESTS]
         return subprocess.run(command, env=environment).returncode
 
 

@@ -64,6 +64,22 @@ def test_every_dtype_rounds_the_oracles_result_once(kernel, state, p):
             assert torch.equal(models[0], columns[0][0].to(model))
 
 
+@EVERY_KERNEL
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3, 8])
+@pytest.mark.parametrize("size", [*SIZES, 1_000_003])
+def test_every_size_is_the_oracles(kernel, size, p):
+    """Tolerance as above; the weight's change must be the oracle's in every element, the last one included."""
+    columns = problem(size)
+    (x,), (g,), (m,), (r,) = copies(columns)
+    KERNELS[kernel](*columns, **{**HYPER, "p": p})
+    rate = {**HYPER, "p": p}
+    want_x, want_m, want_s, _ = s3_reference_step(x.double(), g.double(), m.double(), r.double() ** p, **rate)
+    want_r, unit = want_s ** (1 / p), 8 * 2**-24
+    within(columns[2][0], want_m, unit * want_r)
+    within(columns[3][0], want_r, unit * want_r)
+    within(columns[0][0], want_x, 0.2 * unit + 2 * x.double().abs() * 2**-24)
+
+
 def within(actual: Tensor, wanted: Tensor, tolerance: Tensor) -> None:
     kept = torch.finfo(actual.dtype)
     rounding = wanted.abs() * kept.eps / 2 * 1.001 + kept.smallest_normal * kept.eps

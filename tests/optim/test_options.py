@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
@@ -113,3 +114,28 @@ def test_capturable_keeps_rate_and_seed_where_a_graph_reads_them():
 def test_what_cannot_be_is_refused(options, said):
     with pytest.raises(S3Error, match=said):
         trained(**options)
+
+
+def test_fully_sharded_parameters_are_moved_as_any_others():
+    """Incident: FSDP2 keeps parameters, gradients and states as DTensors, whose address is none: the process died.
+
+    One rank only: what the kernels must not do is read past it. More ranks are the engine's test.
+    """
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        plain = torch.nn.Linear(65, 7)
+        sharded = copy.deepcopy(plain)
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        fully_shard(sharded, mesh=mesh)
+        for model in (plain, sharded):
+            torch.manual_seed(1)
+            optimizer = S3(model.parameters(), lr=0.1, weight_decay=0.1)
+            for _ in range(3):
+                model(torch.randn(5, 65)).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        for ours, theirs in zip(sharded.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(ours.full_tensor(), theirs)
+    finally:
+        torch.distributed.destroy_process_group()
