@@ -245,9 +245,9 @@ def triton(
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:
     if path is None:
         return
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(path)
+    from s3_megatron.data.files import write_file
+
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
     _line(f"wrote {path}")
 
 

@@ -82,10 +82,6 @@ def s3_step_(
             model.copy_(moved if found_inf is None else torch.where(found_inf == 0, moved.to(model.dtype), model))
 
 
-def unavailable() -> None:
-    """Return None: torch has what this needs everywhere."""
-
-
 def _next_roots(roots: Tensors, magnitudes: Tensors, *, beta2: float, p: float) -> tuple[Tensors, Tensors]:
     """Return the new roots r and the look-ahead roots b, neither in place.
 

@@ -104,11 +104,10 @@ def step_(
     )
 
 
-_MUTATED = ("params", "exp_avgs", "exp_avg_roots", "model_params", "statistics")
 _op = torch.library.custom_op(
     "s3::step_",
     step_,
-    mutates_args=_MUTATED,
+    mutates_args=("params", "exp_avgs", "exp_avg_roots", "model_params", "statistics"),
     schema=(
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_roots, "
         "Tensor(d!)[] model_params, Tensor(e!)? statistics, Tensor lr, Tensor? scale, Tensor? found_inf, "

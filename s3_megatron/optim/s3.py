@@ -53,10 +53,8 @@ class S3(torch.optim.Optimizer):
             an implementation that cannot run, or a loaded state that is not S3's.
     """
 
-    # What an engine hands over for a single pass (see kernels.op): gradients that are not in ``param.grad``, and the
-    # model's low-precision copy of a weight to write; and one float32 each on the device, the gradients' factor and the
-    # flag that makes a step do nothing.
-    grads: Mapping[Tensor, Tensor] = {}
+    # What an engine hands over for a single pass (see kernels.op): the model's low-precision copy of a weight to write;
+    # and one float32 each on the device, the gradients' factor and the flag that makes a step do nothing.
     model_params: Mapping[Tensor, Tensor] = {}
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
@@ -197,9 +195,9 @@ class S3(torch.optim.Optimizer):
         """Sort a group's tensors by device and dtypes: parameters, gradients, m, r and model parameters."""
         # Shards come by the thousand, and a step of a small one takes a microsecond: what can be is looked up once.
         buckets: dict[tuple[Any, ...], tuple[list[Tensor], ...]] = {}
-        grads, models = self.grads, self.model_params
+        models = self.model_params
         for param in group["params"]:
-            grad = grads.get(param, param.grad) if grads else param.grad
+            grad = param.grad
             if grad is None:
                 continue
             if grad.is_sparse:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from s3_megatron.kernels.cpu import library
 from s3_megatron.kernels.cpu.build import BuildError
+from s3_megatron.kernels.rows import Columns, put_back, straighten
 
 
 def unavailable() -> str | None:
@@ -51,40 +52,21 @@ def s3_step_(
     A result depends on nothing but its own element: neither on threads, nor on where in which tensor it stands (but
     for stochastic rounding, whose noise goes by the element's number in the call).
 
-    Args:
-        params: as all arguments below, see ``kernels.op``; float32, bfloat16 or float16, on the CPU.
-        grads: see there.
-        exp_avgs: m, float32 or bfloat16.
-        exp_avg_roots: r.
-        lr: see there.
-        beta1: see there.
-        beta2: see there.
-        p: see there.
-        weight_decay: see there.
-        nesterov: see there.
-        maximize: see there.
-        scale: see there.
-        found_inf: see there.
-        model_params: see there.
-        statistics: see there.
-        rounding_seed: see there.
-        loop: index into ``library.loops()``, for tests.
+    For arguments and effects see ``kernels.op``. All tensors are on the CPU, in float32, bfloat16 or float16, the
+    states in float32 or bfloat16; ``loop`` is an index into ``library.loops()``, for tests.
     """
     if not params or (found_inf is not None and found_inf.item()):
         return
-    tensors: list[Sequence[Tensor]] = [
+    columns: Columns = [
         params,
         grads,
         exp_avgs,
         exp_avg_roots,
         *([model_params] if model_params else []),
     ]
-    # The loop knows no strides. (Unbound methods: a thousand small shards take longer to list than to move.)
-    rows = [
-        column if all(map(Tensor.is_contiguous, column)) else [x.contiguous() for x in column] for column in tensors
-    ]
+    straight = straighten(columns)
     table = np.zeros((len(params), 6), dtype=np.int64)
-    for index, column in enumerate(rows):
+    for index, column in enumerate(straight):
         table[:, index] = list(map(Tensor.data_ptr, column))
     table[:, 5] = list(map(Tensor.numel, params))
 
@@ -113,6 +95,4 @@ def s3_step_(
     threads = torch.get_num_threads()
     out = None if statistics is None else statistics.data_ptr()
     library.load().s3_step(table.ctypes.data, len(params), ctypes.byref(settings), loop, threads, out)
-    for originals, used in zip(tensors, rows, strict=True):
-        if used is not originals and originals is not grads:
-            torch._foreach_copy_(list(originals), list(used))
+    put_back(columns, straight)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from s3_megatron.kernels.rows import Columns
+
 
 def unavailable() -> str | None:
     """Return None if the Triton kernel can run here, else the reason, for people."""
@@ -91,5 +93,5 @@ def s3_step_(
         "FORM": int(p) if p in (1, 2, 3) else 0,
         "NESTEROV": nesterov,
     }
-    columns = [params, grads, exp_avgs, exp_avg_roots, *([model_params] if model_params else [])]
+    columns: Columns = [params, grads, exp_avgs, exp_avg_roots, *([model_params] if model_params else [])]
     step_(columns, hyperparameters)

@@ -2,13 +2,12 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton.language as tl
-from torch import Tensor
 
+from s3_megatron.kernels.rows import Columns, put_back, straighten
 from s3_megatron.kernels.triton import kernel
 from s3_megatron.kernels.triton.tables import Tables
 
@@ -17,15 +16,14 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 _tables = Tables(kernel.BLOCK, kernel.COLUMNS.value)
 
 
-def step_(columns: Sequence[Sequence[Tensor]], hyperparameters: dict[str, Any]) -> None:
+def step_(columns: Columns, hyperparameters: dict[str, Any]) -> None:
     """Launch the kernel on rows of weight, gradient, m, r and, if there is a fifth column, model weight.
 
     ``hyperparameters`` are the kernel's arguments by name. All but the gradients are modified in place.
     """
     if not columns[0]:
         return
-    # The kernel knows no strides.
-    straight = [[x if x.is_contiguous() else x.contiguous() for x in column] for column in columns]
+    straight = straighten(columns)
     table = _tables.find(straight)
     param, grad, state, _, *model = (DTYPES[column[0].dtype] for column in columns)
     device = columns[0][0].device
@@ -43,10 +41,7 @@ def step_(columns: Sequence[Sequence[Tensor]], hyperparameters: dict[str, Any]) 
                 BLOCK=kernel.BLOCK,
                 **options(_warp_size(device)),
             )
-    for index, (column, copies) in enumerate(zip(columns, straight, strict=True)):
-        for x, copy in zip(column, copies, strict=True):
-            if copy is not x and index != 1:
-                x.copy_(copy)
+    put_back(columns, straight)
 
 
 def options(warp_size: int) -> dict[str, Any]:
