@@ -21,13 +21,13 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	@if [ -f $(STAMP) ]; then rm $(STAMP); else \
 	    python=$$(launch/find-python.sh) && echo "building $(VENV) with $$python" && \
 	    rm -rf $(VENV) && "$$python" -m venv $(VENV); fi
-	@echo "installing torch and megatron-core: takes 2-4 minutes the first time"
+	@echo "installing torch, megatron-core and deepspeed: takes 2-4 minutes the first time"
 	@$(INSTALL) setuptools
-	@$(INSTALL) --no-build-isolation --editable '.[megatron,data,demo,dev]'
+	@$(INSTALL) --no-build-isolation --editable '.[megatron,deepspeed,data,demo,dev]'
 	@touch $(STAMP)
 
-demo: $(STAMP) ## train GPT-2 with S3, kill it, resume it, compare with AdamW: 12 minutes on 2 cores
-	@$(BIN)/python -m s3_megatron.demo
+demo: $(STAMP) ## train GPT-2 with S3, kill it, resume it, compare with AdamW: 12 minutes on 2 cores (ENGINE=deepspeed)
+	@$(BIN)/python -m s3_megatron.demo $(if $(ENGINE),--engine $(ENGINE))
 
 # One thread a process: the distributed tests start as many processes as there are cores, and more.
 test: $(STAMP) ## run the whole test suite: 15 minutes on 2 cores

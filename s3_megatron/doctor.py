@@ -54,7 +54,11 @@ if obstacles["Triton"] is None:
     found["works_on"].append("GPU: Triton")
 found["obstacles"] = {name: obstacle for name, obstacle in obstacles.items() if obstacle}
 """,
-    "deepspeed": "import deepspeed",
+    "deepspeed": """
+import deepspeed
+from s3_megatron.engines.deepspeed import register
+register()
+""",
     "sentencepiece": "import sentencepiece",
     "transformers": "import transformers",
     "zstandard": "import zstandard",
@@ -190,7 +194,7 @@ def _packages(probes: dict[str, _Probe]) -> list[Finding]:
             "DeepSpeed",
             probes["deepspeed"],
             "deepspeed",
-            "optional: this version has no S3 engine for it yet",
+            'for {"type": "S3"} in DeepSpeed: pip install \'s3-megatron[deepspeed]\'',
         ),
         _package("Transformer Engine", probes["transformer_engine"], "transformer_engine", container),
         _apex(probes["apex"], container),

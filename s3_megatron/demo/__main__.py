@@ -1,5 +1,6 @@
-"""``python -m s3_megatron.demo``: what ``make demo`` runs."""
+"""``python -m s3_megatron.demo [--engine NAME]``: what ``make demo`` runs."""
 
+import argparse
 import logging
 import shutil
 import signal
@@ -10,12 +11,11 @@ from pathlib import Path
 from rich.console import Console
 
 from s3_megatron.demo import corpus, figure, report
-from s3_megatron.demo.recipe import load
+from s3_megatron.demo.recipe import ROOT, engine, load
 from s3_megatron.demo.runs import Trainer
 from s3_megatron.demo.tokens import tokenize
 from s3_megatron.errors import S3Error
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs/model/gpt2_tiny.yaml"
 RUNS = Path("runs")
 
@@ -26,9 +26,12 @@ def main() -> None:
         signal.signal(ending, lambda number, _: sys.exit(128 + number))  # through every ``with``, which ends the ranks
     # It warns that a machine without a GPU has none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    parser = argparse.ArgumentParser(prog="python -m s3_megatron.demo", description=__doc__)
+    parser.add_argument("--engine", metavar="NAME", help=f"megatron or deepspeed; default: what {CONFIG.name} says")
+    chosen = parser.parse_args().engine
     console = Console(highlight=False)
     try:
-        demonstrate(console)
+        demonstrate(console, chosen)
     except S3Error as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -36,18 +39,21 @@ def main() -> None:
         sys.exit(130)
 
 
-def demonstrate(console: Console) -> None:
-    """Build the corpus, train three times, and report under ``runs/demo``."""
+def demonstrate(console: Console, chosen: str | None = None) -> None:
+    """Build the corpus, train three times with the ``chosen`` engine or the recipe's, and report under ``runs``."""
     started = time.monotonic()
+    config = load(CONFIG)
+    if chosen is not None:
+        config["engine"] = chosen
+    trains = engine(config)
     with console.status("looking for GPUs"):
         import torch
 
         gpus = torch.cuda.device_count()
-    config = load(CONFIG)
     text = corpus.build(RUNS / "corpus")
     console.print(f"corpus: {text.bytes / 1e6:.1f} MB in {text.documents} documents of Python {text.python}")
     tokens = tokenize(text, console)
-    folder = RUNS / "demo"
+    folder = RUNS / trains.results
     set_aside(folder, console)
     trainer = Trainer(config, tokens.flags, folder, gpus, console)
     console.print(

@@ -2,10 +2,44 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+
+from s3_megatron.errors import S3Error
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What trains: its entry, the flags that are its own, what it is called in a title, and whose versions count."""
+
+    entry: str
+    flags: tuple[str, ...]
+    title: str
+    packages: tuple[str, ...]
+    results: str  # folder under runs/
+
+
+ENGINES = {
+    "megatron": Engine(
+        entry="s3_megatron.train.pretrain_gpt",
+        flags=("--use-distributed-optimizer", "--ckpt-format", "torch_dist"),
+        title="Megatron's distributed optimizer",
+        packages=("torch", "megatron-core"),
+        results="demo",
+    ),
+    "deepspeed": Engine(
+        entry="s3_megatron.train.pretrain_gpt_deepspeed",
+        flags=("--deepspeed-config", str(ROOT / "configs/deepspeed/zero1.json")),
+        title="DeepSpeed's ZeRO 1",
+        packages=("torch", "megatron-core", "deepspeed"),
+        results="demo-deepspeed",
+    ),
+}
 
 # What Megatron needs where neither Transformer Engine nor Apex is installed; the rehearsal adds its own.
 WITHOUT_ACCELERATIONS = [
@@ -22,6 +56,14 @@ def load(path: Path) -> dict[str, Any]:
     config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
+
+
+def engine(config: Mapping[str, Any]) -> Engine:
+    """Give the engine that ``config`` chooses; raises S3Error where there is none of that name."""
+    name = config["engine"]
+    if name not in ENGINES:
+        raise S3Error(f"engine is {name!r}: it must be one of {', '.join(sorted(ENGINES))}")
+    return ENGINES[name]
 
 
 def s3_rates(optimizer: Mapping[str, Any]) -> tuple[float, float]:
@@ -45,7 +87,7 @@ def optimizer_flags(name: str, optimizer: Mapping[str, Any]) -> list[str]:
         lr, decay = s3_rates(optimizer)
         own = {"s3_beta": optimizer["s3"]["beta"], "s3_p": optimizer["s3"]["p"]}
     rates = {"lr": lr, "min_lr": lr / 10, "weight_decay": decay}
-    return ["--optimizer", name, "--use-distributed-optimizer", *flags({**rates, **own})]
+    return ["--optimizer", name, *flags({**rates, **own})]
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
@@ -57,7 +99,7 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def torchrun(ranks: int, megatron_flags: list[str]) -> list[str]:
-    """The command that trains on ``ranks`` processes of this machine; it picks a free port."""
+def torchrun(ranks: int, entry: str, entry_flags: list[str]) -> list[str]:
+    """The command that runs ``entry`` on ``ranks`` processes of this machine; it picks a free port."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return [*launcher, "-m", "s3_megatron.train.pretrain_gpt", *megatron_flags]
+    return [*launcher, "-m", entry, *entry_flags]

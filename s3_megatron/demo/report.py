@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 import s3_megatron
-from s3_megatron.demo.recipe import s3_rates
+from s3_megatron.demo.recipe import engine, s3_rates
 from s3_megatron.demo.runs import Interruption
 from s3_megatron.errors import S3Error
 from s3_megatron.watch.metrics import Metrics, read_metrics
@@ -68,8 +68,9 @@ def summarize(outcome: Outcome, config: Mapping[str, Any], *, gpus: int, corpus:
         "versions": {
             "s3-megatron": s3_megatron.__version__,
             "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "megatron-core")},
+            **{package: version(package) for package in engine(config).packages},
         },
+        "engine": config["engine"],
         "machine": {
             "cores": len(os.sched_getaffinity(0)),
             "gpus": gpus,

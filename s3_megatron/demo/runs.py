@@ -9,7 +9,7 @@ from rich.console import Console
 
 from s3_megatron.demo.launch import Training, environment
 from s3_megatron.demo.progress import RunLine, run_line
-from s3_megatron.demo.recipe import WITHOUT_ACCELERATIONS, flags, optimizer_flags, torchrun
+from s3_megatron.demo.recipe import WITHOUT_ACCELERATIONS, engine, flags, optimizer_flags, torchrun
 from s3_megatron.errors import S3Error
 
 
@@ -47,17 +47,19 @@ class Trainer:
         """The one command that both starts the run and, where it has left a checkpoint, resumes it."""
         folder = self.folder / name
         config = self.config
-        megatron = [
+        trains = engine(config)
+        entry_flags = [
             *flags({**config["model"], **config["run"], **config["checkpoint"]}),
             *flags({"micro_batch_size": config["run"]["global_batch_size"] // self.ranks}),
             *optimizer_flags(optimizer, config["optimizer"]),
-            *("--bf16", "--ckpt-format", "torch_dist"),
+            "--bf16",
+            *trains.flags,
             *flags({"save": folder / "checkpoints", "load": folder / "checkpoints", "watch_dir": folder}),
             *self.data_flags,
             *flags({"data_cache_path": self.folder / "cache"}),
             *(WITHOUT_ACCELERATIONS if self.gpus else []),
         ]
-        return torchrun(self.ranks, megatron)
+        return torchrun(self.ranks, trains.entry, entry_flags)
 
     def train(self, name: str, title: str, optimizer: str) -> None:
         """Run to the end, or raise S3Error with the reason."""

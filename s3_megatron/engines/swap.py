@@ -7,7 +7,7 @@ from s3_megatron.errors import S3Error
 
 
 class SymbolSwap:
-    """Replaces attributes of host modules and puts them back."""
+    """Replaces attributes of a host's modules, classes and objects, and puts them back."""
 
     def __init__(self, host: str) -> None:
         """Remember ``host``, the name and version that an error message shows."""
@@ -22,8 +22,9 @@ class SymbolSwap:
         """
         if not hasattr(owner, name):
             self.undo()
+            where = getattr(owner, "__name__", type(owner).__name__)
             raise S3Error(
-                f"{self._host} has no {owner.__name__}.{name}, which s3_megatron replaces: install a version from "
+                f"{self._host} has no {where}.{name}, which s3_megatron replaces: install a version from "
                 "the README's table, or report this one"
             )
         original = getattr(owner, name)

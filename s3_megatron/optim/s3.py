@@ -131,10 +131,15 @@ class S3(torch.optim.Optimizer):
                     added[name] = torch.as_tensor(added[name], dtype=dtype).to(device)
 
     def allocate_state(self) -> None:
-        """Allocate zero state for every parameter that has none; ``step`` does so where there is a gradient."""
+        """Allocate zero state for every parameter that has none; ``step`` does so where there is a gradient.
+
+        State that an engine put there in another dtype is converted to this optimizer's.
+        """
         for group in self.param_groups:
             for param in group["params"]:
-                self._state_of(param)
+                state = self._state_of(param)
+                for name in (EXP_AVG, EXP_AVG_ROOT):
+                    state[name] = state[name].to(self._state_dtype(param))
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]

@@ -1,11 +1,14 @@
 """What every entry point shares: the rehearsal's switch, S3's installation, and how a run ends."""
 
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import torch.distributed
 
@@ -19,6 +22,7 @@ def prepare(argv: list[str], rehearse: bool) -> list[str]:
     Returns ``argv``, Megatron's flags, with those that the rehearsal adds. Call it before Megatron is imported.
     """
     if rehearse or os.environ.get("S3_REHEARSAL") == "1":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # the rehearsal's torch.cuda must not look like a GPU to DeepSpeed
         argv = rehearsal.add_flags(argv)
         rehearsal.activate()
     from s3_megatron.engines.megatron import install  # imports Megatron, which must see the rehearsal
@@ -39,6 +43,33 @@ def skip_helper_build() -> None:
     compiled = importlib.util.find_spec("megatron.core.datasets.helpers_cpp")
     if compiled and not (Path(utils.__file__).parent / "Makefile").exists():
         utils.compile_helpers = lambda: None
+
+
+class RegisterWithDeepSpeed(importlib.abc.MetaPathFinder):
+    """On ``sys.meta_path``, registers S3 as soon as somebody imports DeepSpeed.
+
+    Whoever trains without it is spared its import, which takes seconds, and fails where its CUDA is not in order.
+    """
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Find ``deepspeed`` as the others do, with the registration behind its import."""
+        if name != "deepspeed":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                from s3_megatron.engines.deepspeed import register
+
+                register()
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
 
 
 @contextmanager

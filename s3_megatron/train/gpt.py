@@ -3,6 +3,7 @@
 import argparse
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -34,6 +35,7 @@ _BATCH = (
     "local_cp_size",
     "hybrid_cp_group",
 )
+_LATEST = "latest_checkpointed_iteration.txt"  # by which Megatron finds its checkpoints
 Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
 
@@ -43,9 +45,39 @@ def train() -> None:
     Raises:
         S3Error: a flag, a file or the vocabulary is wrong.
     """
-    checks.check_flags(parse_args(_refuse_by_exception))
-    args = parse_and_validate_args(_refuse_by_exception)
+    args = parse()
+    if args.load is not None and (Path(args.load) / "latest").exists() and not (Path(args.load) / _LATEST).exists():
+        raise S3Error(
+            f"--load {args.load} holds DeepSpeed's checkpoints, and training would start from random weights: go on "
+            "with s3_megatron.train.pretrain_gpt_deepspeed"
+        )
+    run(args)
+
+
+def parse(
+    add_flags: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+    check: Callable[[argparse.Namespace], None] = lambda args: None,
+) -> argparse.Namespace:
+    """Parse and validate the command line, with what ``add_flags`` adds; ``check`` sees it before validation.
+
+    Raises:
+        S3Error: a flag, a file or the vocabulary is wrong.
+    """
+
+    def prepare(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        add_flags(parser)
+        return _refuse_by_exception(parser)
+
+    args = parse_args(prepare)
+    checks.check_flags(args)
+    check(args)
+    args = parse_and_validate_args(prepare)
     checks.check_vocabulary(args, get_tokenizer())
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Pretrain as ``args``, which Megatron has as its global ones, say."""
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, build_datasets, ModelType.encoder_or_decoder, forward_step)
 

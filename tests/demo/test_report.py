@@ -17,6 +17,7 @@ from s3_megatron.watch.metrics import MetricsWriter
 INTERRUPTION = Interruption(killed_at=7, resumed_from=4)
 CORPUS = {"python": "3.12.1", "bytes": 8_000_000}
 CONFIG = {
+    "engine": "megatron",
     "model": {"num_layers": 2},
     "run": {"train_iters": 10, "seed": 1234},
     "optimizer": {
@@ -64,9 +65,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def summary(folder: Path) -> tuple[report.Outcome, dict[str, Any]]:
+def summary(folder: Path, engine: str = "megatron") -> tuple[report.Outcome, dict[str, Any]]:
     outcome = report.Outcome.read(folder, INTERRUPTION)
-    return outcome, report.summarize(outcome, CONFIG, gpus=0, corpus=CORPUS)
+    return outcome, report.summarize(outcome, {**CONFIG, "engine": engine}, gpus=0, corpus=CORPUS)
 
 
 def test_what_report_json_holds(folder: Path):
@@ -82,6 +83,25 @@ def test_what_report_json_holds(folder: Path):
     }  # fmt: skip
     assert found["seed"] == 1234 and set(found["versions"]) == {"s3-megatron", "python", "torch", "megatron-core"}
     assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "title", "packages"),
+    [
+        ("megatron", "in Megatron's distributed optimizer, 2 ranks", set()),
+        ("deepspeed", "in DeepSpeed's ZeRO 1, 2 ranks", {"deepspeed"}),
+    ],
+)
+def test_report_and_picture_name_the_engine(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, engine: str, title: str, packages: set[str]
+):
+    titles = []
+    monkeypatch.setattr(figure.Figure, "suptitle", lambda self, text, **_: titles.append(text))
+    outcome, found = summary(folder, engine)
+    figure.draw(folder / "report.png", outcome, found)
+    assert titles[0].startswith("GPT-2 with 0.0M weights ") and title in titles[0]
+    assert found["engine"] == engine
+    assert set(found["versions"]) == {"s3-megatron", "python", "torch", "megatron-core"} | packages
 
 
 def test_the_gap_is_the_largest_difference_after_the_resume(folder: Path):

@@ -1,62 +1,17 @@
-"""S3 in real pretraining runs of a tiny GPT: layouts, overlap, resuming on other ranks, and the stock road."""
+"""S3 in real pretraining runs of a tiny GPT: layouts, overlap, resuming on other ranks."""
 
-import functools
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from s3_megatron.watch.metrics import read_metrics
-from tests.launcher import torchrun
-from tests.megatron.gpt import ENTRY, flags
+from tests.jobs import Job, train_all
+from tests.megatron.gpt import flags
 
 pytestmark = pytest.mark.distributed
 
 SAVED_AT, LAST = 4, 8
-
-
-def train(command: list[str], nproc: int, watch: Path) -> dict[int, float]:
-    """Run the entry to its end; returns the loss of every iteration, unrounded."""
-    run = torchrun([*ENTRY, *command, "--watch-dir", str(watch)], nproc=nproc, timeout=280)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
-    return {iteration: event["lm_loss"] for iteration, event in read_metrics(watch).train.items()}
-
-
-Base = Callable[[str | None], tuple[Path, dict[int, float]]]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    """An uninterrupted run on 2 data-parallel ranks in one precision, and its checkpoint of iteration 4; made once."""
-
-    @functools.cache
-    def run(precision: str | None) -> tuple[Path, dict[int, float]]:
-        folder, watch = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("watch")
-        command = flags(iterations=LAST, precision=precision, checkpoints=folder, save_every=SAVED_AT)
-        seen = train(command, nproc=2, watch=watch)
-        assert sorted(seen) == list(range(1, LAST + 1))
-        check_update_statistics(list(read_metrics(watch).train.values()))
-        shutil.rmtree(folder / f"iter_{LAST:07d}")
-        (folder / "latest_checkpointed_iteration.txt").write_text(str(SAVED_AT))
-        return folder, seen
-
-    return run
-
-
-def check_update_statistics(events: list[dict[str, Any]]) -> None:
-    """What S3 cannot but say of its first steps.
-
-    Of a first step every coordinate with a gradient has |u| = (1 - beta^2)^(2/3), 0.21, against its gradient, so the
-    mean says how many there are. None is beyond 0.9, then or in the second step, where |u| is at most 0.34.
-    """
-    first = events[0]
-    assert first["update_max"] == pytest.approx((1 - 0.95**2) ** (2 / 3), rel=1e-5)
-    assert first["update_agreement"] == pytest.approx(first["update_mean"] / first["update_max"], rel=1e-5)
-    assert first["update_saturated"] == events[1]["update_saturated"] == 0
-    assert all(0.5 < event["update_agreement"] < 1 for event in events[1:]), "batches differ, averages follow them"
-
 
 LAYOUTS = {
     "dp2": (2, 1, 1, ()),
@@ -74,24 +29,62 @@ CASES = [(None, layout) for layout in LAYOUTS] + [("bf16", "tp2-dp2"), ("bf16", 
 TOLERANCE = {None: 1e-6, "bf16": 1e-4}
 
 
-@pytest.mark.parametrize(("precision", "layout"), CASES, ids=lambda value: value or "fp32")
-def test_every_layout_goes_on_with_the_same_losses(
-    base: Base, precision: str | None, layout: str, tmp_path: Path
-) -> None:
-    """TP=2 x DP=2 and PP=2 x DP=2 start from TP=1's own weights: PP seeds its stages apart, so only a checkpoint can
-    give both the same model; and resuming on another number of ranks is what users do with it."""
-    checkpoint, uninterrupted = base(precision)
-    nproc, tensor_parallel, pipeline_parallel, extra = LAYOUTS[layout]
-    shutil.copytree(checkpoint, tmp_path / "checkpoints")
+def base(precision: str | None, folder: Path) -> Job:
+    """An uninterrupted run on 2 data-parallel ranks, which leaves a checkpoint at iteration 4."""
+    name = precision or "fp32"
+    command = flags(iterations=LAST, precision=precision, checkpoints=folder / f"{name}-saved", save_every=SAVED_AT)
+    return "megatron", [*command, "--watch-dir", str(folder / name)]
+
+
+def resumed(precision: str | None, layout: str, folder: Path) -> Job:
+    """The same run from iteration 4 on, in another layout."""
+    _, tensor_parallel, pipeline_parallel, extra = LAYOUTS[layout]
+    name = precision or "fp32"
+    load = ("--load", str(folder / f"{name}-saved"), "--ckpt-step", str(SAVED_AT), "--ckpt-format", "torch_dist")
     command = flags(
         iterations=LAST,
         precision=precision,
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,
-        checkpoints=tmp_path / "checkpoints",
-        extra=extra,
+        extra=(*extra, *load, "--dist-ckpt-optim-fully-reshardable"),
     )
-    seen = train(command, nproc=nproc, watch=tmp_path / "watch")
+    return "megatron", [*command, "--watch-dir", str(folder / f"{name}-{layout}")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where every run has left its metrics, after one launch for each number of ranks."""
+    folder = tmp_path_factory.mktemp("layouts")
+    for ranks in (2, 1, 4):
+        first = [base(precision, folder) for precision in TOLERANCE] if ranks == 2 else []
+        train_all([*first, *(resumed(*case, folder) for case in CASES if LAYOUTS[case[1]][0] == ranks)], ranks, folder)
+    return folder
+
+
+def losses(folder: Path, name: str) -> dict[int, float]:
+    """The loss of every iteration, unrounded."""
+    return {iteration: event["lm_loss"] for iteration, event in read_metrics(folder / name).train.items()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_update_sizes_are_what_a_first_step_cannot_but_have(folder: Path, precision: str) -> None:
+    """Of a first step every coordinate with a gradient has |u| = (1 - beta^2)^(2/3), 0.21, against its gradient, so the
+    mean says how many there are. None is beyond 0.9, then or in the second step, where |u| is at most 0.34."""
+    events: list[dict[str, Any]] = list(read_metrics(folder / precision).train.values())
+    first = events[0]
+    assert first["update_max"] == pytest.approx((1 - 0.95**2) ** (2 / 3), rel=1e-5)
+    assert first["update_agreement"] == pytest.approx(first["update_mean"] / first["update_max"], rel=1e-5)
+    assert first["update_saturated"] == events[1]["update_saturated"] == 0
+    assert all(0.5 < event["update_agreement"] < 1 for event in events[1:]), "batches differ, averages follow them"
+
+
+@pytest.mark.parametrize(("precision", "layout"), CASES, ids=lambda value: value or "fp32")
+def test_every_layout_goes_on_with_the_same_losses(folder: Path, precision: str | None, layout: str) -> None:
+    """TP=2 x DP=2 and PP=2 x DP=2 start from TP=1's own weights: PP seeds its stages apart, so only a checkpoint can
+    give both the same model; and resuming on another number of ranks is what users do with it."""
+    name = precision or "fp32"
+    uninterrupted, seen = losses(folder, name), losses(folder, f"{name}-{layout}")
+    assert sorted(uninterrupted) == list(range(1, LAST + 1))
     assert sorted(seen) == list(range(SAVED_AT + 1, LAST + 1)), "resumed from the checkpoint"
     worst = max(abs(loss / uninterrupted[iteration] - 1) for iteration, loss in seen.items())
     print(f"{layout} {precision}: losses differ by {worst:.1e} at most")

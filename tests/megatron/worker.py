@@ -1,12 +1,9 @@
 """Runs under torchrun: the checks of test_engine.py that need several ranks and the real megatron-core.
 
-Starting ranks is slow, so one launch runs every check and writes what happened to a JSON file; each check is one
-test there. A check is a function whose name starts with ``check_``; it raises on every rank or on none.
+A check is a function whose name starts with ``check_``, and one test there; tests/checks.py runs them.
 """
 
-import json
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -17,6 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.optimizer import DistributedOptimizer, FP32Optimizer, OptimizerConfig, ParamKey, distrib_optimizer
 
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
+from tests import checks
 from tests.megatron import passes
 from tests.megatron.harness import (
     LR,
@@ -240,19 +238,7 @@ def main(output: Path) -> None:
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    results = {}
-    for name, check in sorted({**globals(), **vars(passes)}.items()):
-        if name.startswith("check_"):
-            try:
-                check()
-                mine = ""
-            except Exception:
-                mine = traceback.format_exc()
-            gathered: list[str] = [""] * dist.get_world_size()
-            dist.all_gather_object(gathered, mine)
-            results[name] = next((text for text in gathered if text), "")
-    if dist.get_rank() == 0:
-        output.write_text(json.dumps(results))
+    checks.run(dict(sorted(checks.named({**globals(), **vars(passes)}).items())), output)
     dist.destroy_process_group()
 
 

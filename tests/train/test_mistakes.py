@@ -9,9 +9,9 @@ import pytest
 import sentencepiece
 
 from s3_megatron import rehearsal
-from s3_megatron.errors import S3Error
 from s3_megatron.train import entry
 from tests.launcher import torchrun
+from tests.train import refusals
 from tests.train.tiny import FLAGS, MOCK
 
 
@@ -41,22 +41,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refusal(gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, *flags: str) -> str:
-    """Train with ``flags``; returns the line that a user would see."""
-    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-    from megatron.training.global_vars import destroy_global_vars
-
-    rehearsed = ["--distributed-backend", "gloo", "--transformer-impl", "local"]
-    one_rank = [*FLAGS, "--global-batch-size", "4", "--train-iters", "1"]
-    monkeypatch.setattr(sys, "argv", ["pretrain_gpt", *one_rank, *rehearsed, *flags])
-    try:
-        with pytest.raises(S3Error) as refused:
-            gpt.train()
-    finally:
-        destroy_global_vars()
-        unset_num_microbatches_calculator()
-    line = str(refused.value)
-    assert "\n" not in line
-    return line
+    return refusals.refusal(gpt.train, monkeypatch, *FLAGS, "--global-batch-size", "4", "--train-iters", "1", *flags)
 
 
 def test_data_files_that_are_not_there_are_named(

@@ -41,7 +41,7 @@ def make_optimizer(original: Callable[..., MegatronOptimizer]) -> Callable[..., 
             for part in parts_of(optimizer):
                 _finish(part, config)
             _say(optimizer, model_chunks)
-        metrics.observe(parts_of(optimizer), model_chunks)
+        metrics.observe_parts(parts_of(optimizer), model_chunks)
         return optimizer
 
     return get_megatron_optimizer

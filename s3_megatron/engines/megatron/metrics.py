@@ -4,6 +4,7 @@ import functools
 import inspect
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,27 @@ from s3_megatron.watch.metrics import MetricsWriter
 from s3_megatron.watch.updates import adam_update_statistics
 
 
-class _Observer:
-    """What one training process watches: its optimizer, and the file it writes."""
+@dataclass(frozen=True)
+class Watched:
+    """One optimizer of this rank: what wraps it, what it holds, and how far its last step moved that.
 
-    def __init__(self, parts: list[MegatronOptimizer], model_chunks: list[Any]) -> None:
-        self.parts = parts
-        self.model_elements = sum(param.numel() for chunk in model_chunks for param in chunk.parameters())
+    ``master_bytes`` is of the copies it moves instead of the model's weights. ``statistics`` returns five float64,
+    as ``statistics`` of ``kernels.op`` (of Adam, sum, max and elements; the rest is 0).
+    """
+
+    optimizer: torch.optim.Optimizer
+    wrapper: str
+    elements: int
+    master_bytes: int
+    statistics: Callable[[], Tensor]
+
+
+class _Observer:
+    """What one training process watches: its optimizers, and the file it writes."""
+
+    def __init__(self, watched: list[Watched], model_elements: int) -> None:
+        self.watched = watched
+        self.model_elements = model_elements
         self.described = False
         self.evaluating: tuple[str, int] = ("validation", 0)  # event, iteration
         self.last_log: tuple[int, float] | None = None
@@ -31,15 +47,50 @@ class _Observer:
 _observer: _Observer | None = None
 
 
-def observe(parts: list[MegatronOptimizer], model_chunks: list[Any]) -> None:
-    """Remember the optimizer that this process trains with, in its parts."""
+def observe(watched: list[Watched], model_elements: int) -> None:
+    """Remember what this process trains with; ``model_elements`` is the size of its model (or model shard)."""
     global _observer
-    _observer = _Observer(parts, model_chunks)
-    if _watch_dir() is not None:
+    _observer = _Observer(watched, model_elements)
+
+
+def observe_parts(parts: list[MegatronOptimizer], model_chunks: list[Any]) -> None:
+    """Observe Megatron's optimizer, in its parts."""
+    if watching():
         for part in parts:
             if isinstance(part.optimizer, S3):
                 device = next((p.device for group in part.param_groups for p in group["params"]), None)
                 part.optimizer.update_statistics = torch.zeros(5, dtype=torch.float64, device=device)
+    elements = sum(param.numel() for chunk in model_chunks for param in chunk.parameters())
+    observe([_watch(part) for part in parts], elements)
+
+
+def _watch(part: MegatronOptimizer) -> Watched:
+    elements = sum(param.numel() for group in part.param_groups for param in group["params"])
+    masters = sum(
+        param.numel() * param.element_size()
+        # DistributedOptimizer's and Float16OptimizerWithFloat16Params' float32 copies (megatron-core 0.19.2).
+        for name in ("shard_fp32_from_float16_groups", "fp32_from_float16_groups")
+        for group in getattr(part, name, [])
+        for param in group
+        if param is not None
+    )
+
+    def statistics() -> Tensor:
+        inner = part.optimizer
+        if not isinstance(inner, S3):
+            return adam_statistics(inner, elements)
+        assert inner.update_statistics is not None, "observe_parts() sets it"
+        return inner.update_statistics
+
+    return Watched(part.optimizer, type(part).__name__, elements, masters, statistics)
+
+
+def adam_statistics(optimizer: torch.optim.Optimizer, elements: int) -> Tensor:
+    """Give ``Watched.statistics`` of an Adam that moved ``elements``."""
+    statistics = torch.zeros(5, dtype=torch.float64)
+    statistics[:2] = adam_update_statistics(optimizer)
+    statistics[4] = elements
+    return statistics
 
 
 def log_training(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,7 +152,7 @@ def _write_training(observer: _Observer, directory: Path, called: dict[str, Any]
         if _is_writer():
             _writer(directory).write(description)
     skipped = bool(called["skipped_iter"])
-    updates = _reduced_updates(observer.parts)
+    updates = _reduced_updates(observer.watched)
     if not _is_writer():
         return
     now, iteration = time.perf_counter(), called["iteration"]
@@ -139,7 +190,7 @@ def _losses(losses: dict[str, Tensor]) -> dict[str, float]:
     return {name.replace(" ", "_"): float(value) for name, value in losses.items()}
 
 
-def _reduced_updates(parts: list[MegatronOptimizer]) -> dict[str, float | None]:
+def _reduced_updates(watched: list[Watched]) -> dict[str, float | None]:
     """Mean and max of |update| over all ranks, in units of the learning rate, and for S3 the shares of its kernel.
 
     ``update_saturated`` is the share of elements with |update| > 0.9, ``update_agreement`` of those that move against
@@ -150,15 +201,8 @@ def _reduced_updates(parts: list[MegatronOptimizer]) -> dict[str, float | None]:
     # As in kernels.op: sum |u|, max |u|, count |u| > 0.9, count of the gradient's sign, elements.
     totals = torch.zeros(5, dtype=torch.float64, device=device)
     largest = torch.zeros(1, dtype=torch.float64, device=device)
-    for part in parts:
-        inner = part.optimizer
-        if isinstance(inner, S3):
-            assert inner.update_statistics is not None, "observe() sets it"
-            statistics = inner.update_statistics.to(device)
-        else:
-            statistics = torch.zeros_like(totals)
-            statistics[:2] = adam_update_statistics(inner)
-            statistics[4] = _elements(part)
+    for optimizer in watched:
+        statistics = optimizer.statistics().to(device)
         totals += statistics
         largest = torch.maximum(largest, statistics[1:2])
     dist.all_reduce(totals)
@@ -177,24 +221,15 @@ def _describe(observer: _Observer) -> dict[str, Any]:
     """Say what is sharded how; bytes are the worst rank's, per parameter of its model shard."""
     state = sum(
         tensor.numel() * tensor.element_size()
-        for part in observer.parts
-        for entry in part.optimizer.state.values()
+        for watched in observer.watched
+        for entry in watched.optimizer.state.values()
         for name, tensor in entry.items()
         if name in (EXP_AVG, EXP_AVG_ROOT)
     )
-    masters = sum(
-        param.numel() * param.element_size()
-        for part in observer.parts
-        # DistributedOptimizer's and Float16OptimizerWithFloat16Params' float32 copies (megatron-core 0.19.2).
-        for name in ("shard_fp32_from_float16_groups", "fp32_from_float16_groups")
-        for group in getattr(part, name, [])
-        for param in group
-        if param is not None
-    )
     mine = {
-        "elements": sum(_elements(part) for part in observer.parts),
+        "elements": sum(watched.elements for watched in observer.watched),
         "state": state / observer.model_elements,
-        "masters": masters / observer.model_elements,
+        "masters": sum(watched.master_bytes for watched in observer.watched) / observer.model_elements,
         "model": observer.model_elements,
     }
     ranks: list[Any] = [None] * dist.get_world_size()
@@ -202,17 +237,13 @@ def _describe(observer: _Observer) -> dict[str, Any]:
     return {
         "event": "optimizer",
         "name": _args().optimizer,
-        "wrapper": ", ".join(sorted({type(part).__name__ for part in observer.parts})),
+        "wrapper": ", ".join(sorted({watched.wrapper for watched in observer.watched})),
         "world_size": len(ranks),
         "parameters": mine["model"],
         "shard_elements": [rank["elements"] for rank in ranks],
         "state_bytes_per_param_rank": max(rank["state"] for rank in ranks),
         "master_bytes_per_param_rank": max(rank["masters"] for rank in ranks),
     }
-
-
-def _elements(part: MegatronOptimizer) -> int:
-    return sum(param.numel() for group in part.param_groups for param in group["params"])
 
 
 def _device() -> torch.device:
@@ -233,6 +264,11 @@ def _args() -> Any:
     from megatron.training import get_args
 
     return get_args()
+
+
+def watching() -> bool:
+    """Whether ``--watch-dir`` was given."""
+    return _watch_dir() is not None
 
 
 def _watch_dir() -> Path | None:

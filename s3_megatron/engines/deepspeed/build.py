@@ -1,0 +1,195 @@
+"""Building S3 where DeepSpeed builds its own optimizers, and seeing that it is S3 that runs.
+
+Every host symbol named here was read in deepspeed 0.19.8, runtime/engine.py unless another file is named.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed.runtime.zero.stage3 as stage3
+import deepspeed.runtime.zero.stage_1_and_2 as stage_1_and_2
+import torch
+
+from s3_megatron.engines.deepspeed import checkpoint, loss_scale, stepping
+from s3_megatron.engines.swap import SymbolSwap
+from s3_megatron.errors import S3Error
+from s3_megatron.optim import S3
+from s3_megatron.optim.s3 import STATE_MARK
+
+# What "params" may hold: S3's own arguments, without those that DeepSpeed gives or that do nothing under it.
+_FROM_ADAM = "s3_from_adam"
+_KNOWN = sorted({*inspect.signature(S3).parameters} - {"params", "capturable"} | {_FROM_ADAM})
+_STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def is_supported_optimizer(original: Callable[..., bool]) -> Callable[..., bool]:
+    """Wrap ``DeepSpeedEngine._is_supported_optimizer``, which knows DeepSpeed's names and torch.optim's."""
+
+    @functools.wraps(original)
+    def _is_supported_optimizer(self: Any, optimizer_name: str) -> bool:
+        return optimizer_name.lower() == "s3" or original(self, optimizer_name)
+
+    return _is_supported_optimizer
+
+
+def is_zero_supported_optimizer(original: Callable[..., bool]) -> Callable[..., bool]:
+    """Wrap ``is_zero_supported_optimizer`` (runtime/zero/utils.py), a list of types that ZeRO was tested with."""
+
+    @functools.wraps(original)
+    def is_supported(optimizer: Any) -> bool:
+        return isinstance(optimizer, S3) or original(optimizer)
+
+    return is_supported
+
+
+def configure_basic_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``DeepSpeedEngine._configure_basic_optimizer``, which builds what the configuration names."""
+
+    @functools.wraps(original)
+    def _configure_basic_optimizer(self: Any, model_parameters: Any) -> Any:
+        if self.optimizer_name().lower() != "s3":
+            return original(self, model_parameters)
+        optimizer = make_s3(model_parameters, self.optimizer_params() or {}, bf16_states=self.bf16_optimizer_states())
+        _hold_still(optimizer)
+        return optimizer
+
+    return _configure_basic_optimizer
+
+
+def make_s3(params: Any, settings: dict[str, Any], *, bf16_states: bool) -> S3:
+    """Build S3 from the configuration's ``params``; ``bf16_states`` is DeepSpeed's ``bf16_optimizer_states``.
+
+    Raises:
+        S3Error: an unknown name, or a value that S3 does not take.
+    """
+    unknown = sorted(set(settings) - set(_KNOWN))
+    if unknown:
+        raise S3Error(
+            f"the DeepSpeed configuration gives optimizer S3 the params {', '.join(map(repr, unknown))}, which it does "
+            f"not have; it has {', '.join(_KNOWN)}"
+        )
+    arguments = {name: value for name, value in settings.items() if name != _FROM_ADAM}
+    name = arguments.pop("state_dtype", "bfloat16" if bf16_states else "float32")
+    if name not in _STATE_DTYPES:
+        raise S3Error(f"S3's state_dtype is {name!r}: it must be one of {', '.join(map(repr, _STATE_DTYPES))}")
+    if bf16_states and name != "bfloat16":
+        raise S3Error(
+            f"bf16_optimizer_states is true and S3's state_dtype is {name!r}: make it 'bfloat16' or leave it out"
+        )
+    return S3(params, state_dtype=_STATE_DTYPES[name], **arguments)
+
+
+def configure_optimizer(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``DeepSpeedEngine._configure_optimizer``, which builds or takes an optimizer and wraps it for ZeRO."""
+
+    @functools.wraps(original)
+    def _configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
+        if callable(client_optimizer) and not isinstance(client_optimizer, torch.optim.Optimizer):
+            client_optimizer = client_optimizer(model_parameters)  # as the host would, a few lines further on
+        configured = client_optimizer is None and (self.optimizer_name() or "").lower() == "s3"
+        if not configured and not isinstance(client_optimizer, S3):
+            original(self, client_optimizer, model_parameters)
+            _check_not_replaced(self.basic_optimizer)
+            checkpoint.guard_other(self.basic_optimizer, self.optimizer)
+            return
+        _refuse_what_cannot_work(self)
+        if client_optimizer is not None:
+            self._config.zero_force_ds_cpu_optimizer = False  # "use DeepSpeedCPUAdam": S3 has its own C++ kernel
+            _hold_still(client_optimizer)
+        try:
+            with _masters_may_be_16_bit():
+                original(self, client_optimizer, model_parameters)
+        finally:
+            for optimizer in (client_optimizer, getattr(self, "basic_optimizer", None)):
+                getattr(optimizer, "__dict__", {}).pop("step", None)
+        optimizer = self.basic_optimizer
+        if type(optimizer) is not S3 or getattr(self.optimizer, "optimizer", optimizer) is not optimizer:
+            raise S3Error(
+                f"DeepSpeed built {type(optimizer).__name__} in {type(self.optimizer).__name__} where S3 was asked "
+                "for: report this version"
+            )
+        from_adam = configured and bool((self.optimizer_params() or {}).get(_FROM_ADAM, False))
+        checkpoint.guard_s3(optimizer, self.optimizer, from_adam=from_adam)
+        if self.fp16_enabled():
+            loss_scale.grow_after_the_step(self.optimizer)
+        stepping.start(self)
+
+    return _configure_optimizer
+
+
+def _hold_still(optimizer: S3) -> None:
+    """Make ``step`` only allocate the state while DeepSpeed wraps ``optimizer``.
+
+    FP16_UnfusedOptimizer and ZeRO-3 call it once with zero gradients so that state comes into being, and that step
+    would already decay the weights. And ZeRO with 16-bit masters asks DeepSpeedCPUAdam for ``fp32_optimizer_states``
+    (runtime/base_optimizer.py).
+    """
+    optimizer.step = optimizer.allocate_state  # type: ignore[method-assign, assignment]
+    optimizer.fp32_optimizer_states = optimizer.state_dtype == torch.float32  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _masters_may_be_16_bit() -> Iterator[None]:
+    """Let ZeRO keep 16-bit masters on the CPU for S3, which moves them in float32 and rounds once.
+
+    Its constructors demand that the optimizer's type be the module's DeepSpeedCPUAdam (stage3.py and
+    stage_1_and_2.py), a name that they use for nothing else that S3 meets.
+    """
+    swap = SymbolSwap("this DeepSpeed")
+    for module in (stage3, stage_1_and_2):
+        swap.replace(module, "DeepSpeedCPUAdam", lambda _: S3)
+    try:
+        yield
+    finally:
+        swap.undo()
+
+
+def _refuse_what_cannot_work(engine: Any) -> None:
+    """Raise S3Error for settings under which DeepSpeed would not use S3, or only for some weights."""
+    offload = engine.zero_offload_optimizer()
+    for name, section in (("offload_optimizer", offload), ("offload_param", engine.zero_offload_param())):
+        if getattr(section, "device", None) == "nvme":
+            raise S3Error(
+                f"{name} has device 'nvme', which was never run with S3: set device to 'cpu', where S3's m and r take "
+                "8 bytes a parameter (4 with state_dtype 'bfloat16')"
+            )
+    if getattr(offload, "device", None) == "cpu" and engine.zero_partial_offload() != 1.0:
+        raise S3Error(
+            f"offload_optimizer has ratio {engine.zero_partial_offload()}: below 1 DeepSpeed trains the rest of the "
+            "weights with torch's AdamW; leave ratio out, or set it to 1"
+        )
+    if engine.fp16_enabled() and not engine.zero_optimization():
+        raise S3Error(
+            "fp16 at ZeRO stage 0: DeepSpeed 0.19 divides the gradients there by a loss scale that it never multiplied "
+            "the loss with (engine.backward scales for ZeRO only), and small ones vanish; use stage 1, or bf16"
+        )
+    if engine.super_offload():
+        raise S3Error("offload_optimizer has super_offload, which runs DeepSpeed's own Adam: leave it out with S3")
+    if engine.zenflow:
+        raise S3Error("zero_optimization has zenflow, which runs DeepSpeed's own Adam: leave it out with S3")
+
+
+def _check_not_replaced(optimizer: Any) -> None:
+    """Raise S3Error if somebody made another optimizer out of S3's param groups, as accelerate does."""
+    if any(STATE_MARK in group for group in getattr(optimizer, "param_groups", [])):
+        raise S3Error(
+            f"the optimizer was S3 and arrived in DeepSpeed as {type(optimizer).__name__} (accelerate does so under "
+            'offload): import accelerate before s3_megatron.engines.deepspeed.register(), or give {"type": "S3"} in '
+            "the DeepSpeed configuration instead of an S3 object"
+        )
+
+
+def keep_s3(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Wrap ``map_pytorch_optim_to_deepspeed`` (accelerate 1.15, utils/deepspeed.py).
+
+    Under offload it makes a DeepSpeedCPUAdam of every optimizer that it does not know.
+    """
+
+    @functools.wraps(original)
+    def map_pytorch_optim_to_deepspeed(optimizer: Any) -> Any:
+        return optimizer if isinstance(optimizer, S3) else original(optimizer)
+
+    return map_pytorch_optim_to_deepspeed

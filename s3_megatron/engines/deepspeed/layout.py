@@ -1,0 +1,33 @@
+"""Where DeepSpeed's optimizer wrappers keep what S3 moves (deepspeed 0.19.8)."""
+
+from typing import Any
+
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+
+def is_sharded(wrapper: Any) -> bool:
+    """Whether ``wrapper`` is ZeRO's, and not stage 0's."""
+    return is_flat(wrapper) or is_stage3(wrapper)
+
+
+def is_stage3(wrapper: Any) -> bool:
+    """Whether ``wrapper`` is ZeRO-3's."""
+    return isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3)
+
+
+def is_flat(wrapper: Any) -> bool:
+    """Whether ``wrapper`` is one of those of ZeRO 1 and 2: a partition of one flat tensor for each param group."""
+    return isinstance(wrapper, DeepSpeedZeroOptimizer | BF16_Optimizer)
+
+
+def masters(wrapper: Any) -> list[Tensor]:
+    """List this rank's tensors that S3 moves, without frozen parameters, which stay in the groups at stage 0.
+
+    ZeRO-3 puts its tensors into the param groups only while it steps.
+    """
+    if is_stage3(wrapper):
+        return list(wrapper.fp32_partitioned_groups_flat)
+    return [param for group in wrapper.param_groups for param in group["params"] if param.requires_grad]

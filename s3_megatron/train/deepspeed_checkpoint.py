@@ -1,0 +1,147 @@
+"""DeepSpeed's checkpoints (0.19.8) in the places, and with the manners, of Megatron's."""
+
+import json
+import os
+import random
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.num_microbatches_calculator import update_num_microbatches
+from megatron.training import get_args, print_rank_0
+from megatron.training.checkpointing import get_rng_state
+
+from s3_megatron.data.files import write_file
+from s3_megatron.errors import S3Error
+
+LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"  # DeepSpeed's names; each holds a checkpoint's folder
+_MEGATRONS = "latest_checkpointed_iteration.txt"
+_ABOUT = "s3_megatron.json"
+_STATE = "s3_megatron"  # our key among DeepSpeed's
+_COUNTERS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+# What a checkpoint fits: this model, on as many ranks.
+_SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "padded_vocab_size", "world_size")
+
+
+def save(
+    iteration: int,
+    model: list[Any],
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    num_floating_point_operations_so_far: float,
+    *_unused: Any,
+    **_unused_too: Any,
+) -> None:
+    """Replace ``megatron.training.training.save_checkpoint``: write --save/iter_N, then name it the latest.
+
+    A run that dies meanwhile resumes from the one before, which goes only after that (--save-retain-interval).
+    """
+    args, engine = get_args(), model[0].engine
+    folder, tag = Path(args.save), f"iter_{iteration:07d}"
+    before = _latest(folder, LATEST)
+    if dist.get_rank() == 0 and tag != before:
+        shutil.rmtree(folder / tag, ignore_errors=True)  # what a kill left there, perhaps by more ranks
+    state = {
+        "iteration": iteration,
+        "num_floating_point_operations_so_far": num_floating_point_operations_so_far,
+        "counters": {name: getattr(args, name) for name in _COUNTERS},
+        "opt_param_scheduler": opt_param_scheduler.state_dict(),
+        "rng_state": get_rng_state("torch", None, None)[0],
+    }
+    # ds_to_universal demands the second key under ZeRO 1 and 2.
+    engine.save_checkpoint(folder, tag, {_STATE: state, "universal_checkpoint_info": {}}, save_latest=False)
+    if dist.get_rank() == 0:  # every rank has written: save_checkpoint ends with a barrier
+        about = {"zero_stage": engine.zero_optimization_stage(), **{name: getattr(args, name) for name in _SHAPE}}
+        write_file(folder / tag / _ABOUT, json.dumps(about, indent=2).encode())
+        write_file(folder / LATEST, tag.encode())
+        _prune(folder, before, tag, args.save_retain_interval)
+    dist.barrier()
+    print_rank_0(f"  saved checkpoint {folder / tag}")
+
+
+def _prune(folder: Path, before: str | None, tag: str, interval: int | None) -> None:
+    """Remove the checkpoint before this one unless its iteration is a multiple of ``interval``, as Megatron does."""
+    if interval is None or before in (None, tag) or _iteration(before) % interval == 0:
+        return
+    if not (folder / before).is_symlink():
+        shutil.rmtree(folder / before, ignore_errors=True)
+
+
+def load(engine: Any, opt_param_scheduler: Any) -> tuple[int, float]:
+    """Load what --load holds, in place; returns its iteration and floating-point operations, or zeros.
+
+    Raises:
+        S3Error: the checkpoint is Megatron's, incomplete, of another model, stage or number of ranks; or none is
+            there and --exit-on-missing-checkpoint says that one must be.
+    """
+    args = get_args()
+    if args.load is None:
+        return 0, 0
+    folder, universal = Path(args.load), engine.load_universal_checkpoint()
+    name = LATEST_UNIVERSAL if universal else LATEST
+    tag = _latest(folder, name) if args.ckpt_step is None else f"iter_{args.ckpt_step:07d}"
+    if tag is None:
+        if (folder / _MEGATRONS).exists():
+            raise S3Error(f"--load {folder} holds Megatron's checkpoints: go on with s3_megatron.train.pretrain_gpt")
+        if universal or args.exit_on_missing_checkpoint:
+            raise S3Error(f"--load {folder} has no file {name!r}, which names the checkpoint to load")
+        print_rank_0(f"no checkpoint in {folder}: training starts from random weights")
+        return 0, 0
+    if not universal:
+        _check(folder / tag, engine)
+    elif (newer := _latest(folder, LATEST)) is not None and _iteration(newer) > _iteration(tag):
+        raise S3Error(
+            f"--load {folder} has {newer}, which is newer than the universal {tag}: take checkpoint.load_universal "
+            "out of the DeepSpeed configuration, which is for the first start on other ranks only"
+        )
+    loaded, client = engine.load_checkpoint(os.fspath(folder), tag, load_lr_scheduler_states=False)
+    if loaded is None or _STATE not in client:
+        raise S3Error(f"{folder / tag} is not a complete checkpoint of pretrain_gpt_deepspeed: name another one")
+    state = client[_STATE]
+    for counter, value in state["counters"].items():
+        setattr(args, counter, value)
+    update_num_microbatches(consumed_samples=args.consumed_train_samples, verbose=True)
+    opt_param_scheduler.load_state_dict(state["opt_param_scheduler"])
+    _set_rng_state(state["rng_state"])
+    print_rank_0(f"  loaded checkpoint {folder / tag}, iteration {state['iteration']}")
+    return state["iteration"], state["num_floating_point_operations_so_far"]
+
+
+def _latest(folder: Path, name: str) -> str | None:
+    return (folder / name).read_text().strip() if (folder / name).is_file() else None
+
+
+def _iteration(name: str) -> int:
+    """Read the N of iter_N and of iter_N_universal; a folder that a person named otherwise is older than none."""
+    found = re.match(r"iter_(\d+)", name)
+    return int(found[1]) if found else sys.maxsize
+
+
+def _check(folder: Path, engine: Any) -> None:
+    """Raise S3Error where ``folder`` cannot be loaded as it is."""
+    args = get_args()
+    if not (folder / _ABOUT).is_file():
+        raise S3Error(f"{folder} is not a complete checkpoint of pretrain_gpt_deepspeed: name another one")
+    ours = {"zero_stage": engine.zero_optimization_stage(), **{name: getattr(args, name) for name in _SHAPE}}
+    saved = json.loads((folder / _ABOUT).read_text())
+    wrong = [f"{name} {saved[name]} (this run: {ours[name]})" for name in ours if saved[name] != ours[name]]
+    if wrong:
+        raise S3Error(
+            f"{folder} was written with {', '.join(wrong)}: run it as it was, or, for other ranks, convert it with "
+            'DeepSpeed\'s ds_to_universal and set "checkpoint": {"load_universal": true} in the configuration'
+        )
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    """Set what ``megatron.training.checkpointing.get_rng_state`` (0.19.2) read; ranks share one, as in Megatron."""
+    random.setstate(state["random_rng_state"])
+    np.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    torch.cuda.set_rng_state(state["cuda_rng_state"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])

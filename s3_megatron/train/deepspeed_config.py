@@ -1,0 +1,193 @@
+"""DeepSpeed's configuration for a run of Megatron's GPT: what the flags say goes into the file's "auto" values."""
+
+import argparse
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+
+from s3_megatron.errors import S3Error
+
+Config = dict[str, Any]
+
+# Which flag's value a key of the file has; the optimizer's are below. A number in the file is the flag's default.
+_RUN = {
+    "train_batch_size": "global_batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_clipping": "clip_grad",
+    "bf16.enabled": "bf16",
+    "fp16.enabled": "fp16",
+}
+_RATES = {"optimizer.params.lr": "lr", "optimizer.params.weight_decay": "weight_decay"}
+_S3 = {f"optimizer.params.{name}": f"s3_{name}" for name in ("beta", "betas", "p", "nesterov")}
+_S3["optimizer.params.s3_from_adam"] = "s3_from_adam"
+_ADAM = {"optimizer.params.eps": "adam_eps"}
+_NAMES = {"s3": "s3", "adam": "adam", "adamw": "adam"}  # DeepSpeed's optimizers and Megatron's names for them
+
+# What Megatron's optimizer, its data-parallel wrapper or its checkpoints would do. DeepSpeed does not, so the run would
+# pass over the flag in silence.
+_MEGATRONS_OWN = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size", "num_experts", "mtp_num_layers"),
+    *("overlap_grad_reduce", "overlap_param_gather", "overlap_param_gather_with_optimizer_step"),
+    *("use_megatron_fsdp", "use_torch_fsdp2", "use_precision_aware_optimizer", "optimizer_cpu_offload"),
+    *("optimizer_cuda_graph", "cuda_graph_impl", "fp8", "fp4", "fp8_param_gather", "ddp_bucket_size"),
+    *("check_for_large_grads", "check_weight_hash_across_dp_replicas_interval", "calculate_per_token_loss"),
+    *("decoupled_lr", "apply_wd_to_qk_layernorm", "use_mup", "qk_clip", "log_max_attention_logit"),
+    *("log_num_zeros_in_grad", "log_params_norm", "save_wgrads_interval", "save_dgrads_interval"),
+    *("save_params_interval", "save_activations_interval", "save_tokens_per_expert_interval"),
+    *("rampup_batch_size", "step_batch_size_schedule", "decrease_batch_size_if_needed", "data_parallel_random_init"),
+    *("init_model_with_meta_device", "freeze_all_layers", "async_save", "non_persistent_save_interval", "ckpt_format"),
+    *("finetune", "pretrained_checkpoint", "no_load_optim", "no_save_optim", "no_load_rng", "no_save_rng"),
+    *("ckpt_convert_format", "auto_detect_ckpt_format", "use_checkpoint_args", "override_ckpt_iteration"),
+    *("num_distributed_optimizer_instances", "empty_unused_memory_level", "s3_override_hyperparameters"),
+)
+
+
+class DeepSpeedFlags:
+    """``--deepspeed-config FILE``, and the file's say in Megatron's flags."""
+
+    def __init__(self, argv: list[str]) -> None:
+        """Read the file that ``argv`` names, if it names one.
+
+        Raises:
+            S3Error: it is not a file with a JSON object, or names an optimizer or scheduler that cannot be had.
+        """
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early.add_argument("--deepspeed-config", type=Path)
+        early.add_argument("--optimizer")
+        given, _ = early.parse_known_args(argv)
+        self.path: Path | None = given.deepspeed_config
+        self.file: Config = {} if self.path is None else _read(self.path)
+        self.optimizer = given.optimizer or self._named() or "adam"
+        if self._named() != self.optimizer:
+            self.file.pop("optimizer", None)  # a recipe for another optimizer says nothing about this one
+
+    def _named(self) -> str | None:
+        kind = self.file.get("optimizer", {}).get("type")
+        if kind is not None and kind.lower() not in _NAMES:
+            raise S3Error(f'{self.path} has optimizer type {kind!r}: this script trains with "S3" or "AdamW"')
+        return kind and _NAMES[kind.lower()]
+
+    def add(self, parser: argparse.ArgumentParser) -> None:
+        """Add the flag to Megatron's ``parser``; what the file says instead of "auto" becomes the flags' default."""
+        parser.add_argument_group("DeepSpeed").add_argument(
+            "--deepspeed-config",
+            type=Path,
+            metavar="FILE",
+            help='DeepSpeed\'s JSON; its "auto" values, and what it leaves out of batch sizes, clipping, precision and '
+            "optimizer, come from the other flags. Required.",
+        )
+        # A NaN then stops the run. The other modes do a step's passes again, which has DeepSpeed add the gradients up.
+        # Fused accumulation adds to main_grad, which only Megatron's data-parallel wrapper makes.
+        parser.set_defaults(optimizer=self.optimizer, rerun_mode="disabled", gradient_accumulation_fusion=False)
+        for key, flag in {**_RUN, **_RATES, **(_S3 if self.optimizer == "s3" else _ADAM)}.items():
+            value = _get(self.file, key)
+            if value not in (None, "auto"):
+                parser.set_defaults(**{flag: value})
+        self._defaults = {name: parser.get_default(name) for name in (*_MEGATRONS_OWN, "rerun_mode")}
+
+    def check(self, args: argparse.Namespace) -> None:
+        """Check flags that are parsed but not validated.
+
+        Raises:
+            S3Error: a flag is missing, or asks for what DeepSpeed does not do here.
+        """
+        if self.path is None:
+            raise S3Error("--deepspeed-config FILE is missing: configs/deepspeed/ has one for each ZeRO stage")
+        if args.optimizer not in _NAMES.values():
+            raise S3Error(f"--optimizer {args.optimizer} does not work with DeepSpeed here: give s3 or adam")
+        for name, default in self._defaults.items():
+            if getattr(args, name) != default:
+                raise S3Error(
+                    f"--{name.replace('_', '-')} {getattr(args, name)} does nothing under DeepSpeed, which shards "
+                    "and saves in its own way over data-parallel ranks only: drop the flag, or use "
+                    "s3_megatron.train.pretrain_gpt"
+                )
+
+    def complete(self, args: argparse.Namespace) -> Config:
+        """Fill the file's configuration from validated ``args``.
+
+        Raises:
+            S3Error: the file and a flag contradict each other, or an "auto" is left that no flag gives.
+        """
+        if "scheduler" in self.file:
+            raise S3Error(f"{self.path} has a scheduler: the rate follows --lr-decay-style here, so leave it out")
+        config = copy.deepcopy(self.file)
+        for key, (value, flag) in _wanted(args).items():
+            found = _get(config, key)
+            if found in (None, "auto"):
+                _set(config, key, value)
+            elif found != value:
+                raise S3Error(
+                    f"{self.path} has {key} = {json.dumps(found)} and --{flag.replace('_', '-')} makes it "
+                    f'{json.dumps(value)}: make them agree, or write "auto" in the file'
+                )
+        config["optimizer"]["type"] = "S3" if args.optimizer == "s3" else "AdamW"
+        config.setdefault("steps_per_print", 2**31)  # Megatron's loop logs
+        left = [key for key, value in _leaves(config) if value == "auto"]
+        if left:
+            raise S3Error(f'{self.path} has "auto" for {", ".join(left)}, which no flag gives: write a number')
+        return config
+
+
+def _wanted(args: argparse.Namespace) -> dict[str, tuple[Any, str]]:
+    """Give key: (value, flag) for all that the flags decide."""
+    accumulation = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    wanted = {key: (getattr(args, flag), flag) for key, flag in {**_RUN, **_RATES}.items()}
+    wanted["gradient_accumulation_steps"] = (accumulation, "global_batch_size")
+    if args.fp16:
+        scale = int(args.loss_scale or 0)
+        wanted["fp16.loss_scale"] = (scale, "loss_scale")
+        wanted["fp16.initial_scale_power"] = (int(args.initial_loss_scale).bit_length() - 1, "initial_loss_scale")
+        wanted["fp16.loss_scale_window"] = (args.loss_scale_window, "loss_scale_window")
+        wanted["fp16.hysteresis"] = (args.hysteresis, "hysteresis")
+        wanted["fp16.min_loss_scale"] = (args.min_loss_scale, "min_loss_scale")
+    if (args.bf16 or args.fp16) and args.accumulate_allreduce_grads_in_fp32:
+        # As Megatron does. DeepSpeed's default is the model's dtype for both.
+        flag = "accumulate_allreduce_grads_in_fp32"
+        wanted["data_types.grad_accum_dtype"] = wanted["communication_data_type"] = ("fp32", flag)
+    if args.optimizer == "adam":
+        wanted |= {key: (getattr(args, flag), flag) for key, flag in _ADAM.items()}
+        wanted["optimizer.params.betas"] = ([args.adam_beta1, args.adam_beta2], "adam_beta1")
+        if get_accelerator().device_name() == "cpu":  # FusedAdam needs a GPU
+            wanted["optimizer.params.torch_adam"] = (True, "optimizer")
+    else:
+        dropped = "optimizer.params.betas" if args.s3_betas is None else "optimizer.params.beta"
+        wanted |= {key: (getattr(args, flag), flag) for key, flag in _S3.items() if key != dropped}
+    return wanted
+
+
+def _read(path: Path) -> Config:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise S3Error(f"--deepspeed-config {path} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise S3Error(f"--deepspeed-config {path} holds no JSON object")
+    return config
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _set(config: Config, key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        config = config.setdefault(section, {})
+    config[name] = value
+
+
+def _leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,38 @@
+"""Running many checks on ranks that are already there: starting ranks is slow, so one launch runs them all."""
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+def run(checks: Mapping[str, Callable[[], object]], output: Path) -> None:
+    """Run every check on every rank; rank 0 writes to ``output``, as JSON, what went wrong in each, or "".
+
+    A check raises on every rank or on none.
+    """
+    mine: dict[str, str] = {}
+    for name, check in checks.items():
+        started = time.monotonic()
+        try:
+            check()
+            mine[name] = ""
+        except Exception:
+            mine[name] = traceback.format_exc()
+            # At once: where one rank raised alone, the others wait for it until the launch times out.
+            print(f"rank {dist.get_rank()}: {name}\n{mine[name]}", file=sys.stderr, flush=True)
+        if dist.get_rank() == 0:
+            print(f"{time.monotonic() - started:.1f} s: {name}", flush=True)
+    ranks: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    if dist.get_rank() == 0:
+        output.write_text(json.dumps({name: next(filter(None, (r[name] for r in ranks)), "") for name in mine}))
+
+
+def named(namespace: Mapping[str, object]) -> dict[str, Callable[[], object]]:
+    """The functions of a module whose name starts with ``check_``."""
+    return {name: value for name, value in namespace.items() if name.startswith("check_") and callable(value)}

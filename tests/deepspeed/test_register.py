@@ -1,0 +1,91 @@
+"""register() and unregister(), in this process, without ranks."""
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import deepspeed.runtime.engine as host
+import pytest
+import torch
+from accelerate import accelerator
+
+from s3_megatron.engines.deepspeed import register, unregister
+from s3_megatron.engines.deepspeed.build import configure_optimizer, make_s3
+from s3_megatron.errors import S3Error
+from s3_megatron.optim import S3
+
+TOUCHED = [
+    (host.DeepSpeedEngine, "_is_supported_optimizer"),
+    (host.DeepSpeedEngine, "_configure_basic_optimizer"),
+    (host.DeepSpeedEngine, "_configure_optimizer"),
+    (host.DeepSpeedEngine, "_take_model_step"),
+    (host, "is_zero_supported_optimizer"),
+    (accelerator, "map_pytorch_optim_to_deepspeed"),
+]
+
+
+@pytest.fixture(autouse=True)
+def unregistered() -> Any:
+    unregister()
+    yield
+    unregister()
+
+
+def test_twice_is_once_and_unregister_leaves_nothing() -> None:
+    before = [getattr(owner, name) for owner, name in TOUCHED]
+    register()
+    once = [getattr(owner, name) for owner, name in TOUCHED]
+    assert all(now is not original for now, original in zip(once, before, strict=True))
+    register()
+    assert [getattr(owner, name) for owner, name in TOUCHED] == once
+    unregister()
+    assert [getattr(owner, name) for owner, name in TOUCHED] == before
+
+
+@pytest.mark.parametrize("moved", range(5))
+def test_a_moved_symbol_is_named_and_nothing_stays_replaced(moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [getattr(owner, name, None) for owner, name in TOUCHED]
+    owner, name = TOUCHED[moved]
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(S3Error, match=f"this DeepSpeed has no .*{name}"):
+        register()
+    monkeypatch.undo()
+    assert [getattr(owner, name) for owner, name in TOUCHED] == before
+
+
+def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed, "__version__", "0.18.9")
+    with pytest.raises(S3Error, match=r"deepspeed 0\.18\.9 is not supported: s3_megatron works with 0\.19\.x"):
+        register()
+
+
+def test_no_deepspeed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(S3Error, match="DeepSpeed is not installed: pip install"):
+        register()
+
+
+def test_params_of_the_configuration_are_s3s_arguments() -> None:
+    settings = {"lr": 3e-3, "beta": 0.9, "p": 2, "weight_decay": 0.01, "nesterov": False, "state_dtype": "bfloat16"}
+    optimizer = make_s3([torch.ones(3)], settings, bf16_states=False)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["betas"], group["p"], group["nesterov"]) == (3e-3, (0.9, 0.9), 2, False)
+    assert group["weight_decay"] == 0.01 and optimizer.state_dtype == torch.bfloat16
+    (group,) = make_s3([torch.ones(3)], {"betas": [0.9, 0.95]}, bf16_states=False).param_groups
+    assert group["betas"] == (0.9, 0.95)
+
+
+def test_accelerate_leaves_an_s3_object_alone_under_offload() -> None:
+    """It makes a DeepSpeedCPUAdam of every optimizer that it does not know (accelerate 1.15)."""
+    register()
+    optimizer = S3([torch.ones(3)])
+    assert accelerator.map_pytorch_optim_to_deepspeed(optimizer) is optimizer
+
+
+def test_s3_that_arrives_as_another_optimizer_stops_the_run() -> None:
+    """As accelerate does, where it was imported after register(): Adam over S3's param groups."""
+    swapped = torch.optim.AdamW(S3([torch.ones(3)]).param_groups)
+    engine = SimpleNamespace(basic_optimizer=swapped, optimizer=swapped)  # all of an engine that is looked at there
+    with pytest.raises(S3Error, match=r"was S3 and arrived in DeepSpeed as AdamW .*import accelerate before"):
+        configure_optimizer(lambda *_: None)(engine, swapped, None)

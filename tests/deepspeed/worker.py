@@ -1,0 +1,272 @@
+"""Runs under torchrun: the checks of test_engine.py that need several ranks and the real DeepSpeed.
+
+A check is a function whose name starts with ``check_``, and one test there; tests/checks.py runs them.
+"""
+
+import gc
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger
+
+from s3_megatron.engines.deepspeed import activity, register, unregister, use_gloo
+from s3_megatron.engines.deepspeed.layout import masters
+from tests import checks
+from tests.deepspeed import checkpoints, features
+from tests.deepspeed.harness import (
+    STATES,
+    STEPS_SHORT,
+    Net,
+    Reference,
+    Run,
+    compare,
+    equal,
+    gradients,
+    groups,
+    refuses,
+    same,
+)
+
+FLOAT32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
+
+
+@contextmanager
+def float16_allowed() -> Iterator[None]:
+    """DeepSpeed (0.19.8) refuses float16 on a CPU without AVX512-FP16, where it is slow but right: lifted here."""
+    accelerator = type(deepspeed.accelerator.get_accelerator())
+    original = accelerator.is_fp16_supported
+    accelerator.is_fp16_supported = lambda self: True
+    try:
+        yield
+    finally:
+        accelerator.is_fp16_supported = original
+
+
+@contextmanager
+def said() -> Iterator[list[str]]:
+    """What DeepSpeed's logger says on this rank."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+
+
+def check_float32_at_every_stage_equals_the_unsharded_run() -> None:
+    for stage in (0, 1, 2, 3):
+        compare(Run(stage))
+
+
+def check_bfloat16_at_every_stage_equals_float32_masters() -> None:
+    """Stage 0 (FP16_UnfusedOptimizer) steps once before training, with zero gradients, which decayed the weights."""
+    for stage in (0, 1, 2, 3):
+        compare(Run(stage, "bf16"))
+
+
+def check_bfloat16_with_float32_accumulation() -> None:
+    run = Run(1, "bf16", accumulate=2, **FLOAT32_ACCUMULATION)
+    assert type(run.wrapper).__name__ == "BF16_Optimizer"
+    compare(run)
+    for stage in (2, 3):
+        compare(Run(stage, "bf16", accumulate=2, **FLOAT32_ACCUMULATION))
+
+
+def check_clipping_equals_the_unsharded_run() -> None:
+    for stage in (0, 1, 2, 3):
+        compare(Run(stage, clip=0.5), clip=0.5)
+    # The norm is summed in the gradients' bfloat16 at stage 0 alone.
+    for stage in (1, 2, 3):
+        compare(Run(stage, "bf16", clip=0.5), clip=0.5, tolerance=1e-5)
+
+
+def check_accumulation_overlap_and_layout_options() -> None:
+    for stage in (1, 2, 3):
+        options = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 500}
+        compare(Run(stage, accumulate=2, zero=options))
+        options = {"overlap_comm": False, "contiguous_gradients": False}
+        compare(Run(stage, accumulate=2, zero=options))
+    for stage in (1, 2):
+        compare(Run(stage, zero={"round_robin_gradients": True}))
+    compare(Run(3, zero={"sub_group_size": 400}))  # step() is called once a sub-group
+
+
+def check_a_parameter_without_elements() -> None:
+    """ZeRO-3 fails on one by itself, with AdamW too (deepspeed 0.19.8)."""
+    for stage in (0, 1, 2):
+        run = Run(stage, net=Net(empty=True))
+        grads = gradients(0, run.net)
+        assert run.step(grads)
+        reference = Reference()
+        reference.step({name: grads[name] for name, _ in reference.net.named_parameters()})
+        same(run, reference)
+
+
+def check_float16_unscales_and_skips_an_overflow() -> None:
+    """With a dynamic loss scale that starts too high for the first gradients: nothing moves until it has come down."""
+    small = {name: grad.clamp(-1, 1) for name, grad in gradients(2).items()}
+    huge = {name: grad + 30000.0 for name, grad in small.items()}
+    with float16_allowed():
+        for stage in (1, 2, 3):
+            run = Run(stage, "fp16", fp16={"initial_scale_power": 12, "loss_scale_window": 2, "hysteresis": 1})
+            before, scale = run.everything(), run.wrapper.loss_scale
+            assert not run.step(huge)
+            equal(run.everything(), before)
+            assert activity(run.engine).steps == 0 and run.wrapper.loss_scale < scale
+            reference, scales = Reference(), set()
+            for _ in range(2 * STEPS_SHORT):  # the scale goes up every second step
+                scales.add(run.wrapper.loss_scale)
+                if run.step(small):
+                    reference.step(small)
+            assert len(scales) > 2
+            # Gradients in float16, scaled by a power of two, lose 2^-11 of their value where they add up.
+            same(run, reference, tolerance=1e-3)
+
+
+def check_float16_at_stage_0_is_refused() -> None:
+    """m came out 256 times too small at a loss scale of 256, with AdamW too: the loss had not been scaled."""
+    with float16_allowed():
+        refuses(lambda: Run(0, "fp16"), "stage 0", "use stage 1")
+
+
+def check_a_nan_on_one_rank_skips_the_step_on_all() -> None:
+    with float16_allowed():
+        for stage in (1, 2, 3):
+            for precision in ("fp32", "bf16", "fp16"):
+                run = Run(stage, precision)
+                while not run.step(gradients(2)):  # until fp16's loss scale fits
+                    pass
+                before, steps = run.everything(), activity(run.engine).steps
+                bad = gradients(2)
+                if dist.get_rank() == 0:
+                    bad["linear"][0, 0] = float("nan")
+                assert not run.step(bad), f"{stage} {precision}"
+                equal(run.everything(), before)
+                assert activity(run.engine).steps == steps
+                while not run.step(gradients(2)):  # fp16's scale may have grown in between
+                    assert precision == "fp16", f"{stage}"
+
+
+def check_state_is_partitioned_and_nothing_else_is_kept() -> None:
+    """Each rank holds 1/dp of masters, m and r, rounded up to 2 x dp elements a group (ZeRO-3: one a parameter)."""
+    ranks = dist.get_world_size()
+    sizes = [[p.numel() for p in group["params"] if p.requires_grad] for group in groups(Net())]
+    for stage in (1, 2, 3):
+        for precision in ("fp32", "bf16"):
+            run = Run(stage, precision)
+            run.step(gradients(0))
+            held = masters(run.wrapper)
+            mine = [master.numel() for master in held]
+            if stage == 3:
+                assert mine == [sum(-(-n // ranks) for n in group) for group in sizes]
+            else:
+                assert mine == [-(-sum(group) // (2 * ranks)) * 2 for group in sizes]
+            for master in held:
+                state = {name: value for name, value in run.s3.state[master].items() if torch.is_tensor(value)}
+                assert sorted(state) == sorted(STATES)
+                assert all(s.shape == master.shape and s.dtype == torch.float32 for s in state.values())
+            assert len(run.s3.state) == len(held)
+
+
+def check_what_s3_cannot_do_is_refused() -> None:
+    refuses(lambda: Run(1, params={"eps": 1e-8, "adam_w_mode": True}), "'adam_w_mode', 'eps'", "betas, implementation")
+    refuses(lambda: Run(1, params={"beta": 1.5}), "beta is 1.5")
+    refuses(lambda: Run(1, params={"state_dtype": "float16"}), "'float16'", "'float32', 'bfloat16'")
+    nvme = {"offload_optimizer": {"device": "nvme", "nvme_path": "nowhere"}}
+    refuses(lambda: Run(3, zero=nvme), "offload_optimizer", "nvme", "'cpu'")
+    nvme = {"offload_param": {"device": "nvme", "nvme_path": "nowhere"}}
+    refuses(lambda: Run(3, zero=nvme), "offload_param", "nvme", "'cpu'")
+    refuses(lambda: Run(3, zero={"offload_optimizer": {"device": "cpu", "ratio": 0.3}}), "ratio 0.3", "AdamW")
+    refuses(lambda: Run(3, zero={"offload_optimizer": {"device": "cpu", "super_offload": True}}), "super_offload")
+
+
+def check_the_first_line_says_what_s3_holds() -> None:
+    with said() as lines:
+        run = Run(2, "bf16", offload=True)
+    (line,) = [line for line in lines if "S3 active" in line] or [""]
+    if dist.get_rank() > 0:
+        assert line == ""
+        return
+    held = sum(m.numel() for m in masters(run.wrapper))
+    assert "DeepSpeedZeroOptimizer (ZeRO 2): this rank updates 3 tensors" in line, line
+    assert f"{held:,} of {sum(p.numel() for p in run.trained().values()):,} elements, on cpu with kernel" in line, line
+    assert "masters in float32, m and r in float32; betas=(0.95, 0.95) p=3.0 nesterov=True" in line, line
+
+
+def check_a_run_stops_when_something_else_steps() -> None:
+    run = Run(1)
+    run.wrapper.optimizer = torch.optim.AdamW(run.s3.param_groups)
+    refuses(lambda: run.step(gradients(0)), "S3 moved 0 of", "another optimizer has taken its place")
+    run = Run(3)
+    run.s3.step = lambda: None
+    refuses(lambda: run.step(gradients(0)), "S3 moved 0 of")
+    other = Run(1, optimizer="AdamW", params={"torch_adam": True})
+    refuses(lambda: activity(other.engine), "does not train with S3", "register()")
+
+
+def check_statistics_of_a_step_are_of_all_groups() -> None:
+    """ZeRO calls step once a group; of a first step every coordinate has |u| = (1 - beta^2)^(2/3), against its own
+    gradient. The alignment padding has no gradient and no update."""
+    for stage in (0, 1, 2, 3):
+        run = Run(stage)
+        seen = activity(run.engine)
+        seen.watch()
+        for _ in range(2):  # the second time after a wrong first: statistics must not add up over steps
+            run.step(gradients(0))
+        total, largest, _, agreeing, elements = seen.statistics.tolist()
+        assert elements == seen.elements == sum(m.numel() for m in masters(run.wrapper))
+        second = (1 - 0.95**3) ** (2 / 3)  # a constant gradient (SPEC section 1)
+        assert abs(largest / second - 1) < 1e-6
+        assert abs(total / agreeing / second - 1) < 1e-6 and agreeing <= elements
+
+
+def check_stock_adam_is_bit_identical_with_and_without_s3() -> None:
+    def train(stage: int, precision: str, offload: bool) -> list[torch.Tensor]:
+        run = Run(stage, precision, optimizer="AdamW", params={"torch_adam": True}, clip=0.5)
+        for step in range(STEPS_SHORT):
+            run.step(gradients(step))
+        return [*run.model_weights().values()]
+
+    cases: list[tuple[int, str, bool]] = [
+        (0, "fp32", False),
+        (1, "bf16", False),
+        (2, "fp32", False),
+        (3, "bf16", False),
+    ]
+    registered = [train(*case) for case in cases]
+    unregister()
+    try:
+        for case, with_s3 in zip(cases, registered, strict=True):
+            equal(train(*case), with_s3)
+        try:
+            Run(1)
+        except AssertionError as error:
+            assert "not a supported DeepSpeed Optimizer" in str(error)
+        else:
+            raise AssertionError("unregister() left S3 behind")
+    finally:
+        register()
+        register()  # the second time does nothing
+    compare(Run(1), steps=1)
+
+
+def main(output: Path, folder: Path) -> None:
+    use_gloo()
+    deepspeed.init_distributed("gloo", verbose=False)
+    # DeepSpeed collects garbage for every engine: a quarter of a second, unless it passes over what was imported.
+    gc.freeze()
+    mine = checks.named({**globals(), **vars(features)}) if dist.get_world_size() > 1 else {}
+    checks.run({**mine, **checkpoints.checks(folder)}, output)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

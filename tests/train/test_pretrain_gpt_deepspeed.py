@@ -1,0 +1,337 @@
+"""The DeepSpeed entry on real ranks: Megatron's losses, resumed runs, a killed rank, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from s3_megatron import rehearsal
+from s3_megatron.demo.recipe import load
+from s3_megatron.demo.runs import Trainer
+from s3_megatron.errors import S3Error
+from s3_megatron.train import entry
+from s3_megatron.watch.metrics import FILE_NAME, Metrics, read_metrics
+from tests.jobs import Job, train_all
+from tests.launcher import ROOT
+from tests.megatron.gpt import flags
+from tests.train import refusals
+
+CONFIGS = ROOT / "configs/deepspeed"
+STEPS, SHORT = 50, 8
+SAVED = {STEPS: 40, SHORT: 4}  # where the resumed run starts
+
+# Of the loss, relative. In fp32 the engines differ in the order in which they sum the norm that gradients are clipped
+# by: 1.7e-7 was seen, and the issue wants 1e-5. In bf16 they are bit-equal until the last bit of a clipping factor
+# turns the rounding of a weight, by 2^-9 of it; then the runs part slowly: 6.6e-5 was seen over 50 steps. Several times
+# that is allowed, for other processors sum in other orders.
+BOUND = {"fp32": 1e-5, "bf16": 5e-4}
+WRAPPERS = {
+    ("zero1", "bf16"): "BF16_Optimizer",  # it accumulates and reduces in float32, as Megatron does
+    ("zero3", "bf16"): "DeepSpeedZeroOptimizer_Stage3",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a launch: an engine ("megatron", or a configuration of DeepSpeed's) and a precision."""
+
+    engine: str
+    precision: str
+    steps: int = STEPS
+    resumed: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine}-{self.precision}{'-resumed' * self.resumed}"
+
+    def job(self, folder: Path) -> Job:
+        """What trains it; metrics go to FOLDER/NAME.
+
+        Dropout is on, the batch is accumulated, and most steps are clipped.
+        """
+        precision = None if self.precision == "fp32" else self.precision
+        argv = flags(iterations=self.steps, precision=precision)
+        argv += ["--num-layers", "1", "--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--clip-grad", "0.7"]
+        argv += ["--watch-dir", str(folder / self.name)]
+        if self.engine == "megatron":
+            return "megatron", argv
+        saved, checkpoints = SAVED[self.steps], str(folder / f"{self.engine}-{self.precision}" / "checkpoints")
+        argv += ["--deepspeed-config", str(CONFIGS / f"{self.engine}.json")]
+        if self.resumed:
+            argv += ["--load", checkpoints, "--ckpt-step", str(saved)]
+        elif self in RESUMED:
+            argv += ["--save", checkpoints, "--save-interval", str(saved // 2), "--save-retain-interval", str(saved)]
+        return "deepspeed", argv
+
+
+def launch(runs: list[Run], nproc: int, folder: Path, *more: Job) -> dict[str, Metrics]:
+    """Train ``runs`` and ``more`` jobs in one launch; returns the metrics of ``runs``."""
+    train_all([*(run.job(folder) for run in runs), *more], nproc, folder)
+    return {run.name: read_metrics(folder / run.name) for run in runs}
+
+
+FULL = [Run(engine, precision) for precision in BOUND for engine in ("megatron", "zero1", "zero2")]
+FULL += [Run("zero3", "bf16", SHORT), Run("zero2_offload", "bf16", SHORT)]
+DEEPSPEED = [run for run in FULL if run.engine != "megatron"]
+RESUMED = [Run("zero2", "fp32"), Run("zero1", "bf16"), Run("zero3", "bf16", SHORT)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engines")
+
+
+# What a run on more ranks left when it was killed while it saved.
+TORN = "zero2-fp32/checkpoints/iter_0000040/zero_pp_rank_7_mp_rank_00_optim_states.pt"
+
+
+@pytest.fixture(scope="module")
+def metrics(folder: Path) -> dict[str, Metrics]:
+    """Every run on 2 ranks, from one launch."""
+    (folder / TORN).parent.mkdir(parents=True)
+    (folder / TORN).touch()
+    resumed = [replace(run, resumed=True) for run in RESUMED]
+    return launch([*FULL, *resumed], 2, folder)
+
+
+def gap(ours: Metrics, theirs: Metrics) -> float:
+    """The largest relative difference of a training loss, over the iterations of ``ours``."""
+    return max(abs(event["lm_loss"] / theirs.train[i]["lm_loss"] - 1) for i, event in ours.train.items())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("run", DEEPSPEED, ids=lambda run: run.name)
+def test_losses_are_megatrons(metrics: dict[str, Metrics], run: Run) -> None:
+    """The same recipe, initial weights, data order, dropout and seed: each engine shards the same training."""
+    ours, theirs = metrics[run.name], metrics[f"megatron-{run.precision}"]
+    assert sorted(ours.train) == list(range(1, run.steps + 1))
+    worst = gap(ours, theirs)
+    print(f"{run.name}: losses differ from Megatron's by {worst:.1e} at most")
+    assert worst <= BOUND[run.precision]
+    # Of one and the same model: accumulated and reduced in bf16 it was off by 3.4e-5, and a wrong average shows as a
+    # factor. S3 and the clipping would hide either from the losses.
+    first = [metrics.train[1]["grad_norm"] for metrics in (ours, theirs)]
+    assert first[0] == pytest.approx(first[1], rel=1e-6)
+    for name in ("lr", "grad_norm", "update_mean", "update_max", "update_agreement"):
+        last = [metrics.train[run.steps][name] for metrics in (ours, theirs)]
+        assert last[0] == pytest.approx(last[1], rel=1e-2), name
+    if run.steps == STEPS:
+        held_out = [metrics.validation[STEPS]["lm_loss"] for metrics in (ours, theirs)]
+        assert held_out[0] == pytest.approx(held_out[1], rel=BOUND[run.precision])
+    assert len({event["lm_loss"] for event in ours.train.values()}) == run.steps, "the losses move"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("run", RESUMED, ids=lambda run: run.name)
+def test_a_resumed_run_is_bit_equal(metrics: dict[str, Metrics], run: Run) -> None:
+    """Weights, masters, m, r, schedule, data order and the dropout's generator are all restored."""
+    resumed = metrics[f"{run.name}-resumed"]
+    assert sorted(resumed.train) == list(range(SAVED[run.steps] + 1, run.steps + 1))
+    assert gap(resumed, metrics[run.name]) == 0
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("run", DEEPSPEED, ids=lambda run: run.name)
+def test_what_is_said_of_the_optimizer(metrics: dict[str, Metrics], run: Run) -> None:
+    """m, r and the float32 masters, 12 bytes a parameter, are shared by two ranks; masters exist in fp32 too."""
+    event = metrics[run.name].optimizer
+    assert event["wrapper"] == WRAPPERS.get((run.engine, run.precision), "DeepSpeedZeroOptimizer")
+    assert event["parameters"] == metrics["megatron-fp32"].optimizer["parameters"]
+    assert event["shard_elements"] == [event["parameters"] / 2] * 2, "this model needs no padding"
+    assert (event["state_bytes_per_param_rank"], event["master_bytes_per_param_rank"]) == (4.0, 2.0)
+    # A first step moves every coordinate with a gradient by (1 - beta^2)^(2/3).
+    first = metrics[run.name].train[1]
+    assert first["update_max"] == pytest.approx((1 - 0.95**2) ** (2 / 3), rel=1e-5)
+
+
+@pytest.mark.distributed
+def test_old_checkpoints_go_as_megatrons_do(metrics: dict[str, Metrics], folder: Path) -> None:
+    """Saved at 20, 40 and 50, the end; of those, 40 is a multiple of the interval to retain, and 50 the last."""
+    checkpoints = folder / "zero2-fp32/checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("iter*")) == ["iter_0000040", "iter_0000050"]
+    assert (checkpoints / "latest").read_text() == "iter_0000050"
+    assert not (folder / TORN).exists()
+
+
+@pytest.mark.distributed
+def test_on_4_ranks(metrics: dict[str, Metrics], folder: Path, tmp_path: Path) -> None:
+    """Losses are Megatron's; and a run on 2 ranks goes on on 4, through a universal checkpoint.
+
+    DeepSpeed's converter failed on the empty _extra_state of Megatron's linear layers.
+    """
+    saved, run = folder / "zero2-fp32/checkpoints/iter_0000040", Run("zero2", "fp32")
+    convert(saved, tmp_path / "universal/iter_0000040_universal")
+    config = {**json.loads((CONFIGS / "zero2.json").read_text()), "checkpoint": {"load_universal": True}}
+    (tmp_path / "zero2.json").write_text(json.dumps(config))
+    _, argv = replace(run, resumed=True).job(tmp_path)
+    argv = argv[: argv.index("--ckpt-step")]
+    argv += ["--deepspeed-config", str(tmp_path / "zero2.json"), "--load", str(tmp_path / "universal")]
+    short = [Run("megatron", "fp32", SHORT), Run("zero1", "fp32", SHORT)]
+    four = launch(short, 4, tmp_path, ("deepspeed", argv))
+    assert gap(four["zero1-fp32"], four["megatron-fp32"]) <= BOUND["fp32"]
+    resumed = read_metrics(tmp_path / "zero2-fp32-resumed")
+    assert sorted(resumed.train) == list(range(41, STEPS + 1))
+    # Dropout differs: each rank draws its own numbers, and there are other ranks. Without it, 1e-6 would do.
+    assert gap(resumed, metrics[run.name]) <= 0.02
+
+
+def convert(source: Path, target: Path) -> None:
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source)]
+    done = subprocess.run([*command, "--output_folder", str(target)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.distributed
+def test_kill_and_resume_through_the_real_launch(tmp_path: Path) -> None:
+    """One rank of a real torchrun dies; the same command goes on from the last checkpoint.
+
+    It does again what the killed run had done since, and every loss must be the same, bit by bit.
+    """
+    config = load(ROOT / "configs/model/gpt2_tiny.yaml")
+    config["engine"] = "deepspeed"
+    config["model"] |= {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 32}
+    config["run"] |= {"train_iters": 24, "lr_decay_iters": 24, "lr_warmup_iters": 2, "eval_interval": 24}
+    config["checkpoint"] = {"save_interval": 8, "save_retain_interval": 192}
+    mock = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "255"]
+    interruption = Trainer(config, mock, tmp_path, 0, Console(quiet=True)).train_through_a_kill("run", "S3", "s3")
+    assert 12 <= interruption.killed_at and interruption.resumed_from in (8, 16)
+    lines = [json.loads(line) for line in (tmp_path / "run" / FILE_NAME).read_text().splitlines()]
+    seen: dict[int, list[float]] = {}
+    for event in lines:
+        if event["event"] == "train":
+            seen.setdefault(event["iteration"], []).append(event["lm_loss"])
+    again = range(interruption.resumed_from + 1, interruption.killed_at + 1)
+    assert sorted(seen) == list(range(1, 25)) and len(again) >= 1
+    assert all(seen[i][0] == seen[i][1] for i in again)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.is_dir()] == ["iter_0000024"]
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[ModuleType]:
+    """The entry's module in this process, on one rehearsed rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("DS_ACCELERATOR", "")  # so that what prepare() sets goes away
+        entry.prepare([], rehearse=True)
+        from s3_megatron.engines.megatron import uninstall
+        from s3_megatron.train import deepspeed_loop
+
+        yield deepspeed_loop
+        uninstall()
+        rehearsal.deactivate()
+
+
+def refusal(loop: ModuleType, monkeypatch: pytest.MonkeyPatch, config: Path | None, *extra: str) -> str:
+    file = [] if config is None else ["--deepspeed-config", str(config)]
+    return refusals.refusal(loop.train, monkeypatch, *flags(iterations=1, extra=(*file, *extra)))
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ("--overlap-grad-reduce",),
+        ("--tensor-model-parallel-size", "2"),
+        ("--finetune",),
+        ("--rerun-mode", "report_stats"),
+        ("--ckpt-format", "torch"),
+        ("--log-params-norm",),
+        ("--rampup-batch-size", "4", "4", "100"),
+    ],
+    ids=lambda flag: flag[0],
+)
+def test_what_would_do_nothing_is_refused(loop: ModuleType, monkeypatch: pytest.MonkeyPatch, flag: list[str]) -> None:
+    line = refusal(loop, monkeypatch, CONFIGS / "zero1.json", *flag)
+    assert line.startswith(f"{flag[0]} ") and "does nothing under DeepSpeed" in line
+
+
+def test_the_file_must_be_there_and_be_json(loop: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "--deepspeed-config FILE is missing" in refusal(loop, monkeypatch, None)
+    assert "none.json cannot be read" in refusal(loop, monkeypatch, tmp_path / "none.json")
+    (tmp_path / "half.json").write_text('{"zero_optimization": ')
+    assert "half.json cannot be read as JSON" in refusal(loop, monkeypatch, tmp_path / "half.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag", "found"),
+    [
+        ({"gradient_clipping": 0.5}, (), ("gradient_clipping = 0.5", "--clip-grad", "1.0")),
+        ({"bf16": {"enabled": False}}, ("--bf16",), ("bf16.enabled = false", "--bf16", "true")),
+        ({"train_batch_size": 16}, (), ("train_batch_size = 16", "--global-batch-size", "8")),
+        ({"gradient_accumulation_steps": 2}, (), ("gradient_accumulation_steps = 2", "makes it 4")),
+        (
+            {"optimizer": {"type": "S3", "params": {"p": 2}}},
+            ("--s3-p", "3"),
+            ("optimizer.params.p = 2", "--s3-p", "3.0"),
+        ),
+        ({"scheduler": {"type": "WarmupLR"}}, (), ("scheduler", "--lr-decay-style")),
+        ({"optimizer": {"type": "Lamb"}}, (), ("'Lamb'", '"S3"')),
+        (
+            {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
+            (),
+            ("zero_optimization.reduce_bucket_size",),
+        ),
+    ],
+)
+def test_a_file_that_contradicts_a_flag_is_refused(
+    loop: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    flag: tuple[str, ...],
+    found: tuple[str, ...],
+) -> None:
+    file = tmp_path / "ours.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}, **settings}))
+    line = refusal(loop, monkeypatch, file, *flag)
+    assert str(file) in line and all(part in line for part in found)
+
+
+MODEL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 32, "padded_vocab_size": 256}
+
+
+@pytest.mark.parametrize(
+    ("files", "asked", "found"),
+    [
+        ({"latest_checkpointed_iteration.txt": "4"}, {}, "holds Megatron's checkpoints"),
+        ({}, {"exit_on_missing_checkpoint": True}, "has no file 'latest'"),
+        ({}, {"universal": True}, "has no file 'latest_universal'"),
+        ({"latest": "iter_0000004"}, {}, "iter_0000004 is not a complete checkpoint"),
+        ({}, {"ckpt_step": 8}, "iter_0000008 is not a complete checkpoint"),
+        (
+            {"latest": "iter_0000004", "iter_0000004/s3_megatron.json": {**MODEL, "world_size": 4, "zero_stage": 2}},
+            {},
+            "written with zero_stage 2 (this run: 1), world_size 4 (this run: 2): ",
+        ),
+        (
+            {"latest": "iter_0000016", "latest_universal": "iter_0000008_universal"},
+            {"universal": True},
+            "iter_0000016, which is newer than the universal iter_0000008_universal",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    loop: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    files: dict[str, Any],
+    asked: dict[str, Any],
+    found: str,
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    args = {**MODEL, "world_size": 2, "load": str(tmp_path), "ckpt_step": None, "exit_on_missing_checkpoint": False}
+    monkeypatch.setattr(loop.deepspeed_checkpoint, "get_args", lambda: SimpleNamespace(**{**args, **asked}))
+    engine = SimpleNamespace(
+        load_universal_checkpoint=lambda: asked.get("universal", False), zero_optimization_stage=lambda: 1
+    )
+    with pytest.raises(S3Error) as refused:
+        loop.deepspeed_checkpoint.load(engine, None)
+    assert found in str(refused.value) and "\n" not in str(refused.value)
