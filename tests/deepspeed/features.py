@@ -3,7 +3,11 @@
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from deepspeed.utils import (
+    safe_get_full_optimizer_state,
+    safe_get_local_optimizer_state,
+    safe_set_full_optimizer_state,
+)
 from torch import nn
 
 from s3_megatron.engines.deepspeed import activity, decay_groups
@@ -143,6 +147,13 @@ def check_safe_get_and_set_reach_every_group() -> None:
             assert all(not safe_get_full_optimizer_state(p, name).any() for p in params.values())
         run.step(gradients(0))
         if stage == 3:
+            ranks, rank = dist.get_world_size(), dist.get_rank()
+            for name in STATES:
+                for p in params.values():
+                    full = safe_get_full_optimizer_state(p, name).flatten()
+                    size = -(-full.numel() // ranks)
+                    mine = full[rank * size : (rank + 1) * size]
+                    equal([safe_get_local_optimizer_state(p, name)[: mine.numel()]], [mine])
             continue  # setting a parameter of odd size fails there with AdamW too (docs/deepspeed.md)
         for p in params.values():
             for name in STATES:

@@ -98,7 +98,19 @@ def metrics(folder: Path) -> dict[str, Metrics]:
     (folder / TORN).parent.mkdir(parents=True)
     (folder / TORN).touch()
     resumed = [replace(run, resumed=True) for run in RESUMED]
-    return launch([*FULL, *resumed], 2, folder)
+    return launch([*FULL, *resumed], 2, folder, *over_from_adam(folder))
+
+
+def over_from_adam(folder: Path) -> list[Job]:
+    """AdamW for 4 iterations, then S3 for as many from its checkpoint."""
+    zero2, saved = ["--deepspeed-config", str(CONFIGS / "zero2.json")], str(folder / "adam-saved")
+    adam = (
+        flags(iterations=4, optimizer="adam")
+        + zero2
+        + ["--save", saved, "--save-interval", "4", "--watch-dir", str(folder / "adam")]
+    )
+    s3 = flags(iterations=8) + zero2 + ["--load", saved, "--s3-from-adam", "--watch-dir", str(folder / "from-adam")]
+    return [("deepspeed", adam), ("deepspeed", s3)]
 
 
 def gap(ours: Metrics, theirs: Metrics) -> float:
@@ -149,6 +161,16 @@ def test_what_is_said_of_the_optimizer(metrics: dict[str, Metrics], run: Run) ->
     # A first step moves every coordinate with a gradient by (1 - beta^2)^(2/3).
     first = metrics[run.name].train[1]
     assert first["update_max"] == pytest.approx((1 - 0.95**2) ** (2 / 3), rel=1e-5)
+
+
+@pytest.mark.distributed
+def test_coming_over_from_adam(metrics: dict[str, Metrics], folder: Path) -> None:
+    """S3 goes on where AdamW stopped, at its own rate and within its own bound."""
+    adam, s3 = read_metrics(folder / "adam").train, read_metrics(folder / "from-adam").train
+    assert (sorted(adam), sorted(s3)) == ([1, 2, 3, 4], [5, 6, 7, 8])
+    assert s3[5]["lm_loss"] == pytest.approx(adam[4]["lm_loss"], rel=0.02), "the same model on the next batch"
+    assert s3[5]["lr"] == pytest.approx(10 * adam[4]["lr"], rel=0.1)
+    assert all(0 < event["update_max"] <= 1 for event in s3.values())
 
 
 @pytest.mark.distributed
