@@ -9,7 +9,7 @@ from s3_megatron.watch.metrics import read_metrics
 from tests.jobs import Job, train_all
 from tests.megatron.gpt import flags
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]  # three launches, all before the first test
 
 SAVED_AT, LAST = 4, 8
 
