@@ -2,12 +2,15 @@
 
 import json
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
+
+from s3_megatron.errors import S3Error
 
 
 def run(checks: Mapping[str, Callable[[], object]], output: Path) -> None:
@@ -36,3 +39,21 @@ def run(checks: Mapping[str, Callable[[], object]], output: Path) -> None:
 def named(namespace: Mapping[str, object]) -> dict[str, Callable[[], object]]:
     """The functions of a module whose name starts with ``check_``."""
     return {name: value for name, value in namespace.items() if name.startswith("check_") and callable(value)}
+
+
+def shared_folder() -> Path:
+    """A new folder that every rank knows."""
+    box = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    return Path(str(box[0]))
+
+
+def refuses(call: Callable[[], object], *advice: str) -> None:
+    """Assert that ``call`` raises S3Error with all of ``advice`` in one line."""
+    try:
+        call()
+    except S3Error as error:
+        text = str(error)
+        assert "\n" not in text and all(piece in text for piece in advice), text
+    else:
+        raise AssertionError(f"not refused, where advice with {advice} was wanted")

@@ -15,13 +15,12 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.num_microbatches_calculator import update_num_microbatches
 from megatron.training import get_args, print_rank_0
-from megatron.training.checkpointing import get_rng_state
+from megatron.training.checkpointing import get_checkpoint_tracker_filename, get_rng_state
 
 from s3_megatron.data.files import write_file
 from s3_megatron.errors import S3Error
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"  # DeepSpeed's names; each holds a checkpoint's folder
-_MEGATRONS = "latest_checkpointed_iteration.txt"
 _ABOUT = "s3_megatron.json"
 _STATE = "s3_megatron"  # our key among DeepSpeed's
 _COUNTERS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
@@ -57,8 +56,7 @@ def save(
     # ds_to_universal demands the second key under ZeRO 1 and 2.
     engine.save_checkpoint(folder, tag, {_STATE: state, "universal_checkpoint_info": {}}, save_latest=False)
     if dist.get_rank() == 0:  # every rank has written: save_checkpoint ends with a barrier
-        about = {"zero_stage": engine.zero_optimization_stage(), **{name: getattr(args, name) for name in _SHAPE}}
-        write_file(folder / tag / _ABOUT, json.dumps(about, indent=2).encode())
+        write_file(folder / tag / _ABOUT, json.dumps(_about(engine), indent=2).encode())
         write_file(folder / LATEST, tag.encode())
         _prune(folder, before, tag, args.save_retain_interval)
     dist.barrier()
@@ -87,7 +85,7 @@ def load(engine: Any, opt_param_scheduler: Any) -> tuple[int, float]:
     name = LATEST_UNIVERSAL if universal else LATEST
     tag = _latest(folder, name) if args.ckpt_step is None else f"iter_{args.ckpt_step:07d}"
     if tag is None:
-        if (folder / _MEGATRONS).exists():
+        if Path(get_checkpoint_tracker_filename(args.load)).exists():
             raise S3Error(f"--load {folder} holds Megatron's checkpoints: go on with s3_megatron.train.pretrain_gpt")
         if universal or args.exit_on_missing_checkpoint:
             raise S3Error(f"--load {folder} has no file {name!r}, which names the checkpoint to load")
@@ -123,12 +121,16 @@ def _iteration(name: str) -> int:
     return int(found[1]) if found else sys.maxsize
 
 
+def _about(engine: Any) -> dict[str, Any]:
+    args = get_args()
+    return {"zero_stage": engine.zero_optimization_stage(), **{name: getattr(args, name) for name in _SHAPE}}
+
+
 def _check(folder: Path, engine: Any) -> None:
     """Raise S3Error where ``folder`` cannot be loaded as it is."""
-    args = get_args()
     if not (folder / _ABOUT).is_file():
         raise S3Error(f"{folder} is not a complete checkpoint of pretrain_gpt_deepspeed: name another one")
-    ours = {"zero_stage": engine.zero_optimization_stage(), **{name: getattr(args, name) for name in _SHAPE}}
+    ours = _about(engine)
     saved = json.loads((folder / _ABOUT).read_text())
     wrong = [f"{name} {saved[name]} (this run: {ours[name]})" for name in ours if saved[name] != ours[name]]
     if wrong:

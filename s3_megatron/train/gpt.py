@@ -17,10 +17,12 @@ from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_ran
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.checkpointing import get_checkpoint_tracker_filename
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from s3_megatron.errors import S3Error
 from s3_megatron.train import checks
+from s3_megatron.train.deepspeed_checkpoint import LATEST
 
 # The keys that get_batch_on_this_tp_rank reads.
 _BATCH = (
@@ -35,7 +37,6 @@ _BATCH = (
     "local_cp_size",
     "hybrid_cp_group",
 )
-_LATEST = "latest_checkpointed_iteration.txt"  # by which Megatron finds its checkpoints
 Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
 
@@ -46,7 +47,8 @@ def train() -> None:
         S3Error: a flag, a file or the vocabulary is wrong.
     """
     args = parse()
-    if args.load is not None and (Path(args.load) / "latest").exists() and not (Path(args.load) / _LATEST).exists():
+    megatrons = args.load is not None and Path(get_checkpoint_tracker_filename(args.load)).exists()
+    if args.load is not None and not megatrons and (Path(args.load) / LATEST).exists():
         raise S3Error(
             f"--load {args.load} holds DeepSpeed's checkpoints, and training would start from random weights: go on "
             "with s3_megatron.train.pretrain_gpt_deepspeed"

@@ -16,21 +16,20 @@ from deepspeed.utils import logger
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from s3_megatron.engines.deepspeed import activity
+from tests.checks import refuses, shared_folder
 from tests.deepspeed.harness import (
     DECAY,
+    FLOAT32_ACCUMULATION,
     STATES,
     Reference,
     Run,
     close,
     equal,
     gradients,
-    refuses,
     same,
-    shared_folder,
 )
 
 BEFORE, AFTER = 4, 3  # steps before a checkpoint, and after it
-FLOAT32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 ADAM = {"optimizer": "AdamW", "params": {"torch_adam": True}}
 # By name: stage, precision, and what else makes the run.
 KINDS: dict[str, tuple[int, str, dict[str, Any]]] = {

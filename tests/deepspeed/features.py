@@ -13,6 +13,7 @@ from torch import nn
 from s3_megatron.engines.deepspeed import activity, decay_groups
 from s3_megatron.engines.deepspeed.layout import masters
 from s3_megatron.optim import S3
+from tests.checks import refuses
 from tests.deepspeed.harness import (
     DECAY,
     LR,
@@ -26,7 +27,6 @@ from tests.deepspeed.harness import (
     equal,
     gradients,
     groups,
-    refuses,
 )
 
 

@@ -5,20 +5,15 @@ every rank, and the average over 2 or 4 ranks and micro-batches is exact, so tha
 unsharded one by S3's own arithmetic alone, and the tolerance can be that of float32.
 """
 
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
 from s3_megatron.engines.deepspeed import activity, register
 from s3_megatron.engines.deepspeed.layout import masters
-from s3_megatron.errors import S3Error
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
 
 register()
@@ -26,6 +21,7 @@ register()
 STEPS, STEPS_SHORT = 10, 4
 LR, DECAY = 3e-3, 0.1
 STATES = (EXP_AVG, EXP_AVG_ROOT)
+FLOAT32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
 class Net(nn.Module):
@@ -228,21 +224,3 @@ def equal(found: list[Tensor], wanted: list[Tensor]) -> None:
     assert len(found) == len(wanted)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=0.0, atol=0.0, equal_nan=True)
-
-
-def shared_folder() -> Path:
-    """A new folder that every rank knows."""
-    box = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box)
-    return Path(str(box[0]))
-
-
-def refuses(call: Callable[[], object], *advice: str) -> None:
-    """Assert that ``call`` raises S3Error with all of ``advice`` in one line."""
-    try:
-        call()
-    except S3Error as error:
-        text = str(error)
-        assert "\n" not in text and all(piece in text for piece in advice), text
-    else:
-        raise AssertionError(f"not refused, where advice with {advice} was wanted")

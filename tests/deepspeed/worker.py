@@ -18,8 +18,10 @@ from deepspeed.utils import logger
 from s3_megatron.engines.deepspeed import activity, register, unregister, use_gloo
 from s3_megatron.engines.deepspeed.layout import masters
 from tests import checks
+from tests.checks import refuses
 from tests.deepspeed import checkpoints, features
 from tests.deepspeed.harness import (
+    FLOAT32_ACCUMULATION,
     STATES,
     STEPS_SHORT,
     Net,
@@ -29,11 +31,8 @@ from tests.deepspeed.harness import (
     equal,
     gradients,
     groups,
-    refuses,
     same,
 )
-
-FLOAT32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
 @contextmanager

@@ -5,8 +5,6 @@ exact (a sum of 2 or 4 equal numbers, divided by 2 or 4), so a sharded run may d
 own arithmetic alone, and the tolerance can be that of float32.
 """
 
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +25,6 @@ from megatron.core.optimizer import (  # noqa: E402
 from megatron.core.transformer import MegatronModule, TransformerConfig  # noqa: E402
 
 from s3_megatron.engines.megatron import S3OptimizerConfig, install  # noqa: E402
-from s3_megatron.errors import S3Error  # noqa: E402
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3  # noqa: E402
 
 install()
@@ -216,19 +213,3 @@ def load(run: Run, folder: Path, sharding: str) -> None:
     run.optimizer.load_state_dict(
         dist_checkpointing.load({"optimizer": wanted}, str(folder), validate_access_integrity=False)["optimizer"]
     )
-
-
-def shared_folder() -> Path:
-    box = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box)
-    return Path(str(box[0]))
-
-
-def refuses(call: Callable[[], object], advice: str) -> None:
-    """Assert that ``call`` raises S3Error with ``advice`` in one line."""
-    try:
-        call()
-    except S3Error as error:
-        assert advice in str(error) and "\n" not in str(error), str(error)
-    else:
-        raise AssertionError(f"not refused, where advice with {advice!r} was wanted")

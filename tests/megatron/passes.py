@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from s3_megatron.engines.megatron import install, single_pass, uninstall
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT
-from tests.megatron.harness import LR, Net, Run, gradients, load, refuses, save, set_decay, shared_folder
+from tests.checks import refuses, shared_folder
+from tests.megatron.harness import LR, Net, Run, gradients, load, save, set_decay
 
 TWENTY = 20
 HALVES = (torch.bfloat16, torch.float16)

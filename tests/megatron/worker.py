@@ -15,6 +15,7 @@ from megatron.core.optimizer import DistributedOptimizer, FP32Optimizer, Optimiz
 
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
 from tests import checks
+from tests.checks import refuses, shared_folder
 from tests.megatron import passes
 from tests.megatron.harness import (
     LR,
@@ -24,9 +25,7 @@ from tests.megatron.harness import (
     get_megatron_optimizer,
     gradients,
     load,
-    refuses,
     save,
-    shared_folder,
 )
 
 

@@ -44,6 +44,14 @@ def refusal(gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, *flags: str) -> st
     return refusals.refusal(gpt.train, monkeypatch, *FLAGS, "--global-batch-size", "4", "--train-iters", "1", *flags)
 
 
+def test_a_folder_of_deepspeeds_checkpoints_is_not_trained_over(
+    gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Megatron found none of its own there, and started from random weights."""
+    (tmp_path / "latest").write_text("iter_0000004")
+    assert "holds DeepSpeed's checkpoints" in refusal(gpt, monkeypatch, *MOCK, "--load", str(tmp_path))
+
+
 def test_data_files_that_are_not_there_are_named(
     gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
