@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 # Written last: its absence tells an interrupted install from a complete one.
 STAMP := $(VENV)/.complete
 INSTALL = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
-SCRIPTS = $(shell git ls-files --cached --others --exclude-standard | xargs grep -lE '^\#!.*\b(ba)?sh\b' 2>/dev/null)
+# Templates are checked as what they render to, in tests/golden.
+SCRIPTS = $(shell git ls-files --cached --others --exclude-standard | grep -v '\.j2$$' | xargs grep -lE '^\#!.*\b(ba)?sh\b' 2>/dev/null)
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint sanitize clean
+.PHONY: help venv demo test test-slurm lint sanitize clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 venv: $(STAMP) ## build .venv (every other target does it by itself)
 
@@ -23,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	    rm -rf $(VENV) && "$$python" -m venv $(VENV); fi
 	@echo "installing torch, megatron-core and deepspeed: takes 2-4 minutes the first time"
 	@$(INSTALL) setuptools
-	@$(INSTALL) --no-build-isolation --editable '.[megatron,deepspeed,data,demo,dev]'
+	@$(INSTALL) --no-build-isolation --editable '.[megatron,deepspeed,data,jobs,demo,dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP) ## train GPT-2 with S3, kill it, resume it, compare with AdamW: 12 minutes on 2 cores (ENGINE=deepspeed)
@@ -33,13 +34,19 @@ demo: $(STAMP) ## train GPT-2 with S3, kill it, resume it, compare with AdamW: 1
 test: $(STAMP) ## run the whole test suite: 15 to 20 minutes on 2 cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# Installs Debian's SLURM where it is missing, and starts a cluster of it for itself: as root, on Linux.
+test-slurm: $(STAMP) ## run jobs on a real SLURM of four nodes on this machine: 12 minutes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
+
 # --no-cache: ruff's cache keeps an import's group although a new file has changed it, and a clean clone then fails.
-lint: $(STAMP) ## ruff, mypy, import-linter, shellcheck
+lint: $(STAMP) ## ruff, mypy, import-linter, shellcheck, shfmt, hadolint
 	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck $(SCRIPTS)
+	$(BIN)/shfmt -i 4 -ci -d $(SCRIPTS)
+	$(BIN)/hadolint Dockerfile
 
 sanitize: $(STAMP) ## run the C++ kernel's tests under ASan and UBSan
 	@OMP_NUM_THREADS=2 PYTHONPATH=. $(BIN)/python tests/kernels/sanitize.py

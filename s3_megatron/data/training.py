@@ -5,10 +5,10 @@ import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from s3_megatron.data.files import write_file
 from s3_megatron.data.sources import BadDocument, find_inputs, read_documents, text_of
 from s3_megatron.data.tokenizers import import_sentencepiece
 from s3_megatron.errors import S3Error
+from s3_megatron.files import write_file
 
 # BPE merges settle long before this many lines; more would only cost memory.
 SAMPLED_LINES = 500_000

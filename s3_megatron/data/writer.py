@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from s3_megatron.data.files import publish
 from s3_megatron.errors import S3Error
+from s3_megatron.files import publish
 
 
 def bin_and_idx(prefix: str | Path) -> tuple[Path, Path]:

@@ -11,12 +11,11 @@ from pathlib import Path
 from rich.console import Console
 
 from s3_megatron.demo import corpus, figure, report
-from s3_megatron.demo.recipe import ROOT, engine, load
-from s3_megatron.demo.runs import Trainer
+from s3_megatron.demo.engines import ENGINES
+from s3_megatron.demo.runs import RECIPE, kill_at, load, trial, with_data
 from s3_megatron.demo.tokens import tokenize
 from s3_megatron.errors import S3Error
 
-CONFIG = ROOT / "configs/model/gpt2_tiny.yaml"
 RUNS = Path("runs")
 
 
@@ -27,7 +26,7 @@ def main() -> None:
     # It warns that a machine without a GPU has none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(prog="python -m s3_megatron.demo", description=__doc__)
-    parser.add_argument("--engine", metavar="NAME", help=f"megatron or deepspeed; default: what {CONFIG.name} says")
+    parser.add_argument("--engine", metavar="NAME", help=f"megatron or deepspeed; default: what {RECIPE}.yaml says")
     chosen = parser.parse_args().engine
     console = Console(highlight=False)
     try:
@@ -42,30 +41,29 @@ def main() -> None:
 def demonstrate(console: Console, chosen: str | None = None) -> None:
     """Build the corpus, train three times with the ``chosen`` engine or the recipe's, and report under ``runs``."""
     started = time.monotonic()
-    config = load(CONFIG)
-    if chosen is not None:
-        config["engine"] = chosen
-    trains = engine(config)
+    engine = load("s3", chosen).recipe.engine  # before anything is built: there may be no such engine
     with console.status("looking for GPUs"):
         import torch
 
         gpus = torch.cuda.device_count()
+    s3, adamw = (load(optimizer, chosen, gpus) for optimizer in ("s3", "adamw"))
     text = corpus.build(RUNS / "corpus")
     console.print(f"corpus: {text.bytes / 1e6:.1f} MB in {text.documents} documents of Python {text.python}")
-    tokens = tokenize(text, console)
-    folder = RUNS / trains.results
+    tokens = tokenize(text, s3.recipe.model.vocab_size, console)
+    s3, adamw = with_data(s3, tokens.data), with_data(adamw, tokens.data)
+    folder = RUNS / ENGINES[engine].results
     set_aside(folder, console)
-    trainer = Trainer(config, tokens.flags, folder, gpus, console)
     console.print(
-        f"training on {trainer.ranks} {'GPUs' if gpus else 'processes without a GPU (rehearsal)'}; logs under {folder}"
+        f"training on {s3.ranks} {'GPUs' if gpus else 'processes without a GPU (rehearsal)'}; logs under {folder}"
     )
-    trainer.train("s3", "S3", "s3")
-    interruption = trainer.train_through_a_kill("s3-killed", "S3, one rank killed", "s3")
-    trainer.train("adamw", "AdamW", "adam")
+    trial(s3, folder / "s3", "S3").train(console)
+    killed = trial(s3, folder / "s3-killed", "S3, one rank killed")
+    interruption = killed.train_through_a_kill(kill_at(s3.recipe), console)
+    trial(adamw, folder / "adamw", "AdamW").train(console)
     outcome = report.Outcome.read(folder, interruption)
     figures = {"python": text.python, "documents": text.documents, "bytes": text.bytes}
     figures |= {"train_tokens": tokens.train, "validation_tokens": tokens.validation}
-    found = report.summarize(outcome, config, gpus=gpus, corpus=figures)
+    found = report.summarize(outcome, s3.recipe, adamw.recipe, gpus=gpus, corpus=figures)
     report.write_json(folder / "report.json", found)
     figure.draw(folder / "report.png", outcome, found)
     console.print(report.table(found))

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from s3_megatron.demo.recipe import engine
+from s3_megatron.demo.engines import ENGINES
 from s3_megatron.demo.report import NOTE, Outcome
 
 S3_COLOR, ADAMW_COLOR, MARK_COLOR = "#0b6e99", "#d1670a", "#b3262b"
@@ -30,7 +30,7 @@ def draw(path: Path, outcome: Outcome, report: Mapping[str, Any]) -> None:
         axes.set_xlim(0, max(outcome.s3.train) * 1.01)
     model = report["s3"]
     figure.suptitle(
-        f"GPT-2 with {model['parameters'] / 1e6:.1f}M weights in {engine(report).title}, "
+        f"GPT-2 with {model['parameters'] / 1e6:.1f}M weights in {ENGINES[report['engine']].title}, "
         f"{model['world_size']} ranks: S3 and AdamW",
         fontsize=12,
     )

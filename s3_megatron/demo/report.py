@@ -13,9 +13,10 @@ from typing import Any
 from rich.table import Table
 
 import s3_megatron
-from s3_megatron.demo.recipe import engine, s3_rates
-from s3_megatron.demo.runs import Interruption
+from s3_megatron.demo.engines import ENGINES
 from s3_megatron.errors import S3Error
+from s3_megatron.jobs.recipe import S3, AdamW, Recipe
+from s3_megatron.jobs.trial import Interruption
 from s3_megatron.watch.metrics import Metrics, read_metrics
 
 NOTE = "One seed, one rate each, a tiny model: a demonstration that it works, not evidence that S3 is better."
@@ -36,68 +37,55 @@ class Outcome:
         s3, resumed, adamw = (_complete(folder / name) for name in ("s3", "s3-killed", "adamw"))
         return cls(s3, resumed, adamw, interruption)
 
-    def loss_gap(self) -> float:
-        """The largest difference of training loss after the resume, resumed against uninterrupted run."""
-        first = self.interruption.resumed_from + 1
-        iterations = [i for i in self.s3.train if i >= first]
-        missing = [i for i in iterations if i not in self.resumed.train]
-        if missing or not iterations:
-            raise S3Error(
-                f"the resumed run has no loss of iteration {missing[0] if missing else first}, which the "
-                "uninterrupted one has: run the demonstration again"
-            )
-        return max(abs(self.s3.train[i]["lm_loss"] - self.resumed.train[i]["lm_loss"]) for i in iterations)
-
 
 def _complete(folder: Path) -> Metrics:
-    metrics = read_metrics(folder)
+    metrics = read_metrics(folder / "watch")
     for part in ("optimizer", "train", "validation"):
         if not getattr(metrics, part):
-            raise S3Error(f"{folder} has no {part} event in its metrics: the run did not end; see its log.txt")
+            raise S3Error(f"{folder} has no {part} event in its metrics: the run did not end; see its logs/job.log")
     return metrics
 
 
-def summarize(outcome: Outcome, config: Mapping[str, Any], *, gpus: int, corpus: Mapping[str, Any]) -> dict[str, Any]:
-    """Build what report.json holds."""
-    optimizer, interruption = config["optimizer"], outcome.interruption
-    s3_lr, s3_decay = s3_rates(optimizer)
-    adamw = optimizer["adamw"]
+def summarize(outcome: Outcome, s3: Recipe, adamw: Recipe, *, gpus: int, corpus: Mapping[str, Any]) -> dict[str, Any]:
+    """Build what report.json holds; the recipes differ in their optimizers alone."""
+    ours, theirs, interruption = s3.optimizer, adamw.optimizer, outcome.interruption
+    assert isinstance(ours, S3) and isinstance(theirs, AdamW)
     return {
         "note": NOTE,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
             "s3-megatron": s3_megatron.__version__,
             "python": platform.python_version(),
-            **{package: version(package) for package in engine(config).packages},
+            **{package: version(package) for package in ENGINES[s3.engine].packages},
         },
-        "engine": config["engine"],
+        "engine": s3.engine,
         "machine": {
             "cores": len(os.sched_getaffinity(0)),
             "gpus": gpus,
             "backend": "nccl" if gpus else "gloo, rehearsal",
         },
         "corpus": dict(corpus),
-        "seed": config["run"]["seed"],
-        "model": dict(config["model"]),
-        "run": dict(config["run"]),
+        "seed": s3.schedule.seed,
+        "model": s3.model.model_dump(),
+        "schedule": s3.schedule.model_dump(),
         "s3": {
-            "lr": s3_lr,
-            "weight_decay": s3_decay,
-            "beta": optimizer["s3"]["beta"],
-            "p": optimizer["s3"]["p"],
+            "lr": ours.lr,
+            "weight_decay": ours.decay,
+            "beta": ours.beta,
+            "p": ours.p,
             **_figures(outcome.s3),
         },
         "adamw": {
-            "lr": adamw["lr"],
-            "weight_decay": adamw["weight_decay"],
-            "betas": adamw["betas"],
+            "lr": theirs.lr,
+            "weight_decay": theirs.decay,
+            "betas": [theirs.beta1, theirs.beta2],
             **_figures(outcome.adamw),
         },
         "resume": {
             "killed_at": interruption.killed_at,
             "resumed_from": interruption.resumed_from,
-            "iterations_lost": interruption.killed_at - interruption.resumed_from,
-            "loss_gap": outcome.loss_gap(),
+            "iterations_lost": interruption.iterations_lost,
+            "loss_gap": interruption.loss_gap(outcome.s3, outcome.resumed),
             "val_loss": _last(outcome.resumed.validation)["lm_loss"],
         },
     }
@@ -132,7 +120,7 @@ def table(report: Mapping[str, Any]) -> Table:
     s3, adamw, resume = report["s3"], report["adamw"], report["resume"]
     rows = Table(
         title=f"GPT-2, {s3['parameters']:,} weights on {s3['world_size']} ranks, "
-        f"{report['run']['train_iters']} iterations",
+        f"{report['schedule']['train_iters']} iterations",
         caption=NOTE,
         title_justify="left",
         caption_justify="left",

@@ -1,110 +1,60 @@
-"""The three training runs: S3 undisturbed, S3 killed and resumed, AdamW."""
+"""The training runs of the demonstration: jobs as of ``s3-megatron launch``, watched and interrupted from here."""
 
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import os
+import sys
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
+from s3_megatron.files import write_file
+from s3_megatron.jobs import compose
+from s3_megatron.jobs.flags import ENTRIES, deepspeed_file, megatron_flags
+from s3_megatron.jobs.job import Job
+from s3_megatron.jobs.process import END_SOON
+from s3_megatron.jobs.recipe import Data, Recipe
+from s3_megatron.jobs.trial import Trial
 
-from s3_megatron.demo.launch import Training, environment
-from s3_megatron.demo.progress import RunLine, run_line
-from s3_megatron.demo.recipe import WITHOUT_ACCELERATIONS, engine, flags, optimizer_flags, torchrun
-from s3_megatron.errors import S3Error
-
-
-@dataclass(frozen=True)
-class Interruption:
-    """A kill and its resume: the last iteration that was logged before, and the one training went on from."""
-
-    killed_at: int
-    resumed_from: int
+RECIPE = "gpt2_tiny"
 
 
-@dataclass(frozen=True)
-class Trainer:
-    """Starts runs of one configuration on one data set, each in a folder of its own under ``folder``."""
+def load(optimizer: str, engine: str | None, gpus: int = 0) -> Job:
+    """The recipe with ``optimizer`` and, if given, ``engine``, on this machine.
 
-    config: dict[str, Any]
-    data_flags: list[str]
-    folder: Path
-    gpus: int
-    console: Console
+    Its ranks are as many of the ``gpus`` as share the global batch evenly, or two processes on the CPU. Raises S3Error
+    where there is no such engine.
+    """
+    chosen = [f"optimizer={optimizer}", f"cluster.accelerator={'gpu' if gpus else 'cpu'}"]
+    job = compose.load(RECIPE, "local", [*chosen, *([] if engine is None else [f"engine={engine}"])])
+    if not gpus:
+        return job
+    batch = job.recipe.schedule.global_batch_size
+    ranks = max(n for n in range(1, gpus + 1) if batch % n == 0)
+    return Job(job.recipe, job.cluster.model_copy(update={"ranks_per_node": ranks}))
 
-    @property
-    def ranks(self) -> int:
-        """As many GPUs as share the global batch evenly, or two processes on the CPU."""
-        batch: int = self.config["run"]["global_batch_size"]
-        return max(n for n in range(1, self.gpus + 1) if batch % n == 0) if self.gpus else 2
 
-    @property
-    def kill_at(self) -> int:
-        """The iteration of the kill: in mid-run, half-way between two checkpoints."""
-        interval: int = self.config["checkpoint"]["save_interval"]
-        return self.config["run"]["train_iters"] // interval // 2 * interval + interval // 2
+def with_data(job: Job, data: Data) -> Job:
+    """``job``, trained on ``data``."""
+    return Job(job.recipe.model_copy(update={"data": data}), job.cluster)
 
-    def command(self, name: str, optimizer: str) -> list[str]:
-        """The one command that both starts the run and, where it has left a checkpoint, resumes it."""
-        folder = self.folder / name
-        config = self.config
-        trains = engine(config)
-        entry_flags = [
-            *flags({**config["model"], **config["run"], **config["checkpoint"]}),
-            *flags({"micro_batch_size": config["run"]["global_batch_size"] // self.ranks}),
-            *optimizer_flags(optimizer, config["optimizer"]),
-            "--bf16",
-            *trains.flags,
-            *flags({"save": folder / "checkpoints", "load": folder / "checkpoints", "watch_dir": folder}),
-            *self.data_flags,
-            *flags({"data_cache_path": self.folder / "cache"}),
-            *(WITHOUT_ACCELERATIONS if self.gpus else []),
-        ]
-        return torchrun(self.ranks, trains.entry, entry_flags)
 
-    def train(self, name: str, title: str, optimizer: str) -> None:
-        """Run to the end, or raise S3Error with the reason."""
-        with self._line(title) as line:
-            self._finish(name, optimizer, line)
+def kill_at(recipe: Recipe) -> int:
+    """The iteration of the kill: in mid-run, half-way between two checkpoints."""
+    interval = recipe.checkpoint.save_interval
+    return recipe.schedule.train_iters // interval // 2 * interval + interval // 2
 
-    def train_through_a_kill(self, name: str, title: str, optimizer: str) -> Interruption:
-        """Run, kill one rank at ``kill_at``, run the same command again to the end."""
-        with self._line(title) as line:
-            killed_at = 0
-            with self._start(name, optimizer, line) as training:
-                for event in training.events():
-                    line.event(event)
-                    if event["event"] == "train":
-                        killed_at = event["iteration"]
-                        if killed_at == self.kill_at:
-                            training.kill_last_rank()
-                            line.note(f"SIGKILL to rank {self.ranks - 1} at iteration {killed_at}")
-                if killed_at < self.kill_at:
-                    training.check()
-            line.note("the same command again")
-            first = self._finish(name, optimizer, line)
-        return Interruption(killed_at, first - 1)
 
-    def _line(self, title: str) -> AbstractContextManager[RunLine]:
-        return run_line(self.console, title, self.config["run"]["train_iters"])
+def trial(job: Job, run: Path, title: str) -> Trial:
+    """The run of ``job`` in the folder ``run``; torchrun picks a free port."""
+    if job.recipe.engine == "deepspeed":
+        write_file(run / "deepspeed.json", deepspeed_file(job).read_bytes())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(job.ranks)]
+    flags = [word for words in megatron_flags(job, run) for word in words]
+    command = [*launcher, "-m", ENTRIES[job.recipe.engine], *flags]
+    return Trial(title, command, run, environment(job), job.recipe.schedule.train_iters)
 
-    def _start(self, name: str, optimizer: str, line: RunLine) -> Training:
-        line.status("starting ranks")
-        return Training(
-            self.command(name, optimizer), self.folder / name, environment(gpus=self.gpus, ranks=self.ranks)
-        )
 
-    def _finish(self, name: str, optimizer: str, line: RunLine) -> int:
-        """Run to the end; returns the first iteration that was done."""
-        first = 0
-        with self._start(name, optimizer, line) as training:
-            for event in training.events():
-                if event["event"] == "train" and not first:
-                    first = event["iteration"]
-                    if first > 1:
-                        line.note(f"resumed from the checkpoint of iteration {first - 1}")
-                line.event(event)
-            training.check()
-        if not first:
-            raise S3Error(f"training ended without an iteration (whole log: {training.log})")
-        line.status("done")
-        return first
+def environment(job: Job) -> dict[str, str]:
+    """The ranks' environment: the rehearsal where there is no GPU, and the cores shared out among them."""
+    cores = len(os.sched_getaffinity(0))
+    ours = {"OMP_NUM_THREADS": str(max(1, cores // job.ranks)), "CUDA_DEVICE_MAX_CONNECTIONS": "1", **END_SOON}
+    if job.rehearsed:
+        ours["S3_REHEARSAL"] = "1"
+    return {**os.environ, **ours}

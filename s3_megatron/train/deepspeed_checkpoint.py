@@ -17,8 +17,8 @@ from megatron.core.num_microbatches_calculator import update_num_microbatches
 from megatron.training import get_args, print_rank_0
 from megatron.training.checkpointing import get_checkpoint_tracker_filename, get_rng_state
 
-from s3_megatron.data.files import write_file
 from s3_megatron.errors import S3Error
+from s3_megatron.files import write_file
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"  # DeepSpeed's names; each holds a checkpoint's folder
 _ABOUT = "s3_megatron.json"

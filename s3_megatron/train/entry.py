@@ -1,9 +1,11 @@
 """What every entry point shares: the rehearsal's switch, S3's installation, and how a run ends."""
 
+import ctypes
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch.distributed
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from s3_megatron import rehearsal
 from s3_megatron.errors import S3Error
@@ -21,6 +24,8 @@ def prepare(argv: list[str], rehearse: bool) -> list[str]:
 
     Returns ``argv``, Megatron's flags, with those that the rehearsal adds. Call it before Megatron is imported.
     """
+    if "S3_RUN_DIR" in os.environ and sys.platform == "linux":
+        _allow_stack_dumps()
     if rehearse or os.environ.get("S3_REHEARSAL") == "1":
         os.environ["DS_ACCELERATOR"] = "cpu"  # the rehearsal's torch.cuda must not look like a GPU to DeepSpeed
         argv = rehearsal.add_flags(argv)
@@ -30,6 +35,15 @@ def prepare(argv: list[str], rehearse: bool) -> list[str]:
     install()
     skip_helper_build()
     return argv
+
+
+def _allow_stack_dumps() -> None:
+    """Let py-spy, which the job's watchdog starts beside the ranks, read this process.
+
+    prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY); Yama's ptrace_scope 1, a usual default, lets parents only. Kernels
+    without Yama answer with an error that means nothing.
+    """
+    ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
 
 
 def skip_helper_build() -> None:
@@ -76,19 +90,26 @@ class RegisterWithDeepSpeed(importlib.abc.MetaPathFinder):
 def one_line_errors() -> Iterator[None]:
     """End a run's body well: S3Error becomes one line and exit code 2, and a good end leaves the process group.
 
-    Any other exception keeps its traceback; torchrun then stops the other ranks.
+    Any other exception keeps its traceback; torchrun then stops the other ranks. Both are in its error file.
     """
+    errors = get_error_handler()  # as torch.distributed.elastic's @record, which cannot turn an error into a line
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        errors.initialize()  # a crash in C++ then shows its Python stack
     try:
         yield
     except S3Error as error:
+        errors.record_exception(error)
         if _is_first_to_fail():
             print(f"s3_megatron: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except SystemExit as stop:  # Megatron's way to end at --exit-interval and its kin
         if not stop.code:
-            _leave_group()
+            _leave()
         raise
-    _leave_group()
+    except Exception as error:
+        errors.record_exception(error)
+        raise
+    _leave()
 
 
 def _is_first_to_fail() -> bool:
@@ -99,6 +120,12 @@ def _is_first_to_fail() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"  # flags and files: the same for every rank of a machine
 
 
-def _leave_group() -> None:
+def _leave() -> None:
+    """End in order. What was to be saved is, and a SIGTERM that comes late must not make a failure of it.
+
+    Python gives up its handlers, but not SIG_IGN, before its last second.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

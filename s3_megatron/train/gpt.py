@@ -2,7 +2,9 @@
 
 import argparse
 import functools
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +23,7 @@ from megatron.training.checkpointing import get_checkpoint_tracker_filename
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from s3_megatron.errors import S3Error
-from s3_megatron.train import checks
+from s3_megatron.train import checks, requests
 from s3_megatron.train.deepspeed_checkpoint import LATEST
 
 # The keys that get_batch_on_this_tp_rank reads.
@@ -70,18 +72,37 @@ def parse(
         add_flags(parser)
         return _refuse_by_exception(parser)
 
-    args = parse_args(prepare)
+    with _refusals():
+        args = parse_args(prepare)
     checks.check_flags(args)
     check(args)
-    args = parse_and_validate_args(prepare)
+    with _refusals():
+        args = parse_and_validate_args(prepare)
     checks.check_vocabulary(args, get_tokenizer())
     return args
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what Megatron raises of flags that do not go together into S3Error: trying again would not help.
+
+    RuntimeError passes: CUDA raises it where a GPU is broken, which another node may cure.
+    """
+    try:
+        yield
+    except S3Error:
+        raise
+    except (AssertionError, ValueError) as error:
+        # Some of Megatron's assertions have no text; the line of code then tells most.
+        text = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise S3Error(f"Megatron refuses the flags: {text}") from error
 
 
 def run(args: argparse.Namespace) -> None:
     """Pretrain as ``args``, which Megatron has as its global ones, say."""
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    pretrain(config, build_datasets, ModelType.encoder_or_decoder, forward_step)
+    with requests.obeyed():
+        pretrain(config, build_datasets, ModelType.encoder_or_decoder, forward_step)
 
 
 def _refuse_by_exception(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

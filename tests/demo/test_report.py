@@ -10,21 +10,13 @@ from rich.console import Console
 
 from s3_megatron.demo import figure, report
 from s3_megatron.demo.__main__ import set_aside
-from s3_megatron.demo.runs import Interruption
+from s3_megatron.demo.runs import load
 from s3_megatron.errors import S3Error
+from s3_megatron.jobs.trial import Interruption
 from s3_megatron.watch.metrics import MetricsWriter
 
 INTERRUPTION = Interruption(killed_at=7, resumed_from=4)
 CORPUS = {"python": "3.12.1", "bytes": 8_000_000}
-CONFIG = {
-    "engine": "megatron",
-    "model": {"num_layers": 2},
-    "run": {"train_iters": 10, "seed": 1234},
-    "optimizer": {
-        "adamw": {"lr": 3e-4, "weight_decay": 0.1, "betas": [0.9, 0.999]},
-        "s3": {"lr_ratio": 10, "beta": 0.95, "p": 3},
-    },
-}
 OPTIMIZER = {
     "event": "optimizer",
     "name": "s3",
@@ -49,7 +41,7 @@ def validation(loss: float) -> dict[str, Any]:
 
 
 def write(folder: Path, *events: dict[str, Any]) -> None:
-    writer = MetricsWriter(folder)
+    writer = MetricsWriter(folder / "watch")
     for event in events:
         writer.write(event)
 
@@ -67,7 +59,8 @@ def folder(tmp_path: Path) -> Path:
 
 def summary(folder: Path, engine: str = "megatron") -> tuple[report.Outcome, dict[str, Any]]:
     outcome = report.Outcome.read(folder, INTERRUPTION)
-    return outcome, report.summarize(outcome, {**CONFIG, "engine": engine}, gpus=0, corpus=CORPUS)
+    s3, adamw = (load(optimizer, engine).recipe for optimizer in ("s3", "adamw"))
+    return outcome, report.summarize(outcome, s3, adamw, gpus=0, corpus=CORPUS)
 
 
 def test_what_report_json_holds(folder: Path):
@@ -81,7 +74,9 @@ def test_what_report_json_holds(folder: Path):
     assert found["resume"] == {
         "killed_at": 7, "resumed_from": 4, "iterations_lost": 3, "loss_gap": 0.0, "val_loss": 6.5,
     }  # fmt: skip
-    assert found["seed"] == 1234 and set(found["versions"]) == {"s3-megatron", "python", "torch", "megatron-core"}
+    assert (found["seed"], found["schedule"]["train_iters"], found["model"]["num_layers"]) == (1234, 160, 4)
+    assert (found["adamw"]["betas"], found["s3"]["beta"], found["s3"]["p"]) == ([0.9, 0.999], 0.95, 3)
+    assert set(found["versions"]) == {"s3-megatron", "python", "torch", "megatron-core"}
     assert not list(folder.glob("*.tmp"))
 
 
@@ -107,16 +102,16 @@ def test_report_and_picture_name_the_engine(
 def test_the_gap_is_the_largest_difference_after_the_resume(folder: Path):
     """The shifts are exact in float64 up to the rounding of the losses, 8 * 2^-53."""
     write(folder / "s3-killed", step(8, shift=-0.25), step(9, shift=0.125))
-    assert summary(folder)[0].loss_gap() == pytest.approx(0.25, abs=1e-14)
+    assert summary(folder)[1]["resume"]["loss_gap"] == pytest.approx(0.25, abs=1e-14)
 
 
 def test_iterations_before_the_resume_do_not_count(folder: Path):
     write(folder / "s3-killed", step(3, shift=1))
-    assert summary(folder)[0].loss_gap() == 0
+    assert summary(folder)[1]["resume"]["loss_gap"] == 0
 
 
 def test_a_resumed_run_that_stopped_early_has_no_gap(folder: Path):
-    (folder / "s3-killed/metrics.jsonl").unlink()
+    (folder / "s3-killed/watch/metrics.jsonl").unlink()
     write(folder / "s3-killed", OPTIMIZER, *map(step, range(1, 9)), validation(6.5))
     with pytest.raises(S3Error, match="no loss of iteration 9"):
         summary(folder)
@@ -132,7 +127,7 @@ def test_a_resumed_run_that_stopped_early_has_no_gap(folder: Path):
     ],
 )
 def test_a_run_that_did_not_end_is_named(folder: Path, events: list[dict[str, Any]], part: str):
-    (folder / "adamw/metrics.jsonl").unlink()
+    (folder / "adamw/watch/metrics.jsonl").unlink()
     write(folder / "adamw", *events)
     with pytest.raises(S3Error, match=f"adamw has no {part} event"):
         summary(folder)
@@ -140,7 +135,7 @@ def test_a_run_that_did_not_end_is_named(folder: Path, events: list[dict[str, An
 
 def test_a_run_without_update_sizes_is_reported(folder: Path):
     """Megatron's fp16 skips steps; a skipped one moved nothing and has no update."""
-    (folder / "adamw/metrics.jsonl").unlink()
+    (folder / "adamw/watch/metrics.jsonl").unlink()
     skipped = [{**step(i), "update_mean": None, "update_max": None} for i in range(1, 11)]
     write(folder / "adamw", OPTIMIZER, *skipped, validation(6.7))
     outcome, found = summary(folder)

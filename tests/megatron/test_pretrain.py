@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from s3_megatron.watch.metrics import read_metrics
-from tests.jobs import Job, train_all
 from tests.megatron.gpt import flags
+from tests.trainings import Job, train_all
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]  # three launches, all before the first test
 

@@ -13,15 +13,15 @@ import pytest
 from rich.console import Console
 
 from s3_megatron import rehearsal
-from s3_megatron.demo.recipe import load
-from s3_megatron.demo.runs import Trainer
+from s3_megatron.demo.runs import trial
 from s3_megatron.errors import S3Error
+from s3_megatron.jobs import compose
 from s3_megatron.train import entry
 from s3_megatron.watch.metrics import FILE_NAME, Metrics, read_metrics
-from tests.jobs import Job, train_all
 from tests.launcher import ROOT
 from tests.megatron.gpt import flags
 from tests.train import refusals
+from tests.trainings import Job, train_all
 
 CONFIGS = ROOT / "configs/deepspeed"
 STEPS, SHORT = 50, 8
@@ -216,15 +216,13 @@ def test_kill_and_resume_through_the_real_launch(tmp_path: Path) -> None:
 
     It does again what the killed run had done since, and every loss must be the same, bit by bit.
     """
-    config = load(ROOT / "configs/model/gpt2_tiny.yaml")
-    config["engine"] = "deepspeed"
-    config["model"] |= {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 32}
-    config["run"] |= {"train_iters": 24, "lr_decay_iters": 24, "lr_warmup_iters": 2, "eval_interval": 24}
-    config["checkpoint"] = {"save_interval": 8, "save_retain_interval": 192}
-    mock = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "255"]
-    interruption = Trainer(config, mock, tmp_path, 0, Console(quiet=True)).train_through_a_kill("run", "S3", "s3")
+    small = ["model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=2", "model.seq_length=32"]
+    short = ["schedule.train_iters=24", "schedule.lr_warmup_iters=2", "schedule.eval_interval=24"]
+    others = ["engine=deepspeed", "model.vocab_size=256", "checkpoint.save_interval=8", "cluster.accelerator=cpu"]
+    job = compose.load("gpt2_tiny", "local", [*small, *short, *others])
+    interruption = trial(job, tmp_path / "run", "S3").train_through_a_kill(12, Console(quiet=True))
     assert 12 <= interruption.killed_at and interruption.resumed_from in (8, 16)
-    lines = [json.loads(line) for line in (tmp_path / "run" / FILE_NAME).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run/watch" / FILE_NAME).read_text().splitlines()]
     seen: dict[int, list[float]] = {}
     for event in lines:
         if event["event"] == "train":

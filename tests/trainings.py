@@ -1,7 +1,7 @@
 """Several training runs in one launch, one after the other: a rank's imports take longer than a tiny run.
 
-``torchrun ... -m tests.jobs JOBS.json`` is what ``train_all`` starts. The process group stays; the rest of Megatron's
-global state is made anew for every run, by the function that its own tests use.
+``torchrun ... -m tests.trainings JOBS.json`` is what ``train_all`` starts. The process group stays; the rest of
+Megatron's global state is made anew for every run, by the function that its own tests use.
 """
 
 import json
@@ -20,7 +20,7 @@ Job = tuple[str, list[str]]  # "megatron" or "deepspeed", and the entry's flags
 def train_all(jobs: Sequence[Job], nproc: int, folder: Path) -> None:
     """Train one job after the other on ``nproc`` ranks."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = torchrun(["-m", "tests.jobs", str(folder / "jobs.json")], nproc=nproc, timeout=280)
+    done = torchrun(["-m", "tests.trainings", str(folder / "jobs.json")], nproc=nproc, timeout=280)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 

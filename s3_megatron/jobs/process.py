@@ -1,12 +1,11 @@
-"""Starting a distributed training run, following it, losing one of its ranks, and ending it cleanly."""
+"""Starting a training run on this machine, following it, losing one of its ranks, and ending it cleanly."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +14,21 @@ from typing import Any, Self
 import psutil
 
 from s3_megatron.errors import S3Error
+from s3_megatron.jobs.node.processes import ranks
 from s3_megatron.watch.metrics import FILE_NAME
 
-# A line of a log that names the reason; what torchrun adds about its children does not.
+# The node agent's last line, which names the failure that came first.
+_VERDICT = re.compile(r"^attempt: \w+ on \S+: (.+)")
+# Without an agent: a line of a log that names the reason; what torchrun adds about its children does not.
 _REASON = re.compile(r"^(?!.*ChildFailedError).*?(\berror: |\b\w+(Error|Exception): ).*")
+# What torchrun and Python put before a rank's lines; every rank says the same behind it.
+_SPEAKER = re.compile(r"^(\[\w*rank\d+\]:)+")
 
 # Seconds that a run has to end in order before it is killed.
 PATIENCE = 10
+
+# A killed rank's peers hang in gloo: 5 seconds are enough to end them.
+END_SOON = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
 
 
 class Tail:
@@ -46,17 +53,17 @@ class Tail:
 
 
 class Training:
-    """A running torchrun and what it logs; leaving the ``with`` block ends whatever of it still runs.
+    """A running command, torchrun at or below it, and what it logs; leaving the ``with`` block ends all of it.
 
-    It has a session of its own, so that Ctrl-C reaches the demonstration only, which then ends it in order.
+    It has a session of its own, so that Ctrl-C reaches this program only, which then ends it in order.
     """
 
-    def __init__(self, command: list[str], folder: Path, env: Mapping[str, str]) -> None:
-        """Start ``command``, whose ``--watch-dir`` is ``folder``; what it prints is appended to its log.txt."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.log = folder / "log.txt"
+    def __init__(self, command: Sequence[str], run: Path, env: Mapping[str, str]) -> None:
+        """Start ``command``, which trains in the folder ``run``; what it prints is appended to its logs/job.log."""
+        self.log = run / "logs" / "job.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
         self._log_start = self.log.stat().st_size if self.log.exists() else 0
-        self._tail = Tail(folder)
+        self._tail = Tail(run / "watch")
         self._family: list[psutil.Process] = []
         with self.log.open("ab") as file:
             self._process = subprocess.Popen(
@@ -74,7 +81,7 @@ class Training:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ask torchrun to end, which passes it on to the ranks; after PATIENCE end whatever is left."""
+        """Ask the command to end, which passes it on to the ranks; after PATIENCE end whatever is left."""
         if self._process.poll() is None:
             self._family = self._descendants()
             self._process.send_signal(signal.SIGTERM)
@@ -96,17 +103,21 @@ class Training:
 
     @property
     def pid(self) -> int:
-        """The process id of torchrun."""
+        """The process id of the command."""
         return self._process.pid
 
-    def kill_last_rank(self) -> None:
-        """Send SIGKILL to the rank with the highest number, as a node's failure or the OOM killer would.
+    def kill_last_rank(self) -> int:
+        """Send SIGKILL to the rank with the highest number, as a node's failure or the OOM killer would; returns it.
 
         The helper processes of the ranks (Megatron writes checkpoints with some) would outlive them: they are
         remembered, and end with the ``with`` block.
         """
         self._family = self._descendants()
-        max(psutil.Process(self.pid).children(), key=lambda rank: int(rank.environ()["RANK"])).kill()
+        # Parents come before their children here, so the first with ranks below it is torchrun.
+        torchrun = next(filter(None, map(ranks, (self.pid, *(process.pid for process in self._family)))))
+        last = max(torchrun, key=lambda rank: rank.rank)
+        last.process.kill()
+        return last.rank
 
     def check(self) -> None:
         """Raise S3Error with the reasons found in the log when the run has failed."""
@@ -120,18 +131,7 @@ class Training:
     def _reason(self) -> str:
         with self.log.open("rb") as file:
             file.seek(self._log_start)
-            lines = file.read().decode(errors="replace").splitlines()
-        # Every rank says the same, after its name.
-        reasons = dict.fromkeys(re.sub(r"^\[rank\d+\]:", "", line).strip() for line in lines if _REASON.match(line))
-        return "; ".join(list(reasons)[:3]) or " / ".join([line.strip() for line in lines if line.strip()][-3:])
-
-
-def environment(*, gpus: int, ranks: int) -> dict[str, str]:
-    """The ranks' environment: the rehearsal where there is no GPU, and the cores shared out among them."""
-    cores = len(os.sched_getaffinity(0))
-    ours = {"OMP_NUM_THREADS": str(max(1, cores // ranks)), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    # A killed rank's peers hang in gloo: 5 seconds are enough to end them.
-    ours["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "5"
-    if not gpus:
-        ours["S3_REHEARSAL"] = "1"
-    return {**os.environ, **ours}
+            lines = [_SPEAKER.sub("", line).strip() for line in file.read().decode(errors="replace").splitlines()]
+        reasons = dict.fromkeys(found[1] for line in lines if (found := _VERDICT.match(line)))
+        reasons = reasons or dict.fromkeys(line for line in lines if _REASON.match(line))
+        return "; ".join(list(reasons)[:3]) or " / ".join([line for line in lines if line][-3:])

@@ -1,4 +1,4 @@
-"""What a person sees while the demonstration runs: one line a run, or plain lines where there is no terminal."""
+"""What a person sees while training runs here: one line a run, or plain lines where there is no terminal."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import s3_megatron
+from s3_megatron.cli import jobs
+from s3_megatron.cli.output import console, errors, line
 from s3_megatron.errors import S3Error
 
 if TYPE_CHECKING:
@@ -29,9 +30,7 @@ data_app = typer.Typer(help="Text to Megatron's token files, and a look at them.
 app.add_typer(data_app, name="data")
 bench_app = typer.Typer(help="What a step costs here.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-
-console = Console()
-errors = Console(stderr=True)
+app.add_typer(jobs.app)
 
 TokenizerName = Annotated[
     str,
@@ -135,7 +134,7 @@ def prepare(
 
 
 def _print_report(report: "PrepareReport") -> None:
-    _line(
+    line(
         f"wrote {report.prefix}.bin and .idx: {report.documents:,} documents, {report.tokens:,} tokens "
         f"({report.dtype}), {report.text_bytes:,} bytes of text, {report.text_bytes / report.tokens:.2f} a "
         f"token, {report.seconds:.1f} s"
@@ -143,9 +142,9 @@ def _print_report(report: "PrepareReport") -> None:
     for reason, count in report.skipped.items():
         places = report.skipped_where[reason]
         more = ", ..." if count > len(places) else ""
-        _line(f"skipped {count:,} with {reason}: {', '.join(places)}{more}")
-    _line("flags for Megatron:")
-    _line(f"  {shlex.join(report.megatron_flags)}")
+        line(f"skipped {count:,} with {reason}: {', '.join(places)}{more}")
+    line("flags for Megatron:")
+    line(f"  {shlex.join(report.megatron_flags)}")
 
 
 @data_app.command()
@@ -174,9 +173,9 @@ def inspect(
         table.add_row(name, value)
     console.print(table)
     if report.sample_text is None:
-        _line("to see text: --tokenizer-model FILE, or --tokenizer hf:NAME")
+        line("to see text: --tokenizer-model FILE, or --tokenizer hf:NAME")
     else:
-        _line(f"\nthe first {len(report.sample_ids)} tokens as text:\n{report.sample_text}")
+        line(f"\nthe first {len(report.sample_ids)} tokens as text:\n{report.sample_text}")
 
 
 @app.command()
@@ -221,9 +220,9 @@ def step(
         result = bench.measure(device, sizes, threads or len(os.sched_getaffinity(0)), repeats, status.update)
     for table in bench.tables(result):
         console.print(table)
-    _line(f"stream {result.stream:.1f} GB/s on {result.machine['processor']}, kernel: {result.machine['kernel']}")
+    line(f"stream {result.stream:.1f} GB/s on {result.machine['processor']}, kernel: {result.machine['kernel']}")
     for reason in result.missing:
-        _line(f"not measured: {reason}")
+        line(f"not measured: {reason}")
     _write_json(json_file, bench.as_json(result, shlex.join(["s3-megatron", *sys.argv[1:]])))
 
 
@@ -245,16 +244,7 @@ def triton(
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:
     if path is None:
         return
-    from s3_megatron.data.files import write_file
+    from s3_megatron.files import write_file
 
     write_file(path, (json.dumps(content, indent=1) + "\n").encode())
-    _line(f"wrote {path}")
-
-
-def _line(text: str) -> None:
-    # soft_wrap: a line to be pasted must not be broken where the terminal ends.
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()
+    line(f"wrote {path}")

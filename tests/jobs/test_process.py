@@ -1,4 +1,4 @@
-"""Starting, following, killing and ending a run: with a stand-in for torchrun, and once for real."""
+"""Starting, following, killing and ending a run, with a stand-in for torchrun."""
 
 import os
 import sys
@@ -7,16 +7,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from rich.console import Console
 
-from s3_megatron.demo.launch import Tail, Training
-from s3_megatron.demo.recipe import load
-from s3_megatron.demo.report import Outcome
-from s3_megatron.demo.runs import Trainer
 from s3_megatron.errors import S3Error
-from s3_megatron.watch.metrics import MetricsWriter, read_metrics
-
-ROOT = Path(__file__).resolve().parents[2]
+from s3_megatron.jobs.process import Tail, Training
+from s3_megatron.watch.metrics import MetricsWriter
 
 # Starts two "ranks" in sessions of their own, as torchrun does, each with a helper process, and fails when one rank
 # ends. SIGTERM ends the ranks unless they are deaf to it; nothing tells the helpers.
@@ -54,7 +48,7 @@ def test_the_last_rank_is_killed_and_the_log_says_why_the_run_ended(tmp_path: Pa
     with training:
         training.kill_last_rank()
         assert list(training.events()) == []
-        with pytest.raises(S3Error, match=r"status 1: ValueError: rank 0 is gone \(whole log: .*log.txt\)"):
+        with pytest.raises(S3Error, match=r"status 1: ValueError: rank 0 is gone \(whole log: .*job.log\)"):
             training.check()  # rank 1 is the first child of the stand-in
     assert not any(map(lives, family))
 
@@ -68,14 +62,32 @@ def lives(process: psutil.Process) -> bool:
 
 
 @pytest.mark.parametrize("manner", ["obedient", "deaf"])
-def test_an_interrupted_demonstration_leaves_no_process(tmp_path: Path, manner: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_run_leaves_no_process(tmp_path: Path, manner: str, monkeypatch: pytest.MonkeyPatch):
     """Ctrl-C: the ranks live in sessions of their own, so nothing but this code ends them."""
-    monkeypatch.setattr("s3_megatron.demo.launch.PATIENCE", 1)
+    monkeypatch.setattr("s3_megatron.jobs.process.PATIENCE", 1)
     training, family = start(tmp_path, manner)
     with pytest.raises(KeyboardInterrupt), training:
         raise KeyboardInterrupt
     assert len(family) == 4
     assert not any(map(lives, family)) and not psutil.pid_exists(training.pid)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (
+            ["[local_rank0]:[rank0]: ValueError: a peer is gone", "attempt: failed on n1: ended by SIGKILL"],
+            "ended by SIGKILL",
+        ),
+        (["[local_rank0]:[rank0]: ValueError: why", "[local_rank1]:[rank1]: ValueError: why"], "ValueError: why"),
+        (["out of", "", "words"], "out of / words"),
+    ],
+)
+def test_the_first_failure_is_told(tmp_path: Path, said: list[str], reason: str):
+    """The node agent knows which it was; of ranks without one, what all say is told once."""
+    with Training(["sh", "-c", 'printf "%s\\n" "$@"; exit 5', "-", *said], tmp_path, os.environ) as training:
+        with pytest.raises(S3Error, match=rf"training ended with status 5: {reason} \(whole log"):
+            training.check()
 
 
 def test_tail_yields_whole_new_lines_only(tmp_path: Path):
@@ -91,30 +103,3 @@ def test_tail_yields_whole_new_lines_only(tmp_path: Path):
         file.write('in", "iteration": 3}\n')
     assert [event["iteration"] for event in tail.events()] == [3]
     assert Tail(tmp_path / "not there yet").events() == []
-
-
-@pytest.mark.distributed
-def test_kill_and_resume_through_the_real_launch(tmp_path: Path):
-    """One rank of a real torchrun dies between two checkpoints; the same command goes on where the last one ended.
-
-    The gap is 0 and not merely small: Megatron restores weights, both states, data order and random state, and its
-    arithmetic on the CPU is the same every time.
-    """
-    config = load(ROOT / "configs/model/gpt2_tiny.yaml")
-    config["model"] |= {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 32}
-    config["run"] |= {"train_iters": 24, "lr_decay_iters": 24, "lr_warmup_iters": 2, "eval_interval": 24}
-    config["checkpoint"] = {"save_interval": 8}
-    mock = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "255"]
-    trainer = Trainer(config, mock, tmp_path, 0, Console(quiet=True))
-    assert (trainer.ranks, trainer.kill_at) == (2, 12)
-
-    interruption = trainer.train_through_a_kill("s3-killed", "S3", "s3")
-    # The run gets a little further before the signal arrives, but hardly to the checkpoint of iteration 16.
-    assert 12 <= interruption.killed_at and interruption.resumed_from in (8, 16)
-    trainer.train("s3", "S3", "s3")
-    s3, resumed = (read_metrics(tmp_path / name) for name in ("s3", "s3-killed"))
-    outcome = Outcome(s3=s3, resumed=resumed, adamw=s3, interruption=interruption)
-    assert sorted(s3.train) == sorted(resumed.train) == list(range(1, 25))
-    assert outcome.loss_gap() == 0
-    assert "exitcode  : -9" in (tmp_path / "s3-killed/log.txt").read_text()
-    assert len({event["lm_loss"] for event in s3.train.values()}) > 10, "the losses move"

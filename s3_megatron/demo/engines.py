@@ -1,0 +1,26 @@
+"""What the demonstration says of an engine: its title, whose versions count, and where its results go."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What trains, as a person reads it."""
+
+    title: str
+    packages: tuple[str, ...]
+    results: str  # folder under runs/
+
+
+ENGINES = {
+    "megatron": Engine(
+        title="Megatron's distributed optimizer",
+        packages=("torch", "megatron-core"),
+        results="demo",
+    ),
+    "deepspeed": Engine(
+        title="DeepSpeed's ZeRO 1",
+        packages=("torch", "megatron-core", "deepspeed"),
+        results="demo-deepspeed",
+    ),
+}

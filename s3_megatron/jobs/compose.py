@@ -1,0 +1,125 @@
+"""From YAML files and ``--set`` to a checked job."""
+
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from yaml import YAMLError
+
+from s3_megatron.errors import S3Error
+from s3_megatron.jobs.catalog import CONFIGS, find
+from s3_megatron.jobs.cluster import Cluster
+from s3_megatron.jobs.job import Job
+from s3_megatron.jobs.recipe import Recipe
+
+
+def load(recipe: str, cluster: str, settings: Sequence[str] = ()) -> Job:
+    """Read a recipe and a cluster, each the path of a YAML file or a name under ``configs``.
+
+    ``settings`` are "model.num_layers=12" for the recipe and "cluster.slurm.partition=spot" for the cluster; the last
+    one counts. Without a scheduler the job has one node, and ``accelerator: auto`` becomes what this machine has.
+
+    Raises:
+        S3Error: a file is not there or is no YAML, or keys or values are wrong; it names all of them.
+    """
+    ours, theirs = _split(settings)
+    job = Job(_recipe(recipe, ours), Cluster.model_validate(_here(_cluster(cluster, theirs))))
+    if job.cluster.scheduler == "none" and job.recipe.layout.nodes > 1:
+        layout = job.recipe.layout.model_copy(update={"nodes": 1})
+        return Job(job.recipe.model_copy(update={"layout": layout}), job.cluster)
+    return job
+
+
+def _split(settings: Sequence[str]) -> tuple[list[str], list[str]]:
+    for setting in settings:
+        key, equals, _ = setting.partition("=")
+        if not equals or not key:
+            raise S3Error(
+                f"--set {setting} must be KEY=VALUE, such as model.num_layers=12 or cluster.slurm.account=abc"
+            )
+    prefix = "cluster."
+    return (
+        [setting for setting in settings if not setting.startswith(prefix)],
+        [setting.removeprefix(prefix) for setting in settings if setting.startswith(prefix)],
+    )
+
+
+def _recipe(name: str, settings: list[str]) -> Recipe:
+    path = find("model", name)
+    chosen = [value for key, _, value in (setting.partition("=") for setting in settings) if key == "optimizer"]
+    raw = _read(path)
+    optimizer = chosen[-1] if chosen else raw.get("optimizer")
+    if isinstance(optimizer, str):
+        raw["optimizer"] = _read(find("optimizer", optimizer))
+    others = [setting for setting in settings if not setting.startswith("optimizer=")]
+    return _validated(Recipe, _merged(path, raw, others), path)
+
+
+def _cluster(name: str, settings: list[str]) -> dict[str, Any]:
+    path = find("cluster", name)
+    return _validated(Cluster, _merged(path, _read(path), settings), path).model_dump()
+
+
+def _here(cluster: dict[str, Any]) -> dict[str, Any]:
+    """Settle ``accelerator: auto``, by the GPUs' device files: asking torch would take seconds."""
+    if cluster["accelerator"] == "auto":
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if hidden is None else len(hidden.split(",")) * bool(hidden)
+        cluster["accelerator"] = "gpu" if gpus else "cpu"
+        cluster["ranks_per_node"] = gpus or cluster["ranks_per_node"]
+    return cluster
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        config = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise S3Error(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, DictConfig):
+        raise S3Error(f"{path} must be a mapping of keys to values, as those of {CONFIGS} are")
+    return config
+
+
+def _merged(path: Path, config: DictConfig, settings: list[str]) -> dict[str, Any]:
+    try:
+        for setting in settings:
+            key, _, value = setting.partition("=")
+            OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"]).value)
+        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise S3Error(f"{path} with {' '.join(settings)}: {' '.join(str(error).split())}") from error
+
+
+def _validated[M: BaseModel](model: type[M], raw: dict[str, Any], path: Path) -> M:
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise S3Error(f"{path}: {'; '.join(_explained(model, one) for one in error.errors())}") from error
+
+
+def _explained(model: type[BaseModel], error: ErrorDetails) -> str:
+    # A union's member is in the path by its tag, which no file has.
+    where = [str(part) for part in error["loc"] if part not in ("s3", "adamw") or part == error["loc"][-1]]
+    key = ".".join(where)
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(where[-1], _keys(model), 1)
+        return f"{key} is unknown{f'; did you mean {close[0]}?' if close else ''}"
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    what = error["msg"].removeprefix("Value error, ")
+    value = error["input"]
+    return f"{key} = {json.dumps(value)}: {what}" if isinstance(value, str | int | float | None) else f"{key}: {what}"
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    """Every key of ``model`` and of its sections."""
+    definitions = model.model_json_schema()
+    sections = [definitions, *definitions.get("$defs", {}).values()]
+    return [key for section in sections for key in section.get("properties", {})]

@@ -1,0 +1,127 @@
+"""The one process of a job on each node: it starts torchrun, watches it, and says how it ended."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from s3_megatron.errors import S3Error
+from s3_megatron.files import write_file
+from s3_megatron.jobs.node import checkpoints, environment, verdict
+from s3_megatron.jobs.node.processes import adopt_orphans, kill_descendants, ranks
+from s3_megatron.jobs.node.verdict import Verdict
+from s3_megatron.jobs.node.watchdog import Watchdog, dump_ranks
+from s3_megatron.train.nodes import node_name
+from s3_megatron.watch.metrics import FILE_NAME
+
+_TICK_SECONDS = 0.5
+
+
+class Agent:
+    """One attempt at a run, on one node."""
+
+    def __init__(self, run: Path, attempt: str, start_minutes: float, hang_minutes: float) -> None:
+        """Work for the attempt ``attempt`` in the run folder ``run``."""
+        self._run, self._attempt = run, run / "attempts" / attempt
+        self._host = node_name()
+        self._heartbeat = run / "watch" / FILE_NAME
+        self._failures = self._attempt / f"{self._host}.failures.json"
+        self._start_seconds, self._hang_seconds = start_minutes * 60, hang_minutes * 60
+        self._started = time.time()
+        self._stopped = False
+        self._told: set[psutil.Process] = set()
+
+    def main(self, command: Sequence[str]) -> int:
+        """Run ``command`` (torchrun) to its end; returns the exit code of docs/jobs.md's contract."""
+        # SIGHUP: the terminal of a run on one's own machine was closed.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._remember)
+        adopt_orphans()
+        if os.environ.get("SLURM_NODEID", "0") == "0":
+            try:
+                self._prepare()
+            except S3Error as error:
+                return self._end(verdict.CONFIGURATION, False, self._error(str(error)))
+        hung = False
+        try:
+            code = self._watch(command)
+            if code is None:
+                code, hung = -signal.SIGKILL, True
+        except KeyboardInterrupt:
+            code, self._stopped = -signal.SIGINT, True
+        finally:
+            kill_descendants()
+        return self._end(code, hung, verdict.first_failure(self._failures))
+
+    def _remember(self, _number: int, _frame: FrameType | None) -> None:
+        self._stopped = True
+
+    def _prepare(self) -> None:
+        for line in environment.report():
+            print(f"environment: {line}", flush=True)
+        if said := checkpoints.repair_pointer(self._run / "checkpoints"):
+            print(f"checkpoints: {said}", flush=True)
+
+    def _watch(self, command: Sequence[str]) -> int | None:
+        """Start ``command`` and wait for its end; returns its exit code, or None where it hangs."""
+        watchdog = Watchdog(self._heartbeat, self._start_seconds, self._hang_seconds)
+        settings = {"S3_RUN_DIR": os.fspath(self._run), "S3_FAILURES": os.fspath(self._failures)}
+        try:
+            # A session of its own: a Ctrl-C at the terminal is for this process, which then ends all others.
+            child = subprocess.Popen(command, env={**os.environ, **settings}, start_new_session=True)
+        except OSError as error:
+            raise S3Error(f"{command[0]} does not start: {error.strerror}") from error
+        while True:
+            try:
+                return child.wait(_TICK_SECONDS)
+            except subprocess.TimeoutExpired:
+                pass
+            if self._stopped:
+                self._tell_ranks(child.pid)
+            if (silent := watchdog.silence()) is not None:
+                count = dump_ranks(child.pid, self._attempt)
+                print(
+                    f"hang: no iteration for {silent / 60:.1f} minutes; the stacks of {count} ranks are in "
+                    f"{self._attempt / 'hang'}",
+                    flush=True,
+                )
+                return None
+
+    def _tell_ranks(self, torchrun: int) -> None:
+        """Send SIGTERM to every rank once: SLURM may have sent it to this process alone, or before a rank was there.
+
+        A second one changes nothing where Megatron waits for it (--exit-signal-handler), and what does not yet has
+        nothing to save.
+        """
+        for rank in ranks(torchrun):
+            if rank.process not in self._told:
+                self._told.add(rank.process)
+                rank.process.send_signal(signal.SIGTERM)
+
+    def _error(self, message: str, rank: int | None = None) -> dict[str, object]:
+        return {"rank": rank, "host": self._host, "message": message, "time": time.time()}
+
+    def _end(self, code: int, hung: bool, error: dict[str, object] | None) -> int:
+        finished = (self._run / "FINISHED").exists()
+        elsewhere = verdict.bad_end_elsewhere(self._attempt, self._host)
+        kind, exit_code = verdict.judge(code, finished, hung, self._stopped, elsewhere)
+        if kind in ("finished", "saved"):
+            error = None
+        elif self._stopped and elsewhere is not None:
+            error = elsewhere["error"]  # what came first, and ended this node, too
+        elif hung:
+            error = self._error(f"no iteration was logged for too long: {self._attempt / 'hang'} has the stacks")
+        elif error is None:
+            error = self._error(f"torchrun ended with exit code {code} and did not say why")
+        iteration = verdict.last_iteration(self._heartbeat)
+        done = Verdict(kind, exit_code, error, self._started, time.time(), iteration)
+        done.write(self._attempt, self._host)
+        if kind == "configuration" and error is not None:
+            write_file(self._run / "ENDED", f"configuration error: {error['message']}\n".encode())
+        print(f"attempt: {kind} on {self._host}{f': {error["message"]}' if error else ''}", flush=True)
+        return exit_code

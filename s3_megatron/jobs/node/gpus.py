@@ -1,0 +1,111 @@
+"""What nvidia-smi and the kernel's log say of a node's GPUs."""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from s3_megatron.jobs.node.checks import Check
+
+_FIELDS = ("index", "uuid", "ecc.errors.uncorrected.volatile.total", "ecc.errors.uncorrected.aggregate.total")
+# NVIDIA's "XID Errors" lists them: of the device, its memory or its links. Others, as 13, 31 and 43, programs cause.
+_HARDWARE_XIDS = {48, 64, 74, 79, 95, 119, 120}
+_RECENT_SECONDS = 3600  # what is older was there when the job before this one ran, or was reset since
+_TIMEOUT_SECONDS = 60  # nvidia-smi takes seconds a GPU without persistence mode, and for ever with a broken driver
+
+
+def check_gpus(wanted: int, patience: float = 20) -> Iterator[Check]:
+    """Count the GPUs, and look for memory errors, errors in the kernel's log, and strangers' processes.
+
+    A process that was killed may hold its GPU for ``patience`` seconds more.
+    """
+    if shutil.which("nvidia-smi") is None:
+        devices = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+        yield _count(len(devices), wanted, "in /dev")
+        for name in ("ecc", "gpu processes"):
+            yield Check.unknown(name, "nvidia-smi is not there")
+        yield _check_xids()
+        return
+    rows = _query("--query-gpu", _FIELDS)
+    if isinstance(rows, str):
+        yield Check.bad("gpus", rows)
+        return
+    rows = _ours(rows)
+    yield _count(len(rows), wanted, "by nvidia-smi")
+    yield _check_ecc(rows)
+    yield _check_processes({row["uuid"] for row in rows}, patience)
+    yield _check_xids()
+
+
+def _query(what: str, fields: Sequence[str]) -> list[dict[str, str]] | str:
+    """Ask nvidia-smi; returns a dict a row, or what went wrong."""
+    command = ["nvidia-smi", f"{what}={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"nvidia-smi does not answer in {_TIMEOUT_SECONDS} s"
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0:
+        return f"nvidia-smi fails with {done.returncode}: {' '.join((done.stdout + done.stderr).split())}"
+    return [dict(zip(fields, (cell.strip() for cell in line.split(",")), strict=True)) for line in lines]
+
+
+def _ours(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Leave out GPUs of other jobs on this node, which nvidia-smi shows where SLURM does not confine devices."""
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if all(device.isdecimal() for device in mine):
+        return [row for row in rows if row["index"] in mine]
+    return rows
+
+
+def _count(seen: int, wanted: int, where: str) -> Check:
+    text = f"{seen} of {wanted} seen {where}"
+    return Check.good("gpus", text) if seen >= wanted else Check.bad("gpus", text)
+
+
+def _check_ecc(rows: list[dict[str, str]]) -> Check:
+    """Errors since the driver was loaded are bad; older ones were mended by remapping rows, or are not readable."""
+    volatile, aggregate = _FIELDS[2], _FIELDS[3]
+    known = [row for row in rows if row[volatile].isdecimal()]
+    if len(known) < len(rows) or not rows:
+        return Check.unknown("ecc", "nvidia-smi does not give the count for every GPU")
+    broken = [f"GPU {row['index']}: {row[volatile]}" for row in known if int(row[volatile]) > 0]
+    if broken:
+        return Check.bad("ecc", f"uncorrected memory errors since the driver was loaded: {', '.join(broken)}")
+    return Check.good("ecc", f"none uncorrected; ever: {' '.join(row[aggregate] for row in known)}")
+
+
+def _check_processes(ours: set[str], patience: float) -> Check:
+    fields = ("gpu_uuid", "pid", "used_memory")
+    end = time.monotonic() + patience
+    while True:
+        rows = _query("--query-compute-apps", fields)
+        if isinstance(rows, str):
+            return Check.unknown("gpu processes", rows)
+        rows = [row for row in rows if row["gpu_uuid"] in ours]
+        if not rows:
+            return Check.good("gpu processes", "none")
+        if time.monotonic() >= end:
+            break
+        time.sleep(2)
+    held = ", ".join(f"process {row['pid']} holds {row['used_memory']} MiB of {row['gpu_uuid']}" for row in rows)
+    return Check.bad("gpu processes", held)
+
+
+def _check_xids() -> Check:
+    try:
+        done = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=30, check=False, errors="replace")
+    except (OSError, subprocess.TimeoutExpired):
+        return Check.unknown("xid", "dmesg does not run")
+    if done.returncode != 0:
+        return Check.unknown("xid", "the kernel's log is not readable here")
+    since = float(Path("/proc/uptime").read_text().split()[0]) - _RECENT_SECONDS
+    found = re.finditer(r"^\[ *(\d+\.\d+)\] .*NVRM: Xid \(([^)]*)\): (\d+)", done.stdout, re.MULTILINE)
+    recent = [(match[2], int(match[3])) for match in found if float(match[1]) > since]
+    broken = [f"Xid {number} of {device}" for device, number in recent if number in _HARDWARE_XIDS]
+    if broken:
+        return Check.bad("xid", f"in the last hour: {', '.join(dict.fromkeys(broken))}")
+    return Check.good("xid", f"none of the hardware in the last hour ({len(recent)} of programs)")

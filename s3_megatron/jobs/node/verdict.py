@@ -1,0 +1,78 @@
+"""How an attempt ended on one node, in a file that the batch script and ``s3-megatron status`` read."""
+
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from s3_megatron.files import write_file
+
+CONFIGURATION, HANG, STOPPED = 2, 75, 143
+Kind = Literal["finished", "saved", "configuration", "hang", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an attempt ended here; ``error`` is {rank, host, message, time}, of the rank that failed first.
+
+    ``exit_code`` is the agent's: docs/jobs.md has the contract. ``iteration`` is the last one that was logged; times
+    are seconds since 1970.
+    """
+
+    verdict: Kind
+    exit_code: int
+    error: dict[str, Any] | None
+    started: float
+    ended: float
+    iteration: int | None
+
+    def write(self, attempt: Path, host: str) -> None:
+        """Write ``attempt/HOST.json``."""
+        write_file(attempt / f"{host}.json", json.dumps(asdict(self), indent=2).encode() + b"\n")
+
+
+def judge(code: int, finished: bool, hung: bool, stopped: bool, elsewhere: dict[str, Any] | None) -> tuple[Kind, int]:
+    """Judge by the command's exit code and by what happened to it; returns the verdict and the agent's exit code.
+
+    ``elsewhere`` is the verdict of a node that ended badly before: SLURM then ends the others with SIGTERM, too.
+    """
+    if hung:
+        return "hang", HANG
+    if code == 0:
+        return ("finished" if finished else "saved"), 0
+    if code == CONFIGURATION:
+        return "configuration", CONFIGURATION
+    if stopped and elsewhere is None:
+        return "stopped", STOPPED
+    return "failed", 1
+
+
+def first_failure(path: Path) -> dict[str, Any] | None:
+    """Read the first failure from what s3_megatron.train.torchrun wrote to ``path``."""
+    if not path.exists():
+        return None
+    first = json.loads(path.read_text())[0]
+    return {name: first[name] for name in ("rank", "host", "message", "time")}
+
+
+def bad_end_elsewhere(attempt: Path, host: str) -> dict[str, Any] | None:
+    """Read the verdict of another node that was the first to fail or hang, if one did."""
+    found = []
+    for path in attempt.glob("*.json"):
+        about = json.loads(path.read_text())
+        if path.name != f"{host}.json" and isinstance(about, dict):
+            if about.get("verdict") in ("failed", "hang", "configuration"):
+                found.append(about)
+    return min(found, key=lambda about: about["ended"], default=None)
+
+
+def last_iteration(metrics: Path) -> int | None:
+    """Read the iteration of the last line about training in ``metrics``, a file of s3_megatron.watch."""
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    for line in reversed(lines):
+        with suppress(json.JSONDecodeError):  # a kill tears the last line
+            event = json.loads(line)
+            if event["event"] == "train":
+                return int(event["iteration"])
+    return None

@@ -1,0 +1,149 @@
+"""A recipe: what is trained, independent of where. Every key's unit is in its name, or in its description."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from s3_megatron.jobs.schema import Name, Settings, Text
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Model(Settings):
+    """GPT-2's architecture: learned positions, LayerNorm, GELU, output tied to the embedding."""
+
+    num_layers: Count
+    hidden_size: Count
+    num_attention_heads: Count
+    ffn_hidden_size: Count | None = Field(None, description="null: 4 hidden_size")
+    seq_length: Count = Field(description="tokens")
+    vocab_size: Count = Field(description="of the tokenizer; Megatron pads it")
+    attention_dropout: Share = 0.1
+    hidden_dropout: Share = 0.1
+
+    @property
+    def ffn_size(self) -> int:
+        """The width of the feed-forward layer."""
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+
+class Data(Settings):
+    """Token files (prefixes without .bin and .idx) and tokenizer; relative paths begin at the cluster's data_dir."""
+
+    mock: bool = Field(False, description="random tokens instead of files: to try a job")
+    train: Text | None = None
+    validation: Text | None = None
+    tokenizer: Text = Field("sentencepiece", description="sentencepiece, gpt2 or hf:NAME")
+    tokenizer_model: Text | None = Field(None, description="the SentencePiece model's file")
+
+    @model_validator(mode="after")
+    def _is_there(self) -> Self:
+        if not self.mock and (self.train is None or self.validation is None):
+            raise ValueError("name the files of data.train and data.validation, or set data.mock=true")
+        if not self.mock and self.tokenizer == "sentencepiece" and self.tokenizer_model is None:
+            raise ValueError("data.tokenizer sentencepiece needs the file data.tokenizer_model")
+        return self
+
+
+class Schedule(Settings):
+    """How long and how fast."""
+
+    global_batch_size: Count = Field(description="sequences a step, over all ranks")
+    micro_batch_size: Count | None = Field(None, description="sequences a rank takes at once; null: its whole share")
+    train_iters: Count
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    lr_decay_iters: Count | None = Field(None, description="null: train_iters")
+    lr_warmup_iters: int = Field(0, ge=0)
+    min_lr_ratio: Share = Field(0.1, description="the last rate, as a share of the peak")
+    clip_grad: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: no clipping")
+    seed: int = 1234
+    eval_interval: Count = 1000
+    eval_iters: int = Field(10, ge=0)
+
+
+class Layout(Settings):
+    """How the ranks share the work; data parallelism is what tensor, pipeline and context leave."""
+
+    nodes: Count = 1
+    tensor: Count = 1
+    pipeline: Count = 1
+    context: Count = 1
+    sequence_parallel: bool = Field(False, description="shares activations among the tensor ranks too; not on CPUs")
+    recompute: Literal["none", "selective", "full"] = "none"
+
+
+class Checkpoint(Settings):
+    """How often the run is saved."""
+
+    save_interval: Count = Field(description="iterations: at most so many are lost")
+    save_retain_interval: Count | None = Field(
+        None, description="iterations; older checkpoints stay only at its multiples; null: all stay"
+    )
+
+
+class Log(Settings):
+    """How often the run speaks."""
+
+    log_interval: Count = 10
+
+
+class Rates(Settings):
+    """The AdamW setting that a recipe's rates come from."""
+
+    lr: Positive
+    weight_decay: Decay
+
+
+class S3(Settings):
+    """S3, by its own numbers and the AdamW setting that its weight decay follows from."""
+
+    name: Literal["s3"]
+    lr: Positive = Field(description="peak")
+    weight_decay: Decay | None = Field(
+        None, description="null: the paper's rule, adamw.lr * adamw.weight_decay / lr (SPEC section 1)"
+    )
+    adamw: Rates
+    beta: Share = 0.95
+    p: Annotated[float, Field(ge=1)] = 3.0
+
+    @property
+    def decay(self) -> float:
+        """The weight decay in use: given, or by the paper's rule, so that a step decays as much as AdamW's."""
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return float(f"{self.adamw.lr * self.adamw.weight_decay / self.lr:.12g}")  # 0.01, not 0.010000000000000002
+
+
+class AdamW(Settings):
+    """AdamW, for comparison."""
+
+    name: Literal["adamw"]
+    lr: Positive = Field(description="peak")
+    weight_decay: Decay
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+
+    @property
+    def decay(self) -> float:
+        """The weight decay in use."""
+        return self.weight_decay
+
+
+class Recipe(Settings):
+    """Everything that decides what is trained."""
+
+    name: Name
+    engine: Literal["megatron", "deepspeed"] = "megatron"
+    deepspeed: Text = Field("zero1", description="a file of configs/deepspeed, or a path; only for engine deepspeed")
+    model: Model
+    data: Data
+    schedule: Schedule
+    precision: Literal["bf16", "fp32"] = "bf16"
+    layout: Layout = Layout()
+    checkpoint: Checkpoint
+    log: Log = Log()
+    optimizer: Annotated[S3 | AdamW, Field(discriminator="name")]
+    flags: tuple[Text, ...] = Field((), description="more of Megatron's flags, as they are, behind all others")

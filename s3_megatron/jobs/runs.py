@@ -1,0 +1,158 @@
+"""Run folders: what a run is, on disk, and where its user finds it again."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import s3_megatron
+from s3_megatron.errors import S3Error
+from s3_megatron.files import write_file
+from s3_megatron.jobs.catalog import as_yaml
+from s3_megatron.jobs.cluster import Cluster
+from s3_megatron.jobs.flags import deepspeed_file
+from s3_megatron.jobs.job import Job
+from s3_megatron.jobs.node.environment import commit, public
+from s3_megatron.jobs.recipe import Recipe
+
+PACKAGES = ("torch", "megatron-core", "deepspeed", "transformer-engine")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder with one run in it: the script, its settings, logs, checkpoints and metrics."""
+
+    path: Path
+
+    @property
+    def script(self) -> Path:
+        """The script, for sbatch or for a shell."""
+        return next(path for path in (self.path / "job.sbatch", self.path / "job.sh") if path.exists())
+
+    @cached_property
+    def job(self) -> Job:
+        """The recipe and the cluster, as they were when the run was made."""
+        files = [yaml.safe_load((self.path / name).read_text()) for name in ("recipe.yaml", "cluster.yaml")]
+        return Job(Recipe.model_validate(files[0]), Cluster.model_validate(files[1]))
+
+    @property
+    def job_ids(self) -> list[str]:
+        """SLURM's numbers of the jobs submitted for it, the oldest first."""
+        path = self.path / "jobs.jsonl"
+        return [json.loads(line)["job_id"] for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def finished(self) -> bool:
+        """Whether training has reached its last iteration."""
+        return (self.path / "FINISHED").exists()
+
+    @property
+    def ended(self) -> str | None:
+        """Why no further start follows although training has not finished."""
+        path = self.path / "ENDED"
+        return path.read_text().strip() if path.exists() else None
+
+    def submitted(self, job_id: str) -> None:
+        """Note that ``job_id`` runs this."""
+        line = json.dumps({"job_id": job_id, "time": _now()}) + "\n"
+        with (self.path / "jobs.jsonl").open("a") as file:
+            file.write(line)
+
+
+def create(job: Job, path: Path, script: str) -> Run:
+    """Make the run folder ``path``, whole or not at all, and enter it into the user's list.
+
+    Raises:
+        S3Error: the folder is there already, or cannot be made.
+    """
+    if path.exists():
+        raise S3Error(f"{path} is there already: resume it (s3-megatron resume {path.name}), or choose another --name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise S3Error(f"the run folder {path} cannot be made ({error}): set cluster.runs_dir") from error
+    try:
+        draft.chmod(0o755)
+        (draft / "logs/ranks").mkdir(parents=True)
+        name = "job.sbatch" if job.cluster.scheduler == "slurm" else "job.sh"
+        write_file(draft / name, script.encode())
+        write_file(draft / "recipe.yaml", as_yaml(job.recipe).encode())
+        write_file(draft / "cluster.yaml", as_yaml(job.cluster).encode())
+        write_file(draft / "about.json", (json.dumps(_about(), indent=1) + "\n").encode())
+        if job.recipe.engine == "deepspeed":
+            write_file(draft / "deepspeed.json", deepspeed_file(job).read_bytes())
+        draft.rename(path)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    _enter(path)
+    return Run(path)
+
+
+def find(name: str) -> Run:
+    """The run that ``name``, a folder or the name of one in the user's list, means.
+
+    Raises:
+        S3Error: there is none.
+    """
+    if (Path(name) / "recipe.yaml").is_file():
+        return Run(Path(name).resolve())
+    known = known_runs()
+    for run in reversed(known):
+        if run.path.name == name:
+            return run
+    few = ", ".join(run.path.name for run in known[-5:])
+    raise S3Error(f"there is no run {name!r}: give its folder, or one of {few or '(none yet)'}; s3-megatron runs")
+
+
+def known_runs() -> list[Run]:
+    """The runs that this user has made and that are still there, the oldest first."""
+    paths = _list().read_text().splitlines() if _list().exists() else []
+    return [Run(Path(path)) for path in dict.fromkeys(paths) if (Path(path) / "recipe.yaml").is_file()]
+
+
+def _list() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
+    return Path(state) / "s3-megatron" / "runs"
+
+
+def _enter(path: Path) -> None:
+    _list().parent.mkdir(parents=True, exist_ok=True)
+    with _list().open("a") as file:
+        file.write(f"{path.resolve()}\n")
+
+
+def _about() -> dict[str, Any]:
+    """What a person needs to make the run again."""
+    return {
+        "time": _now(),
+        "command": sys.argv,
+        "git": commit(),
+        "versions": {"s3-megatron": s3_megatron.__version__, "python": sys.version.split()[0], **_versions()},
+        "environment": public(os.environ),
+    }
+
+
+def _versions() -> Mapping[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not here"
+    return found
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,170 @@
+"""How a run is, from its folder and SLURM's queue."""
+
+import json
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from s3_megatron.errors import S3Error
+from s3_megatron.jobs import slurm
+from s3_megatron.jobs.node import checkpoints
+from s3_megatron.jobs.runs import Run
+from s3_megatron.watch.metrics import read_metrics
+
+# Iterations that the speed is the median of.
+RECENT = 20
+# A run without a scheduler that has said nothing for so many seconds may be gone.
+QUIET = 600
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a person wants to know of a run; None is what is not known yet."""
+
+    run: Run
+    state: str
+    iteration: int
+    iterations: int
+    loss: float | None
+    tokens_per_second: float | None
+    saved: tuple[int, float] | None  # iteration, age in seconds
+    restarts: int
+    error: str | None  # what failed first when the run last stopped
+
+
+def status(run: Run) -> Status:
+    """Read how ``run`` is."""
+    recipe = run.job.recipe
+    train = read_metrics(run.path / "watch").train
+    timed = [event["seconds"] for _, event in sorted(train.items()) if event["seconds"] is not None]
+    recent = timed[-RECENT:]  # the first iteration of a start has none
+    tokens = recipe.schedule.global_batch_size * recipe.model.seq_length
+    last: dict[str, Any] = train[max(train)] if train else {}
+    attempts = sorted((run.path / "attempts").glob("*"), key=lambda path: path.stat().st_ctime)
+    return Status(
+        run=run,
+        state=_state(run, attempts),
+        iteration=last.get("iteration", 0),
+        iterations=recipe.schedule.train_iters,
+        loss=last.get("lm_loss"),
+        tokens_per_second=tokens / statistics.median(recent) if recent else None,
+        saved=checkpoints.newest(run.path / "checkpoints"),
+        restarts=max(0, len(attempts) - 1),
+        error=None if run.finished else _first_error(attempts),
+    )
+
+
+def table(found: Status) -> Table:
+    """One run, a fact a line."""
+    rows = Table(show_header=False, box=None)
+    facts = {
+        "run": found.run.path.name,
+        "state": found.state,
+        "iteration": f"{found.iteration:,} of {found.iterations:,}",
+        "loss": _or_dash(found.loss, ".4f"),
+        "tokens/s": _or_dash(found.tokens_per_second, ",.0f"),
+        "checkpoint": f"iteration {found.saved[0]:,}, {_age(found.saved[1])} ago" if found.saved else "none",
+        "restarts": str(found.restarts),
+        "first error": found.error or "none",
+        "jobs": ", ".join(found.run.job_ids) or "-",
+        "folder": str(found.run.path),
+    }
+    for name, value in facts.items():
+        rows.add_row(name, escape(value))
+    return rows
+
+
+def overview(runs: Sequence[Run]) -> Table:
+    """Every run, one a line."""
+    rows = Table(box=None, caption=None if runs else "no runs yet: s3-megatron submit, or launch")
+    for heading in ("run", "state", "iteration", "loss", "checkpoint", "restarts"):
+        rows.add_column(heading)
+    for found in map(status, runs):
+        rows.add_row(
+            escape(found.run.path.name),
+            escape(found.state),
+            f"{found.iteration:,}/{found.iterations:,}",
+            _or_dash(found.loss, ".4f"),
+            f"{found.saved[0]:,}, {_age(found.saved[1])} ago" if found.saved else "-",
+            str(found.restarts),
+        )
+    return rows
+
+
+def _state(run: Run, attempts: Sequence[Path]) -> str:
+    if run.finished:
+        return "finished"
+    if (why := run.ended) is not None:
+        return f"ended: {why}"
+    if run.job.cluster.scheduler == "none":
+        return _local_state(run, attempts)
+    queued = []
+    for job in run.job_ids:
+        try:
+            found = slurm.state(job)
+        except S3Error as error:
+            return f"unknown: {error}"
+        if found is not None:
+            queued.append((job, found))
+    for job, found in queued:
+        if found.state in slurm.ALIVE:
+            why = f" ({found.reason})" if found.state == "PENDING" else f" on {found.nodes}"
+            return f"{found.state.lower()} as job {job}{why}"
+    last = f"job {queued[-1][0]} is {queued[-1][1].state}" if queued else "SLURM has forgotten its jobs"
+    return f"stopped, {last}: s3-megatron resume {run.path.name}"
+
+
+def _local_state(run: Run, attempts: Sequence[Path]) -> str:
+    if not attempts:
+        return f"not started: s3-megatron resume {run.path.name}"
+    if said := verdicts(attempts[-1]):
+        return f"stopped ({said[0]['verdict']}): s3-megatron resume {run.path.name}"
+    heartbeat = run.path / "watch/metrics.jsonl"
+    silent = time.time() - max(path.stat().st_mtime for path in (attempts[-1], heartbeat) if path.exists())
+    return "running" if silent < QUIET else f"silent for {_age(silent)}: killed? s3-megatron resume {run.path.name}"
+
+
+def _first_error(attempts: Sequence[Path]) -> str | None:
+    """What failed first in the last attempt that failed; of all nodes' verdicts, the earliest error."""
+    for attempt in reversed(attempts):
+        errors = [one["error"] for one in verdicts(attempt) if one["error"] is not None]
+        if errors:
+            first = min(errors, key=lambda error: error["time"])
+            rank = "" if first["rank"] is None else f"rank {first['rank']} on "
+            return f"{rank}{first['host']}: {first['message']}"
+        if bad := _bad_nodes(attempt):
+            return bad
+    return None
+
+
+def _bad_nodes(attempt: Path) -> str:
+    path = attempt / "bad_nodes"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return "; ".join(": ".join(line.split("\t", 1)) for line in lines)
+
+
+def verdicts(attempt: Path) -> list[dict[str, Any]]:
+    """What each node said of an attempt's end, see s3_megatron.jobs.node.verdict."""
+    found = [json.loads(path.read_text()) for path in _verdict_files(attempt)]
+    return [one for one in found if isinstance(one, dict) and "verdict" in one]
+
+
+def _verdict_files(attempt: Path) -> Iterable[Path]:
+    return (path for path in attempt.glob("*.json") if not path.name.endswith((".failures.json", ".health.json")))
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

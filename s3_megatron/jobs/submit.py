@@ -1,0 +1,105 @@
+"""From a job to a run under way: in SLURM's queue, or in this terminal."""
+
+import shutil
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from s3_megatron.errors import S3Error
+from s3_megatron.files import write_file
+from s3_megatron.jobs import runs, slurm
+from s3_megatron.jobs.job import Job
+from s3_megatron.jobs.render import render
+from s3_megatron.jobs.runs import Run
+from s3_megatron.jobs.schema import valid_name
+
+
+def folder(job: Job, name: str | None) -> Path:
+    """Where the run called ``name`` belongs; without one it is called by recipe, optimizer and time.
+
+    Raises:
+        S3Error: ``name`` has a character that a job's name cannot have.
+    """
+    if name is not None and not valid_name(name):
+        raise S3Error(f"--name {name!r} must be letters, digits, '.', '_' and '-', such as {job.recipe.name}-2")
+    default = f"{job.recipe.name}-{job.recipe.optimizer.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    return Path(job.cluster.runs_dir).resolve() / (name or default)
+
+
+def submit(job: Job, path: Path) -> Run:
+    """Make the run folder ``path`` and queue its job.
+
+    Raises:
+        S3Error: the folder is there already, or SLURM refuses the script; then no folder is left behind.
+    """
+    run = runs.create(job, path, render(job, path))
+    try:
+        slurm.test_script(run.script)
+        queue(run)
+    except BaseException:
+        if not run.job_ids:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+    return run
+
+
+def queue(run: Run) -> None:
+    """Queue the run's script: once, or with ``restart.how: chain`` as often as it may start."""
+    restart = run.job.cluster.restart
+    for _ in range(restart.max_restarts + 1 if restart.how == "chain" else 1):
+        run.submitted(slurm.submit(run.script))
+
+
+def here(job: Job) -> Job:
+    """``job`` for this terminal: with this interpreter, and paths that hold wherever it is resumed."""
+    cluster = job.cluster
+    python = sys.executable if cluster.python == "python" else cluster.python
+    update = {"python": python, "data_dir": str(Path(cluster.data_dir).resolve())}
+    return Job(job.recipe, cluster.model_copy(update=update))
+
+
+def start(run: Run) -> int:
+    """Run the script of a job without a scheduler, to its end; returns its exit code, see docs/jobs.md."""
+    return subprocess.run(["bash", str(run.script)]).returncode
+
+
+def resume(run: Run) -> int:
+    """Let an ended run go on from its newest checkpoint: forget why it ended, and queue or start its script again.
+
+    Returns the exit code of a run without a scheduler, 0 for a queued one.
+
+    Raises:
+        S3Error: it has finished, or is still in the queue.
+    """
+    if run.finished:
+        raise S3Error(f"{run.path.name} has finished: to train on, submit its recipe with a larger train_iters")
+    if alive := _alive(run):
+        raise S3Error(f"{run.path.name} is still in the queue as job {', '.join(alive)}: cancel it first")
+    for name in ("ENDED", "STOP", "chain"):
+        (run.path / name).unlink(missing_ok=True)
+    if run.job.cluster.scheduler == "none":
+        return start(run)
+    queue(run)
+    return 0
+
+
+def cancel(run: Run) -> list[str]:
+    """End the run now, for good until ``resume``: what it did since its last checkpoint is lost.
+
+    Returns the numbers of the jobs that were in the queue.
+
+    Raises:
+        S3Error: it has no job in the queue.
+    """
+    alive = _alive(run)
+    if not alive:
+        raise S3Error(f"{run.path.name} has no job in the queue: s3-megatron status {run.path.name} tells more")
+    if not run.finished and run.ended is None:
+        write_file(run.path / "ENDED", b"cancelled with s3-megatron cancel\n")
+    slurm.cancel(alive)
+    return alive
+
+
+def _alive(run: Run) -> list[str]:
+    return [job for job in run.job_ids if (state := slurm.state(job)) and state.state in slurm.ALIVE]

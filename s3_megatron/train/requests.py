@@ -1,0 +1,104 @@
+"""What a person asks of a running job by files in its folder, and how the job says that it is done.
+
+``touch $S3_RUN_DIR/SAVE`` saves a checkpoint and goes on; ``touch $S3_RUN_DIR/STOP`` saves, ends, and does not come
+back. ``FINISHED`` is there once the last iteration is done, ``ENDED`` once a job has stopped for good before it.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import megatron.training.training as host
+import torch
+import torch.distributed as dist
+from megatron.training import get_args, print_rank_0
+
+from s3_megatron.engines.swap import SymbolSwap
+from s3_megatron.files import write_file
+
+_SAVE, _STOP = 1, 2  # bits
+
+
+@contextmanager
+def obeyed() -> Iterator[None]:
+    """Obey the files in $S3_RUN_DIR, if that is set, while the body runs Megatron's ``pretrain`` (0.19.2)."""
+    if not (folder := os.environ.get("S3_RUN_DIR")):
+        yield
+        return
+    requests = _Requests(Path(folder))
+    swap = SymbolSwap("this megatron-core")
+    swap.replace(host, "checkpoint_and_decide_exit", requests.checkpoint_and_decide_exit)
+    try:
+        yield
+    except SystemExit as stop:  # Megatron's way to end before the last iteration
+        if not stop.code:
+            requests.say_stopped()
+        raise
+    finally:
+        swap.undo()
+    requests.say_finished()
+
+
+class _Requests:
+    """The files of one run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._iteration = 0
+        self._stopped = False
+
+    def checkpoint_and_decide_exit(self, original: Callable[..., bool]) -> Callable[..., bool]:
+        """Wrap ``megatron.training.training.checkpoint_and_decide_exit`` (0.19.2), called after every iteration."""
+
+        def wrapped(
+            model: Any, optimizer: Any, scheduler: Any, iteration: int, operations: Any, context: Any, data: Any
+        ) -> bool:
+            args = get_args()
+            self._iteration = iteration
+            asked = self._asked() if iteration % args.log_interval == 0 else 0
+            # Before the original: an iteration that ends the run anyway may be the one that STOP came in.
+            self._stopped = bool(asked & _STOP)
+            done = original(model, optimizer, scheduler, iteration, operations, context, data)
+            # Ends save, and so does the interval.
+            saved = done or bool(args.save_interval and iteration % args.save_interval == 0)
+            if asked and args.save and not saved:
+                host.save_checkpoint_and_time(
+                    iteration, model, optimizer, scheduler, operations, context, train_data_iterator=data
+                )
+            if asked & _SAVE:
+                print_rank_0(f"the file SAVE was obeyed at iteration {iteration}")
+                self._remove("SAVE")
+            return done or self._stopped
+
+        return wrapped
+
+    def _asked(self) -> int:
+        """Look, on rank 0 alone, which sees what all others might see a moment later, and tell everybody."""
+        bits = 0
+        if dist.get_rank() == 0:
+            bits = _SAVE * (self._folder / "SAVE").exists() | _STOP * (self._folder / "STOP").exists()
+        told = torch.tensor([bits], dtype=torch.int32, device="cuda")
+        dist.broadcast(told, src=0)
+        return int(told.item())
+
+    def say_stopped(self) -> None:
+        """Write ENDED if the run was asked to stop; by now an asynchronous save is on the disk, too."""
+        if self._stopped and dist.get_rank() == 0:
+            write_file(self._folder / "ENDED", f"stopped by the file STOP at iteration {self._iteration}\n".encode())
+            self._remove("STOP")  # or it would stop the run that a person resumes
+
+    def say_finished(self) -> None:
+        """Write FINISHED if ``pretrain`` came to the last iteration, now or before it was started again."""
+        args = get_args()
+        iteration = max(self._iteration, args.iteration)
+        if dist.get_rank() == 0 and not args.skip_train and iteration >= args.train_iters:
+            about = {"iteration": iteration, "time": time.time()}
+            write_file(self._folder / "FINISHED", json.dumps(about).encode() + b"\n")
+
+    def _remove(self, name: str) -> None:
+        if dist.get_rank() == 0:
+            (self._folder / name).unlink(missing_ok=True)

@@ -1,0 +1,74 @@
+"""From the recipe to the demonstration's command lines."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from s3_megatron.demo.__main__ import demonstrate
+from s3_megatron.demo.engines import ENGINES
+from s3_megatron.demo.runs import kill_at, load, trial, with_data
+from s3_megatron.errors import S3Error
+from s3_megatron.jobs.flags import ENTRIES
+from s3_megatron.jobs.recipe import Data
+
+
+def command(run: Path, engine: str, optimizer: str = "s3", gpus: int = 0) -> list[str]:
+    data = Data(train="corpus/train", validation="corpus/validation", tokenizer_model="corpus/tokenizer.model")
+    return list(trial(with_data(load(optimizer, engine, gpus), data), run, "S3").command)
+
+
+def value(flags: list[str], name: str) -> str:
+    return flags[flags.index(name) + 1]
+
+
+def test_the_recipe_chooses_the_engine(tmp_path: Path):
+    """Both are told the same but for what is their own; a checkpoint's format is Megatron's affair."""
+    assert load("s3", None).recipe.engine == "megatron"
+    megatron, deepspeed = command(tmp_path, "megatron"), command(tmp_path, "deepspeed")
+    assert value(megatron, "-m") == value(deepspeed, "-m") == "torch.distributed.run"
+    assert Path(value(deepspeed, "--deepspeed-config")).read_text().count('"stage": 1')
+    own = {ENTRIES["megatron"], "--use-distributed-optimizer", "--ckpt-format", "torch_dist"}
+    assert set(megatron) - set(deepspeed) == own
+    assert set(deepspeed) - set(megatron) == {
+        *(ENTRIES["deepspeed"], "--deepspeed-config", str(tmp_path / "deepspeed.json"))
+    }
+    assert ENGINES.keys() == ENTRIES.keys()
+
+
+def test_the_runs_differ_in_their_optimizers_and_folders_alone(tmp_path: Path):
+    s3, adamw = command(tmp_path, "megatron"), command(tmp_path, "megatron", "adamw")
+    assert value(s3, "--train-data-path") == value(adamw, "--train-data-path") == "corpus/train"
+    assert "--mock-data" not in s3
+    rates = ["0.003", "0.0003", "0.01"], ["0.0003", "3e-05", "0.1"]
+    assert set(s3) - set(adamw) <= {"s3", "--s3-beta", "0.95", "--s3-p", "3", *rates[0]}
+    assert set(adamw) - set(s3) <= {"adam", "--adam-beta1", "0.9", "--adam-beta2", "0.999", *rates[1]}
+    for flags, expected in zip((s3, adamw), rates, strict=True):
+        assert [value(flags, name) for name in ("--lr", "--min-lr", "--weight-decay")] == expected
+
+
+@pytest.mark.parametrize(("gpus", "ranks", "micro_batch"), [(0, 2, "8"), (1, 1, "16"), (6, 4, "4"), (8, 8, "2")])
+def test_ranks_share_the_batch_evenly(tmp_path: Path, gpus: int, ranks: int, micro_batch: str):
+    job = load("s3", "megatron", gpus)
+    assert (job.ranks, job.rehearsed) == (ranks, not gpus)
+    flags = command(tmp_path, "megatron", gpus=gpus)
+    assert (value(flags, "--nproc_per_node"), value(flags, "--micro-batch-size")) == (str(ranks), micro_batch)
+    assert ("--no-rope-fusion" in flags) == bool(gpus), "the rehearsal adds its own"
+
+
+def test_the_kill_falls_between_two_checkpoints():
+    assert kill_at(load("s3", None).recipe) == 80
+
+
+def test_an_engine_that_is_not_there_is_refused_with_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(S3Error, match=r"engine = \"fsdp\": .*'megatron' or 'deepspeed'"):
+        demonstrate(Console(quiet=True), "fsdp")
+    assert not list(tmp_path.iterdir()), "refused before anything is built"
+
+
+def test_gpt2_tiny_is_small_and_says_every_loss():
+    recipe = load("s3", None).recipe
+    assert recipe.model.num_layers == 4 and 128 <= recipe.model.hidden_size <= 256
+    assert recipe.optimizer.weight_decay is None, "it is computed"
+    assert recipe.schedule.global_batch_size % 2 == 0 and recipe.log.log_interval == 1

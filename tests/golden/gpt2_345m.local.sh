@@ -1,0 +1,67 @@
+#!/bin/bash
+# gpt2_345m on this machine: 8 GPUs. Made by s3-megatron 0.1.0, whose
+# command line it does not need. Run it again, and it goes on from its last checkpoint.
+set -euo pipefail
+
+run=/shared/s3/runs/gpt2_345m
+attempt=local-$(date +%Y%m%d-%H%M%S)
+mkdir -p "$run/attempts/$attempt" "$run/logs/ranks"
+
+export PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=1
+export S3_RUN_DIR=$run
+
+python=python
+train=(
+    --num-layers 24
+    --hidden-size 1024
+    --num-attention-heads 16
+    --seq-length 1024
+    --attention-dropout 0.1
+    --hidden-dropout 0.1
+    --max-position-embeddings 1024
+    --micro-batch-size 16
+    --global-batch-size 512
+    --train-iters 50000
+    --lr-decay-style cosine
+    --lr-warmup-iters 2000
+    --clip-grad 1
+    --seed 1234
+    --eval-interval 1000
+    --eval-iters 20
+    --lr-decay-iters 50000
+    --optimizer s3
+    --lr 0.003
+    --min-lr 0.0003
+    --weight-decay 0.01
+    --s3-beta 0.95
+    --s3-p 3
+    --bf16
+    --tensor-model-parallel-size 1
+    --pipeline-model-parallel-size 1
+    --context-parallel-size 1
+    --use-distributed-optimizer
+    --ckpt-format torch_dist
+    --transformer-impl local
+    --no-persist-layer-norm
+    --no-gradient-accumulation-fusion
+    --no-masked-softmax-fusion
+    --no-rope-fusion
+    --train-data-path openwebtext/train_text_document
+    --valid-data-path openwebtext/validation_text_document
+    --tokenizer-type HuggingFaceTokenizer
+    --tokenizer-model gpt2
+    --save-interval 500
+    --save-retain-interval 5000
+    --save "$run"/checkpoints
+    --load "$run"/checkpoints
+    --data-cache-path "$run"/cache
+    --watch-dir "$run"/watch
+    --log-interval 10
+    --exit-signal-handler
+)
+exec "$python" -m s3_megatron.jobs.node --run-dir "$run" --attempt "$attempt" \
+    --hang-minutes 30.0 --start-minutes 60.0 -- \
+    "$python" -m s3_megatron.train.torchrun --standalone --nproc-per-node=8 --max-restarts=0 \
+    --role=local_rank --tee=3 --log-dir="$run/logs/ranks" \
+    -m s3_megatron.train.pretrain_gpt "${train[@]}"

@@ -1,0 +1,176 @@
+#!/bin/bash
+# gpt2_345m on slurm_apptainer: 2 nodes, 16 ranks. Made by s3-megatron 0.1.0, whose command line it does not
+# need: make the folder of --output, then `sbatch THIS_FILE`. The package must be in the nodes' environment. See docs/jobs.md.
+#SBATCH --job-name=gpt2_345m
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive --mem=0
+#SBATCH --partition=gpu
+#SBATCH --time=1440
+# To the ranks, not to this shell, should they not have ended in order by then: they save and end.
+#SBATCH --signal=TERM@300
+#SBATCH --requeue --open-mode=append
+#SBATCH --output="/shared/s3/runs/gpt2_345m/logs/job.log"
+
+set -euo pipefail
+trap '' TERM # a warning, or pre-emption, is for the ranks; this shell decides afterwards
+
+run=/shared/s3/runs/gpt2_345m
+attempt=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+mkdir -p "$run/attempts/$attempt" "$run/logs/ranks"
+
+say() { printf '%s %s\n' "$(date '+%F %T')" "$*"; }
+
+# finish CODE REASON: no start follows this one.
+finish() {
+    say "the end: $2"
+    if [[ ! -e $run/FINISHED && ! -e $run/ENDED ]]; then
+        printf '%s\n' "$2" >"$run/ENDED.new"
+        mv "$run/ENDED.new" "$run/ENDED"
+    fi
+    exit "$1"
+}
+
+# go_on REASON: another start, without the nodes that a start of this run found bad.
+go_on() {
+    say "$1"
+    local bad
+    bad=$(find "$run/attempts" -name bad_nodes -exec cut -f1 {} + | sort -u | paste -sd,)
+    # After scancel, and at the time limit, it is COMPLETING: a requeue would bring it back against somebody's will.
+    local state before
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+    if [[ $state != RUNNING ]]; then
+        say "not requeued: the job is ${state:-gone}"
+        exit 1
+    fi
+    before=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%x) # nodes that it may not have already
+    if [[ -z $bad ]]; then
+        say 'requeued'
+        scontrol requeue "$SLURM_JOB_ID"
+    elif sbatch --test-only --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_NNODES" \
+        --exclude="${before:+$before,}$bad" --wrap=true; then
+        say "requeued without $bad"
+        scontrol requeuehold "$SLURM_JOB_ID" # a running job's list cannot be changed
+        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${before:+$before,}$bad"
+        scontrol release "$SLURM_JOB_ID"
+    else
+        finish 1 "too few nodes are left without $bad"
+    fi
+    exit 1
+}
+
+# saved_iteration: that of the newest checkpoint, by Megatron's or DeepSpeed's pointer; 0 without one.
+saved_iteration() {
+    local pointer number=0
+    for pointer in "$run/checkpoints/latest_checkpointed_iteration.txt" "$run/checkpoints/latest"; do
+        [[ ! -s $pointer ]] || number=$(tr -dc 0-9 <"$pointer")
+    done
+    echo $((10#${number:-0}))
+}
+
+# on_every_node COMMAND...: one task a node, in the container; the first that fails ends the others.
+on_every_node() {
+    srun --nodes="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 \
+        --output=/shared/s3/runs/gpt2_345m/logs/%N.log --open-mode=append \
+        apptainer exec --nv --bind /shared/s3/runs/gpt2_345m:/shared/s3/runs/gpt2_345m,/shared/s3/data:/shared/s3/data,/tmp:/tmp /shared/s3/s3-megatron.sif \
+        "$@"
+}
+
+[[ ! -e $run/FINISHED ]] || finish 0 'this run had finished already'
+[[ ! -e $run/ENDED ]] || finish 2 "this run had ended already: $(<"$run/ENDED")"
+
+# The chain's memory: starts so far, the checkpoint that the last one began with, how many starts have brought none.
+saved=$(saved_iteration)
+starts=0 before=-1 idle=0 last=none
+[[ ! -s $run/chain ]] || read -r starts before idle last <"$run/chain"
+if ((saved > before)); then
+    idle=0
+elif ! grep -qs '"verdict": "stopped"' "$run/attempts/$last"/*.json && [[ ! -s $run/attempts/$last/bad_nodes ]]; then
+    idle=$((idle + 1)) # neither asked to stop nor on a bad node
+fi
+printf '%s\n' "$((starts + 1)) $saved $idle $attempt" >"$run/chain.new"
+mv "$run/chain.new" "$run/chain"
+((idle < 2)) || finish 1 "two starts in a row brought no checkpoint after that of iteration $saved: see $run/logs"
+((starts <= 20)) || finish 1 'restarted 20 times, which is restart.max_restarts'
+
+minutes=$((1440 - 10 - SECONDS / 60)) # until training saves and ends, before the time limit
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+((${#nodes[@]} == SLURM_NNODES)) || finish 1 "scontrol names ${#nodes[@]} of $SLURM_NNODES nodes: there is no rendezvous"
+say "start $((starts + 1)) on ${nodes[*]}, from iteration $saved"
+
+export PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=1
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+# Compiled kernels stay on the node: a shared folder would be a lock that all ranks wait for.
+export TRITON_CACHE_DIR=/tmp/s3-megatron-$UID/triton
+export TORCHINDUCTOR_CACHE_DIR=/tmp/s3-megatron-$UID/inductor
+export S3_RUN_DIR=$run
+
+python=python
+# Not torchrun itself: this one leaves SIGTERM to the ranks, and writes down which of them failed first.
+elastic=("$python" -m s3_megatron.train.torchrun --nnodes="$SLURM_NNODES" --nproc-per-node=8
+    --rdzv-backend=c10d --rdzv-id="$attempt" --max-restarts=0)
+port=$((20000 + SLURM_JOB_ID % 20000 * 2)) # two jobs that share a node have their own
+
+on_every_node "$python" -m s3_megatron.jobs.node.health --run-dir "$run" --attempt "$attempt" \
+    --gpus 8 --scratch /tmp --min-free-gib 20.0 \
+    --min-free-inodes 10000 || go_on 'a node is not fit for training'
+on_every_node timeout 900 "${elastic[@]}" --rdzv-endpoint="${nodes[0]}:$((port + 1))" \
+    -m s3_megatron.train.allreduce --run-dir "$run" --attempt "$attempt" --floor-gbps 0.0 \
+    --max-clock-skew 5.0 || go_on 'the all-reduce before training failed'
+
+train=(
+    --num-layers 24
+    --hidden-size 1024
+    --num-attention-heads 16
+    --seq-length 1024
+    --attention-dropout 0.1
+    --hidden-dropout 0.1
+    --max-position-embeddings 1024
+    --micro-batch-size 16
+    --global-batch-size 512
+    --train-iters 50000
+    --lr-decay-style cosine
+    --lr-warmup-iters 2000
+    --clip-grad 1
+    --seed 1234
+    --eval-interval 1000
+    --eval-iters 20
+    --lr-decay-iters 50000
+    --optimizer s3
+    --lr 0.003
+    --min-lr 0.0003
+    --weight-decay 0.01
+    --s3-beta 0.95
+    --s3-p 3
+    --bf16
+    --tensor-model-parallel-size 1
+    --pipeline-model-parallel-size 1
+    --context-parallel-size 1
+    --use-distributed-optimizer
+    --ckpt-format torch_dist
+    --train-data-path /shared/s3/data/openwebtext/train_text_document
+    --valid-data-path /shared/s3/data/openwebtext/validation_text_document
+    --tokenizer-type HuggingFaceTokenizer
+    --tokenizer-model gpt2
+    --save-interval 500
+    --save-retain-interval 5000
+    --save "$run"/checkpoints
+    --load "$run"/checkpoints
+    --data-cache-path "$run"/cache
+    --watch-dir "$run"/watch
+    --log-interval 10
+    --exit-signal-handler
+    --exit-duration-in-mins "$minutes"
+)
+status=0
+on_every_node "$python" -m s3_megatron.jobs.node --run-dir "$run" --attempt "$attempt" \
+    --hang-minutes 30.0 --start-minutes 60.0 -- \
+    "${elastic[@]}" --rdzv-endpoint="${nodes[0]}:$port" --role=local_rank --tee=3 --log-dir="$run/logs/ranks" \
+    -m s3_megatron.train.pretrain_gpt "${train[@]}" || status=$?
+
+[[ ! -e $run/FINISHED ]] || finish 0 'training is complete'
+[[ ! -e $run/ENDED ]] || finish 2 "$(<"$run/ENDED")"
+go_on "training is not complete (srun's exit code: $status)"

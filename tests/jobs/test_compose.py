@@ -1,0 +1,151 @@
+"""Recipes and clusters as people write, change and mistype them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from s3_megatron.errors import S3Error
+from s3_megatron.jobs import catalog, compose
+from s3_megatron.jobs.flags import megatron_flags
+
+
+def refused(recipe: str, cluster: str, *settings: str) -> str:
+    with pytest.raises(S3Error) as error:
+        compose.load(recipe, cluster, settings)
+    line = str(error.value)
+    assert "\n" not in line
+    return line
+
+
+def flags(recipe: str, cluster: str, *settings: str) -> dict[str, str]:
+    words = megatron_flags(compose.load(recipe, cluster, settings), Path("/run"))
+    assert len({flag for flag, *_ in words}) == len(words), "a flag is given once"
+    return {flag: " ".join(values) for flag, *values in words}
+
+
+@pytest.mark.parametrize("cluster", catalog.names("cluster"))
+@pytest.mark.parametrize("recipe", catalog.names("model"))
+def test_every_recipe_loads_on_every_cluster_and_survives_a_run_folder(recipe: str, cluster: str, tmp_path: Path):
+    job = compose.load(recipe, cluster)
+    (tmp_path / "recipe.yaml").write_text(catalog.as_yaml(job.recipe))
+    (tmp_path / "cluster.yaml").write_text(catalog.as_yaml(job.cluster))
+    assert compose.load(str(tmp_path / "recipe.yaml"), str(tmp_path / "cluster.yaml")) == job
+    if cluster != "local":  # which may be smaller than the recipe's layout: `check` says so
+        assert job.ranks % job.model_parallel == 0
+        assert job.recipe.schedule.global_batch_size % (job.micro_batch_size * job.data_parallel) == 0
+
+
+def test_the_papers_rates_follow_from_the_papers_rule():
+    """SPEC section 1: AdamW 3e-4 with 0.1 gives S3 at 3e-3 a decay of 0.01; at Lion's 6e-5 it would be 0.5."""
+    s3 = flags("gpt2_345m", "slurm")
+    assert (s3["--optimizer"], s3["--lr"], s3["--min-lr"], s3["--weight-decay"]) == ("s3", "0.003", "0.0003", "0.01")
+    assert (s3["--s3-beta"], s3["--s3-p"]) == ("0.95", "3")
+    assert flags("gpt2_345m", "slurm", "optimizer.lr=6e-5")["--weight-decay"] == "0.5"
+    assert flags("gpt2_345m", "slurm", "optimizer.weight_decay=0")["--weight-decay"] == "0"
+
+
+def test_the_optimizer_is_exchanged_whole():
+    adamw = flags("gpt2_7b", "slurm", "optimizer.lr=1e-3", "optimizer=adamw")
+    assert (adamw["--optimizer"], adamw["--lr"], adamw["--weight-decay"]) == ("adam", "0.001", "0.1")
+    assert (adamw["--adam-beta1"], adamw["--adam-beta2"]) == ("0.9", "0.999")
+    assert not [flag for flag in adamw if flag.startswith("--s3")]
+    assert "there is no optimizer 'lion': give a file's path or one of adamw, s3" in refused(
+        "gpt2_tiny", "local", "optimizer=lion"
+    )
+
+
+def test_settings_reach_both_files():
+    job = compose.load("gpt2_7b", "slurm", ["layout.nodes=8", "cluster.ranks_per_node=4", "cluster.slurm.account=abc"])
+    assert (job.ranks, job.model_parallel, job.data_parallel) == (32, 4, 8)
+    assert job.cluster.slurm.account == "abc"
+    assert flags("gpt2_7b", "slurm", "flags=[--lr-wsd-decay-style,linear]")["--lr-wsd-decay-style"] == ""
+
+
+def test_every_mistake_is_named_at_once_with_the_nearest_key():
+    line = refused("gpt2_7b", "slurm", "model.layers=12", "schedule.train_iters=x", "precision=fp8", "optimizer.lrr=3")
+    assert "model.layers is unknown; did you mean num_layers?" in line
+    assert 'schedule.train_iters = "x": Input should be a valid integer' in line
+    assert "precision = \"fp8\": Input should be 'bf16' or 'fp32'" in line
+    assert "optimizer.lrr is unknown; did you mean lr?" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["model.num_layers"], "must be KEY=VALUE"),
+        (["model.num_layers=0"], "greater than or equal to 1"),
+        (["data.mock=false"], "name the files of data.train and data.validation"),
+        (["optimizer.beta=1"], "less than 1"),
+        (["name=a b"], "letters, digits"),
+        (['data.train="a\\nb"'], "line break"),
+        (["cluster.environment.WANDB_API_KEY=abc"], "looks like a secret"),
+        (["cluster.environment.A-B=abc"], "no name of an environment variable"),
+        (["cluster.scratch_dir=tmp"], "absolute path"),
+        (["cluster.slurm.time_limit_minutes=10"], "leaves nothing of slurm.time_limit_minutes 10"),
+        (["cluster.container.kind=pyxis"], "container.image go together"),
+        (["cluster.accelerator=auto"], "on a cluster say gpu"),
+        (["cluster.runs_dir=runs"], "must be an absolute path on a cluster"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_what_is_allowed(settings: list[str], said: str):
+    assert said in refused("gpt2_tiny", "slurm", *settings)
+
+
+def test_a_secrets_value_is_not_repeated():
+    assert "hunter2" not in refused("gpt2_tiny", "slurm", "cluster.environment.DB_PASSWORD=hunter2")
+
+
+def test_unknown_names_are_answered_with_the_known(tmp_path: Path):
+    assert "did you mean gpt2_345m?" in refused("gpt2_354m", "slurm")
+    assert "one of local, slurm, slurm_apptainer, slurm_pyxis" in refused("gpt2_7b", "mine")
+    assert "mine.yaml is not a file" in refused("gpt2_7b", "mine.yaml")
+    broken = tmp_path / "broken.yaml"
+    for text, said in (("a: [1", "is no YAML"), ("- 1\n", "must be a mapping")):
+        broken.write_text(text)
+        assert said in refused(str(broken), "slurm")
+
+
+def test_without_a_scheduler_there_is_one_node_with_what_it_has(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    job = compose.load("gpt2_345m", "local")
+    assert (job.recipe.layout.nodes, job.cluster.accelerator, job.ranks, job.rehearsed) == (1, "cpu", 2, True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    job = compose.load("gpt2_345m", "local")
+    assert (job.cluster.accelerator, job.ranks, job.rehearsed) == ("gpu", 4, False)
+
+
+def test_flags_say_what_the_recipe_says():
+    seven = flags("gpt2_7b", "slurm_pyxis", "layout.sequence_parallel=true", "layout.recompute=selective")
+    expected = {
+        "--num-layers": "32",
+        "--max-position-embeddings": "2048",
+        "--tensor-model-parallel-size": "4",
+        "--recompute-granularity": "selective",
+        "--train-data-path": "/shared/s3/data/refinedweb/train_text_document",
+        "--tokenizer-model": "gpt2",
+        "--save": "/run/checkpoints",
+        "--load": "/run/checkpoints",
+        "--lr-decay-iters": "50000",
+    }
+    assert expected.items() <= seven.items()
+    assert {"--bf16", "--sequence-parallel", "--exit-signal-handler", "--overlap-grad-reduce"} <= seven.keys()
+    assert "--transformer-impl" not in seven, "the image has Transformer Engine"
+    assert flags("gpt2_7b", "slurm")["--transformer-impl"] == "local"
+    assert "--bf16" not in flags("gpt2_7b", "slurm", "precision=fp32")
+    deepspeed = flags("gpt2_345m", "slurm", "engine=deepspeed")
+    assert deepspeed["--deepspeed-config"] == "/run/deepspeed.json" and "--use-distributed-optimizer" not in deepspeed
+
+
+def test_recipes_explain_themselves():
+    """Every value of the shipped recipes that the paper does not state is marked so, and every section is there."""
+    for name in ("gpt2_345m", "gpt2_7b"):
+        text = (catalog.CONFIGS / "model" / f"{name}.yaml").read_text()
+        assert text.count("not stated by the paper") >= 8 and "the paper's" in text
+        assert {"model", "data", "schedule", "layout", "checkpoint", "log"} <= yaml.safe_load(text).keys()
+
+
+def test_deepspeed_files_are_found():
+    for name in catalog.names("deepspeed"):
+        assert json.loads(catalog.find("deepspeed", name, ".json").read_text())["optimizer"]["type"] == "S3"

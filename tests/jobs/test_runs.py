@@ -1,0 +1,181 @@
+"""Run folders, and what is told of them. What needs a queue is in tests/slurm."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from s3_megatron import cli
+from s3_megatron.errors import S3Error
+from s3_megatron.jobs import compose, logs, runs, status, submit
+from s3_megatron.jobs.render import render
+from s3_megatron.jobs.runs import Run
+from s3_megatron.watch.metrics import MetricsWriter
+
+
+@pytest.fixture(autouse=True)
+def state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def make(folder: Path, name: str = "first", *settings: str) -> Run:
+    job = submit.here(compose.load("gpt2_tiny", "local", [f"cluster.runs_dir={folder}/runs", *settings]))
+    path = submit.folder(job, name)
+    return runs.create(job, path, render(job, path))
+
+
+def text(renderable: Any) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def test_a_run_folder_has_what_makes_it_again(tmp_path: Path):
+    run = make(tmp_path)
+    assert runs.find("first") == runs.find(str(run.path)) == run
+    assert run.job.recipe.name == "gpt2_tiny" and run.job_ids == [] and not run.finished and run.ended is None
+    about = json.loads((run.path / "about.json").read_text())
+    assert about["versions"]["torch"] and about["time"] and about["command"]
+    assert run.script.name == "job.sh" and (run.path / "logs/ranks").is_dir()
+    assert sys.executable in run.script.read_text()
+    assert make(tmp_path, "ds", "engine=deepspeed").path.joinpath("deepspeed.json").is_file()
+
+
+def test_a_name_that_is_taken_is_refused_and_nothing_is_left(tmp_path: Path):
+    make(tmp_path)
+    with pytest.raises(S3Error, match="is there already: resume it"):
+        make(tmp_path)
+    with pytest.raises(S3Error, match="--name 'a b' must be"):
+        make(tmp_path, "a b")
+    with pytest.raises(S3Error, match="there is no deepspeed 'zero9'"):
+        make(tmp_path, "second", "engine=deepspeed", "deepspeed=zero9")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["first"]
+    (tmp_path / "file").touch()
+    with pytest.raises(S3Error, match=r"cannot be made .*: set cluster.runs_dir"):
+        make(tmp_path / "file")
+
+
+def test_no_secret_is_written_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_API_KEY", "hunter2-hunter2")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("SLURM_COMMENT", "key=hunter2-hunter2")
+    run = make(tmp_path)
+    assert json.loads((run.path / "about.json").read_text())["environment"]["NCCL_DEBUG"] == "INFO"
+    for path in run.path.rglob("*"):
+        assert path.is_dir() or b"hunter2" not in path.read_bytes(), path
+
+
+def test_an_unknown_run_is_answered_with_the_known(tmp_path: Path):
+    make(tmp_path)
+    with pytest.raises(S3Error, match="there is no run 'frist': give its folder, or one of first"):
+        runs.find("frist")
+
+
+def attempt(run: Run, name: str, **verdicts: dict[str, Any]) -> None:
+    folder = run.path / "attempts" / name
+    folder.mkdir(parents=True)
+    for host, verdict in verdicts.items():
+        (folder / f"{host}.json").write_text(json.dumps(verdict))
+        (folder / f"{host}.failures.json").write_text("[]")
+    time.sleep(0.02)  # attempts are told apart by their time
+
+
+def error(rank: int, host: str, message: str, when: float) -> dict[str, Any]:
+    found = {"rank": rank, "host": host, "message": message, "time": when}
+    return {"verdict": "failed", "exit_code": 1, "error": found, "iteration": 5}
+
+
+def test_status_tells_what_failed_first_and_not_what_was_last(tmp_path: Path):
+    """Of a hundred lines of NCCL, the first failure on any node is the one to read; and only the last bad start's."""
+    run = make(tmp_path)
+    assert status.status(run).state == "not started: s3-megatron resume first"
+    attempt(run, "7-0", node1=error(0, "node1", "old", 1.0))
+    attempt(run, "7-1", node1=error(3, "node1", "NCCL: connection closed", 20.0), node2=error(9, "node2", "OOM", 19.0))
+    writer = MetricsWriter(run.path / "watch")
+    for iteration, seconds in ((1, None), (2, 2.0), (3, 2.0)):
+        writer.write({"event": "train", "iteration": iteration, "lm_loss": 8.5, "seconds": seconds})
+    found = status.status(run)
+    assert found.error == "rank 9 on node2: OOM" and found.restarts == 1
+    assert (found.iteration, found.iterations, found.loss) == (3, 160, 8.5)
+    assert found.tokens_per_second == 16 * 128 / 2
+    assert found.state == "stopped (failed): s3-megatron resume first"
+    shown = text(status.table(found))
+    for fact in ("3 of 160", "8.5000", "1,024", "rank 9 on node2: OOM"):
+        assert fact in shown
+    (run.path / "ENDED").write_text("configuration error: [bold]wrong[/bold]\n")
+    assert "ended: configuration error: [bold]wrong[/bold]" in text(status.overview([run]))
+    (run.path / "FINISHED").write_text("{}")
+    found = status.status(run)
+    assert (found.state, found.error) == ("finished", None)
+    with pytest.raises(S3Error, match="has finished: to train on"):
+        submit.resume(run)
+
+
+def test_bad_nodes_are_the_error_of_a_start_that_did_not_train(tmp_path: Path):
+    run = make(tmp_path)
+    (run.path / "attempts/7-0").mkdir(parents=True)
+    (run.path / "attempts/7-0/bad_nodes").write_text("node2\tonly 0.1 GiB free\n")
+    assert status.status(run).error == "node2: only 0.1 GiB free"
+
+
+def test_logs_of_all_nodes_in_one_stream(tmp_path: Path):
+    run = make(tmp_path)
+    with pytest.raises(S3Error, match="has written no log yet"):
+        next(logs.lines(run, follow=False))
+    (run.path / "logs/job.log").write_text("start 1\n")
+    (run.path / "logs/node1.log").write_text("[local_rank0]: hello\n[local_rank1]: torn")
+    assert list(logs.lines(run, follow=False)) == [
+        "job: start 1",
+        "node1: [local_rank0]: hello",
+        "node1: [local_rank1]: torn",
+    ]
+    following = logs.lines(run, follow=True)
+    assert [next(following), next(following)] == ["job: start 1", "node1: [local_rank0]: hello"]
+    with (run.path / "logs/node1.log").open("a") as file:
+        file.write(" no more\n")
+    assert next(following) == "node1: [local_rank1]: torn no more"
+
+
+def test_the_commands_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    invoke = CliRunner(env={"COLUMNS": "200"}).invoke
+    assert "no runs yet" in invoke(cli.app, ["runs"]).stdout
+    make(tmp_path)
+    assert "first" in invoke(cli.app, ["runs"]).stdout and "first" in invoke(cli.app, ["status", "first"]).stdout
+    for command, said in (
+        (["submit", "gpt2_tiny", "--cluster", "local"], "has no scheduler: s3-megatron launch"),
+        (["launch", "gpt2_tiny", "--cluster", "slurm"], "has a scheduler: s3-megatron submit"),
+        (["cancel", "first"], "has no job in the queue"),
+        (["logs", "second"], "there is no run 'second'"),
+    ):
+        result = invoke(cli.app, command)
+        assert isinstance(result.exception, S3Error) and said in str(result.exception)
+    shown = invoke(cli.app, ["config", "show", "gpt2_345m", "--cluster", "slurm"]).stdout
+    for line in ("global_batch_size: 512", "hang_minutes: 30.0", "16 ranks", "0.01, by the paper's rule"):
+        assert line in shown
+    script = invoke(cli.app, ["submit", "gpt2_345m", "--cluster", "slurm", "--dry-run"])
+    assert script.exit_code == 0 and script.stdout.startswith("#!/bin/bash\n")
+    assert not (tmp_path / "shared").exists()
+
+
+COMMANDS = {
+    "config show": "config.show('gpt2_345m', 'slurm', None)",
+    "submit --dry-run": "config.submit('gpt2_345m', 'slurm', None, None, True)",
+    "status": "config.status(None)",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_for_login_nodes_import_no_torch(command: str):
+    code = f"import sys; from s3_megatron.cli import jobs as config; {COMMANDS[command]}; "
+    code += "assert not {'torch', 'megatron', 'deepspeed'} & set(sys.modules), sorted(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=dict(os.environ))
