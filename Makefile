@@ -31,11 +31,11 @@ demo: $(STAMP) ## train GPT-2 with S3, kill it, resume it, compare with AdamW: 1
 	@$(BIN)/python -m s3_megatron.demo $(if $(ENGINE),--engine $(ENGINE))
 
 # One thread a process: the distributed tests start as many processes as there are cores, and more.
-test: $(STAMP) ## run the whole test suite: 15 to 20 minutes on 2 cores
+test: $(STAMP) ## run the whole test suite: 20 to 25 minutes on 2 cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 # Installs Debian's SLURM where it is missing, and starts a cluster of it for itself: as root, on Linux.
-test-slurm: $(STAMP) ## run jobs on a real SLURM of four nodes on this machine: 12 minutes
+test-slurm: $(STAMP) ## run jobs on a real SLURM of four nodes on this machine: 13 minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
 
 # --no-cache: ruff's cache keeps an import's group although a new file has changed it, and a clean clone then fails.

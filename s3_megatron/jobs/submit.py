@@ -60,8 +60,23 @@ def here(job: Job) -> Job:
 
 
 def start(run: Run) -> int:
-    """Run the script of a job without a scheduler, to its end; returns its exit code, see docs/jobs.md."""
-    return subprocess.run(["bash", str(run.script)]).returncode
+    """Run the script of a job without a scheduler, to its end; returns its exit code, see docs/jobs.md.
+
+    What it prints is printed, and appended to the run's logs/job.log. Ctrl-C reaches the script, too, and ends it.
+    """
+    command = ["bash", str(run.script)]
+    pipe = subprocess.PIPE
+    with (run.path / "logs/job.log").open("ab", buffering=0) as log:
+        with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT) as script:
+            assert script.stdout is not None
+            try:
+                for text in script.stdout:
+                    log.write(text)
+                    sys.stdout.buffer.write(text)
+                    sys.stdout.flush()
+            except KeyboardInterrupt:
+                script.wait()
+    return script.returncode
 
 
 def resume(run: Run) -> int:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,7 @@ from s3_megatron.data import encoding, inspect, prepare, writer
 from s3_megatron.data.sources import RawDocument
 from s3_megatron.errors import S3Error
 
-
-@pytest.fixture(autouse=True)
-def listens_to_ctrl_c() -> Iterator[None]:
-    """A shell's background jobs ignore SIGINT, and so did what a ``make test &`` started here: it ran to its end."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("listens_to_ctrl_c")
 
 
 def start(source: Path, model: Path, prefix: Path) -> subprocess.Popen[str]:

@@ -140,6 +140,7 @@ def test_nothing_outlives_the_agent(tmp_path: Path) -> None:
     assert not any(helper.is_running() for helper in helpers)
 
 
+@pytest.mark.usefixtures("listens_to_ctrl_c")
 def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
     agent = start(tmp_path, torchrun(tmp_path, SLEEP))
     ranks = pids(tmp_path)

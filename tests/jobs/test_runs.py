@@ -177,5 +177,14 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_for_login_nodes_import_no_torch(command: str):
     code = f"import sys; from s3_megatron.cli import jobs as config; {COMMANDS[command]}; "
-    code += "assert not {'torch', 'megatron', 'deepspeed'} & set(sys.modules), sorted(sys.modules)"
+    code += "assert not {'torch', 'megatron', 'numpy', 'deepspeed'} & set(sys.modules), sorted(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=dict(os.environ))
+
+
+def test_what_a_local_run_prints_is_printed_and_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    run = make(tmp_path)
+    for _ in range(2):
+        run.script.write_text("echo trains; echo fails >&2; exit 3\n")
+        assert submit.start(run) == 3
+    assert capfd.readouterr().out == "trains\nfails\n" * 2
+    assert list(logs.lines(run, follow=False)) == ["job: trains", "job: fails"] * 2

@@ -1,5 +1,7 @@
 """The cluster is what the other tests here take it for, and SLURM 22.05 does what the job's batch script relies on.
 
+Leaving nodes out and pre-emption are in test_jobs.py, with the script itself.
+
 What was found out with it, and is not written in SLURM's manual pages:
 
 - ``scontrol requeue`` from within the batch script makes the job COMPLETING and sends TERM; KILL follows after
@@ -79,37 +81,6 @@ def test_script_that_ignores_term_requeues_itself(cluster: Cluster, tmp_path: Pa
     assert [line for line in said if not line.startswith("start")] == ["RUNNING", "COMPLETING", "alive"]
 
 
-EXCLUDE = """
-node=$SLURMD_NODENAME
-before=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%x)
-exclude=${before:+$before,}$node
-if sbatch --test-only --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_JOB_NUM_NODES" --exclude="$exclude" \\
-    --wrap=true; then
-    scontrol requeuehold "$SLURM_JOB_ID"
-    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$exclude"
-    scontrol release "$SLURM_JOB_ID"
-else
-    echo "too few nodes without $node"
-    scontrol requeue "$SLURM_JOB_ID"
-fi
-"""
-
-
-def test_script_excludes_its_own_node(cluster: Cluster, tmp_path: Path) -> None:
-    """The node of the batch script itself is left out of the job's next start; a node left out before stays out."""
-    job = cluster.submit(batch(tmp_path, EXCLUDE, "--nodes=2", "--exclude=node1"))
-    assert cluster.wait_over(job, 60, tmp_path) == "COMPLETED"
-    starts = [line.split(" on ")[1].split() for line in log(tmp_path).splitlines() if line.startswith("start")]
-    assert len(starts) == 2 and set(starts[1]) == {"node2", "node3", "node4"} - {starts[0][0]}
-
-
-def test_script_excludes_nothing_where_too_few_nodes_are_left(cluster: Cluster, tmp_path: Path) -> None:
-    """The job would have waited for ever."""
-    job = cluster.submit(batch(tmp_path, EXCLUDE, "--nodes=4"))
-    assert cluster.wait_over(job, 60, tmp_path) == "COMPLETED"
-    assert "too few nodes without node1" in log(tmp_path) and cluster.restarts(job) == 1
-
-
 def test_scancel_is_told_by_the_state_and_undone_by_requeue(cluster: Cluster, tmp_path: Path) -> None:
     """Whoever requeues without asking for the state brings a cancelled job back."""
     wait = "echo up; while [ $(state) = RUNNING ]; do sleep 0.2; done; state"
@@ -123,17 +94,6 @@ def test_scancel_is_told_by_the_state_and_undone_by_requeue(cluster: Cluster, tm
     assert "COMPLETING" in log(asked)
     cluster.wait_for(lambda: cluster.restarts(jobs[blind]) == 1, 30, "the cancelled job back", tmp_path)
     assert cluster.wait_over(jobs[blind], 30, tmp_path) == "COMPLETED"
-
-
-def test_preempted_job_may_requeue_itself_within_its_grace(cluster: Cluster, tmp_path: Path) -> None:
-    """Its steps get TERM when the grace starts, its state stays RUNNING; it makes room earlier than it must."""
-    task = "echo up; trap 'exit 0' TERM; while :; do sleep 0.2; done"
-    body = f'srun sh -c "{task}"; state; scontrol requeue "$SLURM_JOB_ID"'
-    spot = cluster.submit(batch(tmp_path, body, "--partition=spot", "--nodes=4", "--gpus-per-node=8"))
-    says(cluster, tmp_path, "up", 20)
-    cluster.run("srun", "-N4", "--gpus-per-node=8", "true", timeout=30)
-    assert cluster.wait_over(spot, 60, tmp_path) == "COMPLETED" and cluster.restarts(spot) == 1
-    assert "\nRUNNING\n" in log(tmp_path)
 
 
 TASK = """
@@ -189,12 +149,12 @@ def test_exit_code_of_srun_is_the_highest(cluster: Cluster, task: str, code: int
     assert done.returncode == code, done.stderr
 
 
-@pytest.mark.parametrize("victim", [0, 1], ids=["node of the batch script", "other node"])
-def test_job_of_a_dead_node_starts_again_on_the_others(cluster: Cluster, tmp_path: Path, victim: int) -> None:
+def test_job_whose_batch_script_died_with_its_node_starts_again_on_the_others(cluster: Cluster, tmp_path: Path) -> None:
+    """test_jobs.py has the death of another node."""
     body = "srun sh -c 'echo up; sleep 300'; while [ $(state) = RUNNING ]; do sleep 0.2; done"
     job = cluster.submit(batch(tmp_path, body, "--nodes=2"))
     says(cluster, tmp_path, "up", 20)
-    dead = cluster.nodes_of(job)[victim]
+    dead = cluster.nodes_of(job)[0]
     cluster.poweroff(dead)
     assert cluster.wait_over(job, 90, tmp_path) == "COMPLETED"
     assert cluster.restarts(job) == 1 and dead not in cluster.nodes_of(job)

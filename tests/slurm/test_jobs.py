@@ -238,6 +238,19 @@ def test_a_bad_node_is_found_before_training_and_left_out(cluster: Cluster, tmp_
     assert cluster.nodes_of(run.job_ids[0]) == ["node2", "node3"]
 
 
+def test_too_few_nodes_without_the_bad_one_are_the_end(cluster: Cluster, tmp_path: Path):
+    """A job that waits for a fourth node of three would wait for ever."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    cluster.exec("node4", "mount", "-t", "tmpfs", "-o", "size=1m", "full", str(scratch))
+    try:
+        run = start(tmp_path, f"cluster.scratch_dir={scratch}", "layout.nodes=4")
+        assert cluster.wait_over(run.job_ids[0], 60, run.path) == "FAILED"
+    finally:
+        cluster.exec("node4", "umount", str(scratch))
+    assert run.ended == "too few nodes are left without node4" and cluster.restarts(run.job_ids[0]) == 0
+
+
 def test_two_starts_without_a_checkpoint_are_the_end(cluster: Cluster, tmp_path: Path):
     run = start(tmp_path, "cluster.watchdog.start_minutes=0.02")
     assert cluster.wait_over(run.job_ids[0], 120, run.path) == "FAILED"
