@@ -8,8 +8,11 @@ shift 3
 hostname "$name"
 mount --bind "$dir/etc/hosts" /etc/hosts
 mount --bind "$dir/etc/nsswitch.conf" /etc/nsswitch.conf
-# up.sh puts the network card in from outside.
-until ip link set eth0 up 2>/dev/null; do sleep 0.02; done
+# up.sh puts the network card in from outside. Where it died before, this ends at the address, and not never.
+for ((look = 0; look < 500; look++)); do
+    ! ip link set eth0 up 2>/dev/null || break
+    sleep 0.02
+done
 ip link set lo up
 ip addr add "$address/24" dev eth0
 # A job of another cluster may have started the tests: its variables are none of ours.
