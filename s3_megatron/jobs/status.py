@@ -1,9 +1,8 @@
 """How a run is, from its folder and SLURM's queue."""
 
-import json
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs import slurm
-from s3_megatron.jobs.node import checkpoints
+from s3_megatron.jobs.node import checkpoints, verdict
 from s3_megatron.jobs.runs import Run
 from s3_megatron.watch.metrics import read_metrics
 
@@ -123,7 +122,7 @@ def _state(run: Run, attempts: Sequence[Path]) -> str:
 def _local_state(run: Run, attempts: Sequence[Path]) -> str:
     if not attempts:
         return f"not started: s3-megatron resume {run.path.name}"
-    if said := verdicts(attempts[-1]):
+    if said := list(verdict.read(attempts[-1]).values()):
         return f"stopped ({said[0]['verdict']}): s3-megatron resume {run.path.name}"
     heartbeat = run.path / "watch/metrics.jsonl"
     silent = time.time() - max(path.stat().st_mtime for path in (attempts[-1], heartbeat) if path.exists())
@@ -133,7 +132,7 @@ def _local_state(run: Run, attempts: Sequence[Path]) -> str:
 def _first_error(attempts: Sequence[Path]) -> str | None:
     """What failed first in the last attempt that failed; of all nodes' verdicts, the earliest error."""
     for attempt in reversed(attempts):
-        errors = [one["error"] for one in verdicts(attempt) if one["error"] is not None]
+        errors = [one["error"] for one in verdict.read(attempt).values() if one["error"] is not None]
         if errors:
             first = min(errors, key=lambda error: error["time"])
             rank = "" if first["rank"] is None else f"rank {first['rank']} on "
@@ -147,16 +146,6 @@ def _bad_nodes(attempt: Path) -> str:
     path = attempt / "bad_nodes"
     lines = path.read_text().splitlines() if path.exists() else []
     return "; ".join(": ".join(line.split("\t", 1)) for line in lines)
-
-
-def verdicts(attempt: Path) -> list[dict[str, Any]]:
-    """What each node said of an attempt's end, see s3_megatron.jobs.node.verdict."""
-    found = [json.loads(path.read_text()) for path in _verdict_files(attempt)]
-    return [one for one in found if isinstance(one, dict) and "verdict" in one]
-
-
-def _verdict_files(attempt: Path) -> Iterable[Path]:
-    return (path for path in attempt.glob("*.json") if not path.name.endswith((".failures.json", ".health.json")))
 
 
 def _or_dash(value: float | None, form: str) -> str:

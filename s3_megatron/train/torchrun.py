@@ -8,13 +8,12 @@ TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds, and a timeout long enough for a save wou
 import json
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s3_megatron.files import write_file
-from s3_megatron.train.nodes import BAD_NODES_EXIT_CODE
+from s3_megatron.train.nodes import BAD_NODES_EXIT_CODE, node_name
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -55,7 +54,7 @@ def _describe(rank: int, failure: "ProcessFailure") -> dict[str, Any]:
     return {
         "rank": rank,
         "local_rank": failure.local_rank,
-        "host": socket.gethostname(),
+        "host": node_name(),
         "exitcode": failure.exitcode,
         "signal": failure.signal_name() if failure.exitcode < 0 else None,
         "message": _message(failure),

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from s3_megatron import cli
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs import compose, status, submit
+from s3_megatron.jobs.node import verdict
 from s3_megatron.jobs.runs import Run
 from tests.slurm.cluster import OVER, Cluster
 
@@ -83,7 +84,7 @@ def finishes(cluster: Cluster, run: Run, reference: Losses, seconds: float = 240
 def verdicts(run: Run) -> list[str]:
     """How each start ended on its nodes, in order."""
     attempts = sorted((run.path / "attempts").iterdir(), key=lambda path: path.stat().st_ctime)
-    return [one["verdict"] for attempt in attempts for one in status.verdicts(attempt)]
+    return [one["verdict"] for attempt in attempts for one in verdict.read(attempt).values()]
 
 
 @pytest.fixture(scope="module")

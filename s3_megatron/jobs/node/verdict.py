@@ -56,15 +56,18 @@ def first_failure(path: Path) -> dict[str, Any] | None:
     return {name: first[name] for name in ("rank", "host", "message", "time")}
 
 
+def read(attempt: Path) -> dict[str, dict[str, Any]]:
+    """Read how ``attempt`` ended on each node that has said so, by the node's name; see Verdict."""
+    found = {path.stem: json.loads(path.read_text()) for path in attempt.glob("*.json")}
+    # Failures and health, beside them, are lists.
+    return {host: about for host, about in found.items() if isinstance(about, dict) and "verdict" in about}
+
+
 def bad_end_elsewhere(attempt: Path, host: str) -> dict[str, Any] | None:
     """Read the verdict of another node that was the first to fail or hang, if one did."""
-    found = []
-    for path in attempt.glob("*.json"):
-        about = json.loads(path.read_text())
-        if path.name != f"{host}.json" and isinstance(about, dict):
-            if about.get("verdict") in ("failed", "hang", "configuration"):
-                found.append(about)
-    return min(found, key=lambda about: about["ended"], default=None)
+    others = [about for name, about in read(attempt).items() if name != host]
+    bad = [about for about in others if about["verdict"] in ("failed", "hang", "configuration")]
+    return min(bad, key=lambda about: about["ended"], default=None)
 
 
 def last_iteration(metrics: Path) -> int | None:
