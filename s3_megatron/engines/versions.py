@@ -1,0 +1,48 @@
+"""Which versions of the hosts S3 was run with, and which are known not to work."""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from s3_megatron.errors import S3Error
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The versions of one host.
+
+    Attributes:
+        host: its name on PyPI.
+        tested: what ``make test-hosts`` runs, oldest first.
+        broken: the start of a version, and what happens there.
+    """
+
+    host: str
+    tested: tuple[str, ...]
+    broken: Mapping[str, str]
+
+
+MEGATRON = Window("megatron-core", ("0.17.1", "0.18.2", "0.19.2"), {})
+DEEPSPEED = Window("deepspeed", ("0.17.6", "0.19.8"), {})
+
+
+def check(window: Window, version: str) -> None:
+    """Say, once a job, that ``version`` was never run.
+
+    Raises:
+        S3Error: it is known not to work.
+    """
+    known = f"S3 was run with {window.host} {', '.join(window.tested)}"
+    for start, why in window.broken.items():
+        if version == start or version.startswith(f"{start}."):
+            raise S3Error(f"{window.host} {version} does not work with S3: {why}; {known}: install one of those")
+    if version not in window.tested and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "%s %s is not one of the versions that S3 was run with: %s; compare a short run on one of those with yours",
+            window.host,
+            version,
+            ", ".join(window.tested),
+        )
