@@ -31,6 +31,7 @@ COPY pyproject.toml setup.py README.md LICENSE ./
 COPY s3_megatron s3_megatron
 COPY configs configs
 COPY launch/slurm launch/slurm
+COPY patches patches
 RUN pip install --no-deps .
 
 # Whatever the container brought is still what it was.
@@ -58,6 +59,7 @@ COPY pyproject.toml setup.py README.md LICENSE constraints.txt ./
 COPY s3_megatron s3_megatron
 COPY configs configs
 COPY launch/slurm launch/slurm
+COPY patches patches
 RUN pip install --constraint constraints.txt setuptools \
     && pip install --constraint constraints.txt --no-build-isolation '.[megatron,deepspeed,data,jobs]' \
     && useradd --create-home --uid 1000 trainer

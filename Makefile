@@ -10,7 +10,7 @@ SCRIPTS = $(shell git ls-files --cached --others --exclude-standard | grep -v '\
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slurm lint sanitize clean
+.PHONY: help venv demo test test-slurm test-hosts lint sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -38,6 +38,10 @@ test: $(STAMP) ## run the whole test suite: 20 to 25 minutes on 2 cores
 test-slurm: $(STAMP) ## run jobs on a real SLURM of four nodes on this machine: 13 minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
 
+# PAIRS="0.17.1-0.17.6 ..." runs some; tests/hosts has them.
+test-hosts: $(STAMP) ## run the engines' tests on every version of Megatron and DeepSpeed that S3 stands for
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/hosts/run.py $(PAIRS)
+
 # --no-cache: ruff's cache keeps an import's group although a new file has changed it, and a clean clone then fails.
 lint: $(STAMP) ## ruff, mypy, import-linter, shellcheck, shfmt, hadolint
 	$(BIN)/ruff format --no-cache --check .
@@ -52,4 +56,4 @@ sanitize: $(STAMP) ## run the C++ kernel's tests under ASan and UBSan
 	@OMP_NUM_THREADS=2 PYTHONPATH=. $(BIN)/python tests/kernels/sanitize.py
 
 clean: ## remove .venv, runs/ and every cache
-	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .hosts runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

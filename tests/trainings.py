@@ -4,7 +4,9 @@
 Megatron's global state is made anew for every run, by the function that its own tests use.
 """
 
+import functools
 import json
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch.distributed as dist
 
 from s3_megatron.train.entry import prepare
 from tests.launcher import torchrun
+from tests.megatron.gpt import HAS_ENTRY, SCRIPT
 
 Job = tuple[str, list[str]]  # "megatron" or "deepspeed", and the entry's flags
 
@@ -29,8 +32,11 @@ def main() -> None:
         sys.argv = [engine, *prepare(argv, rehearse=True)]
         if engine == "deepspeed":
             from s3_megatron.train.deepspeed_loop import train
-        else:
+        elif HAS_ENTRY:
             from s3_megatron.train.gpt import train
+        else:
+            sys.path.insert(0, str(SCRIPT.parent))
+            train = functools.partial(runpy.run_path, str(SCRIPT), run_name="__main__")
         train()
         from megatron.training.training import destroy_global_state  # not before prepare()
 

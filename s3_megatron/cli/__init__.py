@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 import s3_megatron
-from s3_megatron.cli import jobs
+from s3_megatron.cli import jobs, patch
 from s3_megatron.cli.output import console, errors, line
 from s3_megatron.errors import S3Error
 
@@ -31,6 +31,7 @@ app.add_typer(data_app, name="data")
 bench_app = typer.Typer(help="What a step costs here.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 app.add_typer(jobs.app)
+app.add_typer(patch.app)
 
 TokenizerName = Annotated[
     str,

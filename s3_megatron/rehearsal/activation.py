@@ -21,8 +21,8 @@ _undo: contextlib.ExitStack | None = None
 def activate() -> None:
     """Make unmodified Megatron train on CPU with gloo in this process; does nothing the second time.
 
-    Replaces parts of torch.cuda (torch 2.13), of DataLoader, and of megatron-core 0.19.2; call it before Megatron is
-    imported, so that its ``torch.compile`` decorators stay out, too.
+    Replaces parts of torch.cuda (torch 2.13), of DataLoader, and of megatron-core (0.17.1 to 0.19.2); call it before
+    Megatron is imported, so that its ``torch.compile`` decorators stay out, too.
 
     Raises:
         S3Error: this machine has a GPU, or a symbol that is replaced has moved.
@@ -68,7 +68,8 @@ def deactivate() -> None:
 def _replace(stack: contextlib.ExitStack, owner: Any, name: str, new: Any) -> None:
     if not hasattr(owner, name):
         raise S3Error(
-            f"the rehearsal replaces {owner.__name__}.{name}, which is gone: use torch 2.13, megatron-core 0.19"
+            f"the rehearsal replaces {owner.__name__}.{name}, which is gone: use torch 2.13 and a megatron-core from "
+            "the README's table"
         )
     stack.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, new)
@@ -118,7 +119,7 @@ def _allocate_adam(original: Callable[..., None]) -> Callable[..., None]:
     """Wrap DistributedOptimizer.__init__ so that torch's Adam has its state on the shards from the start.
 
     Without Transformer Engine or Apex, ``state_dict()`` demands one common ``step`` even of an optimizer that has
-    not stepped, so a torch_dist checkpoint cannot be loaded into it (megatron-core 0.19.2,
+    not stepped, so a torch_dist checkpoint cannot be loaded into it (megatron-core 0.17.1 to 0.19.2,
     core/optimizer/distrib_optimizer.py).
     """
 
@@ -141,7 +142,7 @@ def _restore_steps(original: Callable[..., None]) -> Callable[..., None]:
     It gives every parameter the same ``step`` tensor, which Adam would count up once a parameter, and then loads
     the other tensors: one format copies the ``step`` from before loading over it, another misses it among what was
     saved (KeyError). So it finds no ``step`` there, and the saved one, left in the param groups, is put back
-    afterwards (megatron-core 0.19.2, core/optimizer/distrib_optimizer.py).
+    afterwards (megatron-core 0.17.1 to 0.19.2, core/optimizer/distrib_optimizer.py).
     """
 
     @functools.wraps(original)

@@ -15,16 +15,25 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.arguments import parse_args
 from megatron.training.checkpointing import get_checkpoint_tracker_filename
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from s3_megatron.errors import S3Error
 from s3_megatron.train import checks, requests
 from s3_megatron.train.deepspeed_checkpoint import LATEST
+
+try:
+    from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+except ImportError as missing:
+    raise S3Error(
+        "the GPT entry needs megatron-core 0.19: install it, or run your own script with 'python -m "
+        f"s3_megatron.train.run SCRIPT ARGS...' ({missing})"
+    ) from missing
 
 # The keys that get_batch_on_this_tp_rank reads.
 _BATCH = (

@@ -18,6 +18,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from s3_megatron.engines.deepspeed import activity
 from tests.checks import refuses, shared_folder
 from tests.deepspeed.harness import (
+    ALONE,
     DECAY,
     FLOAT32_ACCUMULATION,
     STATES,
@@ -28,20 +29,23 @@ from tests.deepspeed.harness import (
     gradients,
     same,
 )
+from tests.deepspeed.window import OLD, ZERO_OF_16_BIT
 
 BEFORE, AFTER = 4, 3  # steps before a checkpoint, and after it
 ADAM = {"optimizer": "AdamW", "params": {"torch_adam": True}}
+ZERO_OF_ADAM = (1,) if OLD else (1, 3)  # of universal checkpoints, which ZeRO-3 of 0.17.6 cannot convert (limits.py)
 # By name: stage, precision, and what else makes the run.
 KINDS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "stage1": (1, "fp32", {}),
     "stage1-bf16": (1, "bf16", {}),
     # DeepSpeed's converter fails on a group of BF16_Optimizer that is smaller than its padding (with AdamW too).
-    "stage1-bf16-float32-accumulation": (1, "bf16", {**FLOAT32_ACCUMULATION, "alone": False}),
+    **({} if OLD else {"stage1-bf16-float32-accumulation": (1, "bf16", {**FLOAT32_ACCUMULATION, "alone": False})}),
     "stage2": (2, "fp32", {}),
     "stage2-bf16-offload": (2, "bf16", {"offload": True}),
     "stage3": (3, "fp32", {"zero": {"sub_group_size": 400}}),
     "stage3-bf16": (3, "bf16", {"params": {"state_dtype": "bfloat16"}}),
 }
+UNIVERSAL = [name for name in KINDS if not OLD or KINDS[name][0] < 3]
 
 
 def make(name: str, **more: Any) -> Run:
@@ -74,7 +78,7 @@ def train(run: Run, first: int, last: int) -> list[float]:
 
 def check_resuming_on_as_many_ranks_is_exact(_: Path) -> None:
     """Losses, weights, m and r to the bit, and every group's hyperparameters."""
-    kinds = {"stage0": (0, "fp32", {}), "stage0-bf16": (0, "bf16", {}), **KINDS}
+    kinds = {"stage0": (0, "fp32", {}), **({} if OLD else {"stage0-bf16": (0, "bf16", {})}), **KINDS}
     for name, (stage, precision, settings) in kinds.items():
         folder, run = shared_folder(), Run(stage, precision, **settings)
         train(run, 0, BEFORE)
@@ -103,6 +107,8 @@ def check_zero_to_fp32_gives_the_weights(_: Path) -> None:
 
 def check_an_adam_checkpoint_is_refused_or_converted(_: Path) -> None:
     for stage, precision in ((0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32")):
+        if precision == "bf16" and stage not in ZERO_OF_16_BIT:
+            continue
         folder, adam = shared_folder(), Run(stage, precision, **ADAM)
         train(adam, 0, BEFORE)
         save(adam, folder)
@@ -151,7 +157,7 @@ def check_universal_checkpoints_go_on_with_other_ranks(folder: Path) -> None:
     """
     if dist.get_world_size() == 2:
         write_universal(folder)
-    for name in KINDS:
+    for name in UNIVERSAL:
         run = make(name, checkpoint={"load_universal": True})
         train(run, 20, 21)
         load(run, folder / name / "universal")
@@ -160,7 +166,7 @@ def check_universal_checkpoints_go_on_with_other_ranks(folder: Path) -> None:
         for states in STATES:
             close(run.state(states), saved[states], rtol=0.0, atol=0.0)
         assert {run.s3.state[m][s].dtype for m in run.s3.state for s in STATES} == {run.s3.state_dtype}
-        alone = KINDS[name][2].get("alone", True)
+        alone = KINDS[name][2].get("alone", ALONE)
         assert [group["weight_decay"] for group in run.s3.param_groups] == [DECAY, 0.0, 0.5][: 2 + alone]
         steps = activity(run.engine).steps
         train(run, BEFORE, BEFORE + AFTER)
@@ -174,8 +180,8 @@ def check_universal_checkpoints_go_on_with_other_ranks(folder: Path) -> None:
 
 def write_universal(folder: Path) -> None:
     """Train every kind, save it, and convert what was saved as a person does."""
-    adams = {f"adam{stage}": functools.partial(Run, stage, **ADAM) for stage in (1, 3)}
-    for name, start in {**{name: functools.partial(make, name) for name in KINDS}, **adams}.items():
+    adams = {f"adam{stage}": functools.partial(Run, stage, **ADAM) for stage in ZERO_OF_ADAM}
+    for name, start in {**{name: functools.partial(make, name) for name in UNIVERSAL}, **adams}.items():
         run = start()
         train(run, 0, BEFORE)
         save(run, folder / name)
@@ -198,14 +204,14 @@ def convert(folder: Path) -> None:
 
 
 def check_universal_checkpoints_of_adam_are_refused_or_converted(folder: Path) -> None:
-    for kind, stage in (("adam1", 1), ("adam3", 3)):
+    for stage in ZERO_OF_ADAM:
         universal = {"checkpoint": {"load_universal": True}}
-        source = folder / kind / "universal"
+        source = folder / f"adam{stage}" / "universal"
         refuses(functools.partial(load, Run(stage, **universal), source), "not written by S3", '"s3_from_adam": true')
         run = Run(stage, params={"s3_from_adam": True}, **universal)
         ours = hyperparameters(run)
         load(run, source)
-        saved = torch.load(folder / f"{kind}.pt", weights_only=True)
+        saved = torch.load(folder / f"adam{stage}.pt", weights_only=True)
         close(run.weights(), saved["weights"], rtol=0.0, atol=0.0)
         close(run.state(STATES[0]), saved[STATES[0]], rtol=0.0, atol=0.0)
         close(run.state(STATES[1]), {key: v.sqrt() for key, v in saved[STATES[1]].items()}, rtol=0.0, atol=0.0)

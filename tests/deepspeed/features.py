@@ -28,13 +28,15 @@ from tests.deepspeed.harness import (
     gradients,
     groups,
 )
+from tests.deepspeed.window import OLD, ZERO_OF_16_BIT
 
 
 def check_offload_equals_no_offload() -> None:
     """To the bit on a CPU, where both use the same kernel; a GPU's Triton kernel may differ by 1e-6."""
+    clip = 0.0 if OLD else 0.5  # 0.17.6 sums the norm under offload in another order
     for stage in (1, 2, 3):
         for precision in ("fp32", "bf16"):
-            plain, offloaded = Run(stage, precision, clip=0.5), Run(stage, precision, clip=0.5, offload=True)
+            plain, offloaded = Run(stage, precision, clip=clip), Run(stage, precision, clip=clip, offload=True)
             for step in range(STEPS_SHORT):
                 assert plain.step(gradients(step)) and offloaded.step(gradients(step))
             equal([*offloaded.weights().values()], [*plain.weights().values()])
@@ -83,7 +85,8 @@ def check_client_optimizers_need_no_flags() -> None:
     """An S3 object, and a function that makes one, with offload too: no zero_allow_untested_optimizer, no others."""
     for stage, offload in ((0, False), (1, False), (2, True), (3, True)):
         net = Net()
-        compare(Run(stage, "bf16", offload=offload, net=net, client=S3(groups(net), lr=LR, weight_decay=DECAY)))
+        precision = "bf16" if stage in ZERO_OF_16_BIT else "fp32"
+        compare(Run(stage, precision, offload=offload, net=net, client=S3(groups(net), lr=LR, weight_decay=DECAY)))
         compare(Run(stage, offload=offload, client=lambda params: S3(params, lr=LR, weight_decay=DECAY)))
 
 

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from s3_megatron.engines.deepspeed import activity, register
 from s3_megatron.engines.deepspeed.layout import masters
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
+from tests.deepspeed.window import OLD
 
 register()
 
 STEPS, STEPS_SHORT = 10, 4
 LR, DECAY = 3e-3, 0.1
 STATES = (EXP_AVG, EXP_AVG_ROOT)
+ALONE = not OLD  # a group of which some rank holds only padding
 FLOAT32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
@@ -47,7 +49,7 @@ class Net(nn.Module):
         return torch.stack([(param * gradients[name].to(param.dtype)).sum() for name, param in params.items()]).sum()
 
 
-def groups(net: nn.Module, *, alone: bool = True) -> list[dict[str, Any]]:
+def groups(net: nn.Module, *, alone: bool = ALONE) -> list[dict[str, Any]]:
     """Param groups: what decays, what does not, and ``alone`` one weight, of which most ranks hold only padding."""
     named = dict(net.named_parameters())
     last = [{"params": [named.pop("scale")], "weight_decay": 0.5}] if alone else []
@@ -83,7 +85,7 @@ class Run:
         optimizer: str = "S3",
         client: Any = None,
         net: Net | None = None,
-        alone: bool = True,
+        alone: bool = ALONE,
         **config: Any,
     ) -> None:
         self.net = net or Net()
@@ -162,7 +164,7 @@ class Run:
 class Reference:
     """A plain S3 over float32 copies."""
 
-    def __init__(self, *, alone: bool = True, **settings: Any) -> None:
+    def __init__(self, *, alone: bool = ALONE, **settings: Any) -> None:
         self.net = Net()
         self.optimizer = S3(groups(self.net, alone=alone), lr=LR, **{"weight_decay": DECAY, **settings})
 

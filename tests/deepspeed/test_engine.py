@@ -1,4 +1,4 @@
-"""S3 inside the real DeepSpeed on 2, 4 and 1 gloo ranks (what is checked is in the three files below)."""
+"""S3 inside the real DeepSpeed on 2, 4 and 1 gloo ranks (what is checked is in the files below)."""
 
 import json
 import re
@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.deepspeed.window import NOT_ON_THIS, OLD
 from tests.launcher import torchrun
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-SOURCES = [Path(__file__).with_name(name) for name in ("worker.py", "features.py", "checkpoints.py")]
-CHECKS = [check for file in SOURCES for check in re.findall(r"^def (check_\w+)", file.read_text(), flags=re.MULTILINE)]
-UNIVERSAL = [check for check in CHECKS if "universal" in check]
+NAMES = ("worker.py", "features.py", "checkpoints.py", *(("limits.py",) if OLD else ()))
+SOURCES = [Path(__file__).with_name(name) for name in NAMES]
+FOUND = [check for file in SOURCES for check in re.findall(r"^def (check_\w+)", file.read_text(), flags=re.MULTILINE)]
+CHECKS = [
+    pytest.param(name, marks=pytest.mark.skip(NOT_ON_THIS[name])) if name in NOT_ON_THIS else name for name in FOUND
+]
+UNIVERSAL = [check for check in FOUND if "universal" in check]
 
 
 def launch(nproc: int, folder: Path) -> dict[str, str]:

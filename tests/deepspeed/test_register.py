@@ -1,6 +1,8 @@
 """register() and unregister(), in this process, without ranks."""
 
+import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +12,10 @@ import pytest
 import torch
 from accelerate import accelerator
 
+from s3_megatron.engines import versions
 from s3_megatron.engines.deepspeed import register, unregister
 from s3_megatron.engines.deepspeed.build import configure_optimizer, make_s3
+from s3_megatron.engines.versions import DEEPSPEED
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import S3
 
@@ -54,10 +58,45 @@ def test_a_moved_symbol_is_named_and_nothing_stays_replaced(moved: int, monkeypa
     assert [getattr(owner, name) for owner, name in TOUCHED] == before
 
 
-def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepspeed, "__version__", "0.18.9")
-    with pytest.raises(S3Error, match=r"deepspeed 0\.18\.9 is not supported: s3_megatron works with 0\.19\.x"):
+def test_an_unlisted_version_warns_and_names_the_window(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    register()
+    assert not caplog.records
+    unregister()
+    monkeypatch.setattr(deepspeed, "__version__", "0.20.1")
+    register()
+    (record,) = caplog.records
+    assert "deepspeed 0.20.1" in record.getMessage() and ", ".join(DEEPSPEED.tested) in record.getMessage()
+    register()
+    assert len(caplog.records) == 1
+
+
+def test_a_version_known_not_to_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "DEEPSPEED", replace(DEEPSPEED, broken={"0.20": "it moves nothing"}))
+    monkeypatch.setattr(deepspeed, "__version__", "0.20.1")
+    with pytest.raises(S3Error, match=r"deepspeed 0\.20\.1 does not work with S3: it moves nothing; .*install one"):
         register()
+
+
+_REGISTERS_AT_ITS_IMPORT = """
+import sys
+from s3_megatron.train.entry import RegisterWithDeepSpeed
+sys.meta_path.insert(0, RegisterWithDeepSpeed())
+from s3_megatron.engines.deepspeed import register, unregister
+register()  # imports DeepSpeed, at whose end register() is called
+from deepspeed.runtime.engine import DeepSpeedEngine
+assert hasattr(DeepSpeedEngine._take_model_step, "__wrapped__"), "not registered"
+assert not hasattr(DeepSpeedEngine._take_model_step.__wrapped__, "__wrapped__"), "registered twice"
+unregister()
+assert not hasattr(DeepSpeedEngine._take_model_step, "__wrapped__"), "unregister() left something"
+"""
+
+
+def test_a_deepspeed_that_registers_s3_at_its_own_import_is_registered_once() -> None:
+    """As a patched one does: S3's half-imported modules failed there, and later every wrapper was there twice."""
+    run = subprocess.run([sys.executable, "-c", _REGISTERS_AT_ITS_IMPORT], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
 
 
 def test_no_deepspeed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,9 @@ from s3_megatron.engines.deepspeed import activity, register, unregister, use_gl
 from s3_megatron.engines.deepspeed.layout import masters
 from tests import checks
 from tests.checks import refuses
-from tests.deepspeed import checkpoints, features
+from tests.deepspeed import checkpoints, features, limits
 from tests.deepspeed.harness import (
+    ALONE,
     FLOAT32_ACCUMULATION,
     STATES,
     STEPS_SHORT,
@@ -33,6 +34,7 @@ from tests.deepspeed.harness import (
     groups,
     same,
 )
+from tests.deepspeed.window import NOT_ON_THIS, OLD, ZERO_OF_16_BIT
 
 
 @contextmanager
@@ -67,15 +69,16 @@ def check_float32_at_every_stage_equals_the_unsharded_run() -> None:
 
 def check_bfloat16_at_every_stage_equals_float32_masters() -> None:
     """Stage 0 (FP16_UnfusedOptimizer) steps once before training, with zero gradients, which decayed the weights."""
-    for stage in (0, 1, 2, 3):
+    for stage in ZERO_OF_16_BIT:
         compare(Run(stage, "bf16"))
 
 
 def check_bfloat16_with_float32_accumulation() -> None:
-    run = Run(1, "bf16", accumulate=2, **FLOAT32_ACCUMULATION)
-    assert type(run.wrapper).__name__ == "BF16_Optimizer"
-    compare(run)
-    for stage in (2, 3):
+    if not OLD:
+        run = Run(1, "bf16", accumulate=2, **FLOAT32_ACCUMULATION)
+        assert type(run.wrapper).__name__ == "BF16_Optimizer"
+        compare(run)
+    for stage in (3,) if OLD else (2, 3):
         compare(Run(stage, "bf16", accumulate=2, **FLOAT32_ACCUMULATION))
 
 
@@ -89,18 +92,19 @@ def check_clipping_equals_the_unsharded_run() -> None:
 
 def check_accumulation_overlap_and_layout_options() -> None:
     for stage in (1, 2, 3):
+        accumulate = 1 if OLD and stage == 2 else 2
         options = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 500}
-        compare(Run(stage, accumulate=2, zero=options))
+        compare(Run(stage, accumulate=accumulate, zero=options))
         options = {"overlap_comm": False, "contiguous_gradients": False}
-        compare(Run(stage, accumulate=2, zero=options))
+        compare(Run(stage, accumulate=accumulate, zero=options))
     for stage in (1, 2):
         compare(Run(stage, zero={"round_robin_gradients": True}))
     compare(Run(3, zero={"sub_group_size": 400}))  # step() is called once a sub-group
 
 
 def check_a_parameter_without_elements() -> None:
-    """ZeRO-3 fails on one by itself, with AdamW too (deepspeed 0.19.8)."""
-    for stage in (0, 1, 2):
+    """ZeRO-3 fails on one by itself, with AdamW too (deepspeed 0.19.8); all of ZeRO did in 0.17.6."""
+    for stage in (0,) if OLD else (0, 1, 2):
         run = Run(stage, net=Net(empty=True))
         grads = gradients(0, run.net)
         assert run.step(grads)
@@ -140,7 +144,9 @@ def check_a_nan_on_one_rank_skips_the_step_on_all() -> None:
     with float16_allowed():
         for stage in (1, 2, 3):
             for precision in ("fp32", "bf16", "fp16"):
-                run = Run(stage, precision)
+                if OLD and (precision == "fp32" or (precision == "bf16" and stage == 3)):
+                    continue  # 0.17.6 does not look there (limits.py), and in bfloat16 only when told to
+                run = Run(stage, precision, **({"bf16": {"check_grad_overflow": True}} if precision == "bf16" else {}))
                 while not run.step(gradients(2)):  # until fp16's loss scale fits
                     pass
                 before, steps = run.everything(), activity(run.engine).steps
@@ -184,7 +190,8 @@ def check_what_s3_cannot_do_is_refused() -> None:
     nvme = {"offload_param": {"device": "nvme", "nvme_path": "nowhere"}}
     refuses(lambda: Run(3, zero=nvme), "offload_param", "nvme", "'cpu'")
     refuses(lambda: Run(3, zero={"offload_optimizer": {"device": "cpu", "ratio": 0.3}}), "ratio 0.3", "AdamW")
-    refuses(lambda: Run(3, zero={"offload_optimizer": {"device": "cpu", "super_offload": True}}), "super_offload")
+    if not OLD:  # which does not know the name
+        refuses(lambda: Run(3, zero={"offload_optimizer": {"device": "cpu", "super_offload": True}}), "super_offload")
 
 
 def check_the_first_line_says_what_s3_holds() -> None:
@@ -195,7 +202,7 @@ def check_the_first_line_says_what_s3_holds() -> None:
         assert line == ""
         return
     held = sum(m.numel() for m in masters(run.wrapper))
-    assert "DeepSpeedZeroOptimizer (ZeRO 2): this rank updates 3 tensors" in line, line
+    assert f"DeepSpeedZeroOptimizer (ZeRO 2): this rank updates {2 + ALONE} tensors" in line, line
     assert f"{held:,} of {sum(p.numel() for p in run.trained().values()):,} elements, on cpu with kernel" in line, line
     assert "masters in float32, m and r in float32; betas=(0.95, 0.95) p=3.0 nesterov=True" in line, line
 
@@ -262,8 +269,10 @@ def main(output: Path, folder: Path) -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     # DeepSpeed collects garbage for every engine: a quarter of a second, unless it passes over what was imported.
     gc.freeze()
-    mine = checks.named({**globals(), **vars(features)}) if dist.get_world_size() > 1 else {}
-    checks.run({**mine, **checkpoints.checks(folder)}, output)
+    several = {**globals(), **vars(features), **(vars(limits) if OLD else {})}
+    mine = checks.named(several) if dist.get_world_size() > 1 else {}
+    found = {**mine, **checkpoints.checks(folder)}
+    checks.run({name: check for name, check in found.items() if name not in NOT_ON_THIS}, output)
     dist.destroy_process_group()
 
 

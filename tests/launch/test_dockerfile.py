@@ -134,7 +134,8 @@ def test_what_is_copied_installs(tmp_path: Path) -> None:
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "s3_megatron/kernels/cpu").glob("*.cpp")}
     settings = {f"s3_megatron/jobs/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     templates = {f"s3_megatron/jobs/templates/{path.name}" for path in (ROOT / "launch/slurm").glob("*.j2")}
-    assert not (code | sources | settings | templates) - packed
+    patches = {f"s3_megatron/patch/{path.relative_to(ROOT)}" for path in (ROOT / "patches").rglob("*.*")}
+    assert not (code | sources | settings | templates | patches) - packed
 
 
 def test_images_hold_no_secret_and_run_without_root() -> None:

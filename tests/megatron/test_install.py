@@ -1,15 +1,22 @@
 """install(): what it replaces, and what it refuses, in one process."""
 
 import argparse
+import builtins
+import importlib
+import sys
+from dataclasses import replace
+from typing import Any
 
 import megatron.core.optimizer.optimizer
 import megatron.core.package_info
+import megatron.training.argument_utils
 import megatron.training.arguments
 import megatron.training.training
 import pytest
 
 from s3_megatron.engines.megatron import S3OptimizerConfig, install, uninstall
 from s3_megatron.engines.swap import SymbolSwap
+from s3_megatron.engines.versions import MEGATRON
 from s3_megatron.errors import S3Error
 
 REPLACED = [
@@ -43,10 +50,68 @@ def test_install_is_idempotent_and_undone_to_the_original() -> None:
     assert symbols() == before
 
 
-def test_an_unsupported_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megatron.core.package_info, "__version__", "0.16.1")
-    with pytest.raises(S3Error, match=r"megatron-core 0\.16\.1 is not supported.*0\.19\."):
+def test_a_megatron_known_not_to_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = symbols()
+    monkeypatch.setattr(megatron.core.package_info, "__version__", "0.3.1")
+    monkeypatch.setattr(
+        sys.modules[install.__module__], "MEGATRON", replace(MEGATRON, broken={"0.3": "it has no fourth dimension"})
+    )
+    with pytest.raises(S3Error, match=r"megatron-core 0\.3\.1 does not work with S3: it has no fourth dimension; "):
         install()
+    assert symbols() == before
+
+
+def test_a_megatron_never_run_is_warned_about_and_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(megatron.core.package_info, "__version__", "0.99.0")
+    install()
+    uninstall()
+    install()
+    (warning,) = caplog.messages
+    assert "megatron-core 0.99.0 was never run with S3" in warning and ", ".join(MEGATRON.tested) in warning
+    uninstall()
+
+
+def test_a_wheel_without_megatron_training_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those before 0.17 are."""
+    before = symbols()
+    monkeypatch.setitem(sys.modules, "megatron.training", None)
+    with pytest.raises(
+        S3Error, match=r"without megatron\.training.*install one of .*or run from a Megatron-LM checkout"
+    ):
+        install()
+    assert symbols() == before
+
+
+def test_the_gpt_entry_refuses_a_megatron_without_its_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.17 and 0.18 lack more; whatever else the entry imports, they have."""
+    monkeypatch.delattr(megatron.training.argument_utils, "gpt_config_from_args", raising=False)
+    monkeypatch.delitem(sys.modules, "s3_megatron.train.gpt", raising=False)
+    with pytest.raises(S3Error, match=r"needs megatron-core 0\.19: .*-m s3_megatron\.train\.run SCRIPT") as refused:
+        importlib.import_module("s3_megatron.train.gpt")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_patched_megatron_may_install_while_install_imports_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A patched megatron/training/__init__.py ends with install(), so install()'s own import of it calls install()
+    again; the outer call then wrapped every wrapper once more, and one uninstall() left the first ones in place."""
+    before = symbols()
+    find = builtins.__import__
+
+    def patched(name: str, *args: Any, **kwargs: Any) -> Any:
+        module = find(name, *args, **kwargs)
+        if name == "megatron.training":
+            monkeypatch.undo()
+            install()
+        return module
+
+    monkeypatch.setattr(builtins, "__import__", patched)
+    install()
+    assert builtins.__import__ is find, "install() imports what is patched"
+    assert [symbol.__wrapped__ for symbol in symbols()] == before, "wrapped once"
+    uninstall()
+    assert symbols() == before
 
 
 def test_a_moved_symbol_is_loud_and_nothing_stays_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +158,8 @@ def parse(monkeypatch: pytest.MonkeyPatch):
 
 def test_flags_reach_the_config(parse) -> None:
     args = parse("--s3-beta", "0.9", "--s3-p", "2", "--s3-no-nesterov", "--use-distributed-optimizer")
-    assert args.optimizer == "s3" and args.use_distributed_optimizer and not args.use_layer_wise_distributed_optimizer
+    assert args.optimizer == "s3" and args.use_distributed_optimizer
+    assert not getattr(args, "use_layer_wise_distributed_optimizer", False), "0.17 has none"
     config, _ = megatron.training.training.get_megatron_optimizer_config(args)
     assert isinstance(config, S3OptimizerConfig) and config.optimizer == "s3"
     assert (config.s3_beta, config.s3_p, config.s3_nesterov, config.s3_betas) == (0.9, 2.0, False, None)
@@ -107,7 +173,7 @@ def test_defaults_are_the_papers(parse) -> None:
 
 def test_adam_gets_megatrons_own_config(parse) -> None:
     config, _ = megatron.training.training.get_megatron_optimizer_config(parse("--optimizer", "adam"))
-    assert type(config) is megatron.core.optimizer.OptimizerConfig
+    assert type(config).__module__ == "megatron.core.optimizer.optimizer_config"  # 0.17 has one for Adam
 
 
 def test_from_adam_takes_the_new_rates(parse) -> None:

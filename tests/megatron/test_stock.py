@@ -8,11 +8,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from s3_megatron.watch.metrics import read_metrics
 from tests.launcher import torchrun
-from tests.megatron.gpt import ENTRY, flags
+from tests.megatron.gpt import ENTRY, SCRIPT, flags
 
 pytestmark = pytest.mark.distributed
-
-SCRIPT = Path(__file__).parents[1] / "train" / "stock_script.py"
 
 
 def exact_losses(folder: Path) -> list[tuple[int, float]]:

@@ -11,8 +11,18 @@ import torch.distributed as dist
 
 # isort: split  (the harness turns the rehearsal on, which has to come before Megatron is imported)
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.optimizer import DistributedOptimizer, FP32Optimizer, OptimizerConfig, ParamKey, distrib_optimizer
+from megatron.core.optimizer import (
+    DistributedOptimizer,
+    FP32Optimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    distrib_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
 
+from s3_megatron.engines.megatron import S3OptimizerConfig, install, uninstall
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
 from tests import checks
 from tests.checks import refuses, shared_folder
@@ -124,7 +134,7 @@ def check_fp16_overflow_is_skipped() -> None:
 
 
 def check_save_and_load_in_the_middle_changes_no_bit() -> None:
-    """Both sharding types that megatron-core 0.19.2 still writes, and the two unsharded optimizers."""
+    """Both sharding types that megatron-core 0.17.1 to 0.19.2 write, and the two unsharded optimizers."""
     cases = [(True, kind) for kind in ("dp_reshardable", "fully_reshardable")]
     for sharded, kind in [*cases, (False, "none")]:
         for dtype in (torch.float32, torch.bfloat16):
@@ -213,6 +223,32 @@ def check_the_legacy_format_is_converted_after_its_second_call() -> None:
     for before, after in zip(adam.part.optimizer.state.values(), s3.part.optimizer.state.values(), strict=True):
         assert torch.equal(before["exp_avg"], after[EXP_AVG])
         assert torch.equal(before["exp_avg_sq"].sqrt(), after[EXP_AVG_ROOT])
+
+
+def _as_megatron_bridge(config: S3OptimizerConfig, chunks: list, overrides: None) -> MegatronOptimizer:
+    """What setup_optimizer of Megatron-Bridge 0.6.2 asks of a config; Bridge itself imports Transformer Engine, which
+    needs a GPU. ``overrides`` is the harness's: Bridge makes its own."""
+    config.finalize()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    overrides = get_standard_config_overrides(config)
+    return config.provide(
+        model_chunks=chunks, config_overrides=overrides, use_gloo_process_groups=False, pg_collection=groups
+    )
+
+
+def check_megatron_bridges_hook_equals_the_unsharded_run() -> None:
+    """Although install() was never called, or undone."""
+    uninstall()
+    try:
+        run = Run(dtype=torch.bfloat16, make=_as_megatron_bridge)
+        assert isinstance(run.part, DistributedOptimizer) and type(run.part.optimizer) is S3
+        compare(run)
+    finally:
+        install()
+
+
+def check_what_s3_cannot_do_is_refused_in_a_config_too() -> None:
+    refuses(lambda: Run(optimizer_cpu_offload=True), "--optimizer-cpu-offload", "drop the flag")
 
 
 def check_other_hyperparameters_are_refused() -> None:

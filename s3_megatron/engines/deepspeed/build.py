@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import deepspeed
 import deepspeed.runtime.zero.stage3 as stage3
 import deepspeed.runtime.zero.stage_1_and_2 as stage_1_and_2
 import torch
 
 from s3_megatron.engines.deepspeed import checkpoint, loss_scale, stepping
+from s3_megatron.engines.deepspeed.layout import is_flat
 from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import S3
@@ -22,6 +24,7 @@ from s3_megatron.optim.s3 import STATE_MARK
 # What "params" may hold: S3's own arguments, without those that DeepSpeed gives or that do nothing under it.
 _FROM_ADAM = "s3_from_adam"
 _KNOWN = sorted({*inspect.signature(S3).parameters} - {"params", "capturable"} | {_FROM_ADAM})
+_IS_0_17 = deepspeed.__version__.startswith("0.17.")  # 0.17.6 is the oldest that S3 works with
 _STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -52,7 +55,8 @@ def configure_basic_optimizer(original: Callable[..., Any]) -> Callable[..., Any
     def _configure_basic_optimizer(self: Any, model_parameters: Any) -> Any:
         if self.optimizer_name().lower() != "s3":
             return original(self, model_parameters)
-        optimizer = make_s3(model_parameters, self.optimizer_params() or {}, bf16_states=self.bf16_optimizer_states())
+        bf16_states = _has(self, "bf16_optimizer_states")
+        optimizer = make_s3(model_parameters, self.optimizer_params() or {}, bf16_states=bf16_states)
         _hold_still(optimizer)
         return optimizer
 
@@ -113,6 +117,8 @@ def configure_optimizer(original: Callable[..., None]) -> Callable[..., None]:
             )
         from_adam = configured and bool((self.optimizer_params() or {}).get(_FROM_ADAM, False))
         checkpoint.guard_s3(optimizer, self.optimizer, from_adam=from_adam)
+        if _IS_0_17 and is_flat(self.optimizer):
+            loss_scale.look_on_every_rank(self.optimizer)
         if self.fp16_enabled():
             loss_scale.grow_after_the_step(self.optimizer)
         stepping.start(self)
@@ -148,7 +154,9 @@ def _masters_may_be_16_bit() -> Iterator[None]:
 
 
 def _refuse_what_cannot_work(engine: Any) -> None:
-    """Raise S3Error for settings under which DeepSpeed would not use S3, or only for some weights."""
+    """Raise S3Error for settings under which DeepSpeed would not use S3, or only for some weights or gradients."""
+    if _IS_0_17:
+        _refuse_what_0_17_gets_wrong(engine)
     offload = engine.zero_offload_optimizer()
     for name, section in (("offload_optimizer", offload), ("offload_param", engine.zero_offload_param())):
         if getattr(section, "device", None) == "nvme":
@@ -166,10 +174,31 @@ def _refuse_what_cannot_work(engine: Any) -> None:
             "fp16 at ZeRO stage 0: DeepSpeed 0.19 divides the gradients there by a loss scale that it never multiplied "
             "the loss with (engine.backward scales for ZeRO only), and small ones vanish; use stage 1, or bf16"
         )
-    if engine.super_offload():
+    if _has(engine, "super_offload"):
         raise S3Error("offload_optimizer has super_offload, which runs DeepSpeed's own Adam: leave it out with S3")
     if engine.zenflow:
         raise S3Error("zero_optimization has zenflow, which runs DeepSpeed's own Adam: leave it out with S3")
+
+
+def _refuse_what_0_17_gets_wrong(engine: Any) -> None:
+    """Raise S3Error for what deepspeed 0.17.6 trains wrongly with any optimizer, and 0.19.8 does not."""
+    stage, offload = engine.zero_optimization_stage(), engine.zero_cpu_offload()
+    if stage == 2 and engine.gradient_accumulation_steps() > 1 and not offload:
+        raise S3Error(
+            f"gradient_accumulation_steps is {engine.gradient_accumulation_steps()} at ZeRO stage 2: DeepSpeed 0.17 "
+            "keeps the gradients of the last micro-batch alone; use stage 1 or 3, or offload_optimizer"
+        )
+    model, accumulated = engine.get_data_types()
+    if model != torch.float32 and (stage == 0 or (stage == 1 and accumulated != model and not offload)):
+        raise S3Error(
+            f"{model} at ZeRO stage 0, or at stage 1 with another grad_accum_dtype: DeepSpeed 0.17 shards nothing, "
+            "decays frozen weights, and cannot load its own bf16 checkpoints there; use stage 1 without it, 2 or 3"
+        )
+
+
+def _has(engine: Any, setting: str) -> bool:
+    """Whether ``setting`` is on: deepspeed 0.17.6 has not all of 0.19.8's."""
+    return hasattr(type(engine), setting) and bool(getattr(engine, setting)())
 
 
 def _check_not_replaced(optimizer: Any) -> None:

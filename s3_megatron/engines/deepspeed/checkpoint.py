@@ -4,6 +4,7 @@ Every host symbol named here was read in deepspeed 0.19.8.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from deepspeed.utils import logger
 
+from s3_megatron.engines import versions
 from s3_megatron.engines.deepspeed.layout import is_flat, is_sharded, masters
 from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.errors import S3Error
@@ -173,14 +175,27 @@ def _guard_universal(optimizer: S3, wrapper: Any, from_adam: bool) -> None:
         if converting:
             for master in masters(wrapper):
                 optimizer.state[master][EXP_AVG_ROOT].sqrt_()
-        _settle(wrapper)
+        if is_flat(wrapper):
+            wrapper._link_all_hp_params()  # and settle: 0.17.6 left r linked in the weights' place
+        else:
+            _settle(wrapper)
 
     _see_universal_groups(wrapper, look)
     name = "load_hp_checkpoint_state_from_checkpoint_dir"
     if is_flat(wrapper):
         _replace(wrapper, name, lambda load: _followed_by(_with_somebody_in_every_group(wrapper, load), finish))
+    elif "param_shapes" in inspect.signature(getattr(wrapper, f"{name}_stage3")).parameters:  # 0.17.6
+        _replace(wrapper, f"{name}_stage3", lambda _: _refuse_universal_stage3)
     else:
         _replace(wrapper, f"{name}_stage3", lambda load: _followed_by(load, finish))
+
+
+def _refuse_universal_stage3(*args: Any) -> None:
+    """Take the place of a loader that reads the first sub-group alone, and other machines' ranks as this one's."""
+    raise S3Error(
+        "this DeepSpeed loads the first param group alone of a ZeRO-3 universal checkpoint, with any optimizer: load "
+        f"it with deepspeed {versions.DEEPSPEED.tested[-1]}, or resume the ordinary checkpoint on as many ranks"
+    )
 
 
 class _Nobody:

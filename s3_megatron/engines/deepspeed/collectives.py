@@ -1,7 +1,5 @@
 """DeepSpeed on CPUs, without what it would compile there."""
 
-import deepspeed
-
 from s3_megatron.errors import S3Error
 
 _SHARED_MEMORY = "deepspeed_shm_comm"  # deepspeed 0.19.8, ops/op_builder/cpu/comm.py
@@ -16,6 +14,8 @@ def use_gloo() -> None:
     Raises:
         S3Error: DeepSpeed has no such op any more.
     """
+    import deepspeed  # not above: see __init__.py
+
     operations = deepspeed.ops.__compatible_ops__
     if _SHARED_MEMORY not in operations:
         raise S3Error(f"this DeepSpeed has no op {_SHARED_MEMORY}: install a version from the README's table")

@@ -1,10 +1,7 @@
-"""Where DeepSpeed's optimizer wrappers keep what S3 moves (deepspeed 0.19.8)."""
+"""Where DeepSpeed's optimizer wrappers keep what S3 moves (deepspeed 0.19.8; imported late, see __init__.py)."""
 
 from typing import Any
 
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 
@@ -15,11 +12,16 @@ def is_sharded(wrapper: Any) -> bool:
 
 def is_stage3(wrapper: Any) -> bool:
     """Whether ``wrapper`` is ZeRO-3's."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
     return isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3)
 
 
 def is_flat(wrapper: Any) -> bool:
     """Whether ``wrapper`` is one of those of ZeRO 1 and 2: a partition of one flat tensor for each param group."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
     return isinstance(wrapper, DeepSpeedZeroOptimizer | BF16_Optimizer)
 
 

@@ -1,4 +1,4 @@
-"""float16 under ZeRO: gradients are unscaled by the loss scale that they were made with."""
+"""float16 under ZeRO: ranks skip the same steps, and gradients are unscaled by the scale that they were made with."""
 
 import functools
 from collections.abc import Callable
@@ -42,3 +42,13 @@ def grow_after_the_step(wrapper: Any) -> None:
     swap = SymbolSwap("this DeepSpeed")
     swap.replace(wrapper, "_update_scale", hold_back)
     swap.replace(wrapper, "step", step_then_update)
+
+
+def look_on_every_rank(wrapper: Any) -> None:
+    """Let all ranks of ZeRO 1 skip a step in which one saw an infinity or NaN (deepspeed 0.17.6).
+
+    Each looked in its own shard alone: one skipped, the others stepped and waited for its weights.
+    """
+    SymbolSwap("this DeepSpeed").replace(
+        wrapper, "has_overflow", lambda original: lambda partition_gradients: original(partition_gradients=True)
+    )

@@ -2,10 +2,9 @@
 
 import sys
 
+from s3_megatron.engines import versions
 from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.errors import S3Error
-
-SUPPORTED = "0.19."  # deepspeed versions whose symbols were read
 
 _swap = SymbolSwap("this DeepSpeed")
 
@@ -17,11 +16,14 @@ def register() -> None:
     optimizers run as without it, except that they refuse S3's checkpoints.
 
     Raises:
-        S3Error: DeepSpeed is missing, of an unsupported version, or lacks a symbol that S3 goes through.
+        S3Error: DeepSpeed is missing, of a version known not to work, or lacks a symbol that S3 goes through.
     """
     if _swap.active:
         return
-    _check_version()
+    version = _version()
+    if _swap.active:  # a patched DeepSpeed registers S3 at the end of its import, which was here
+        return
+    versions.check(versions.DEEPSPEED, version)
     import deepspeed.runtime.engine as host
 
     from s3_megatron.engines.deepspeed import build, stepping
@@ -43,13 +45,9 @@ def unregister() -> None:
     _swap.undo()
 
 
-def _check_version() -> None:
+def _version() -> str:
     try:
         import deepspeed
     except ImportError:
         raise S3Error("DeepSpeed is not installed: pip install 's3-megatron[deepspeed]'") from None
-    if not deepspeed.__version__.startswith(SUPPORTED):
-        raise S3Error(
-            f"deepspeed {deepspeed.__version__} is not supported: s3_megatron works with {SUPPORTED}x; install one of "
-            "those"
-        )
+    return str(deepspeed.__version__)

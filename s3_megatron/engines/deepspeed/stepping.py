@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from deepspeed.utils import logger
 from torch import Tensor
 
 from s3_megatron.engines.deepspeed.layout import masters
@@ -78,6 +77,8 @@ def start(engine: Any) -> None:
     held = masters(engine.optimizer)
     setattr(engine, _ATTRIBUTE, Activity(optimizer, held))
     if engine.global_rank == 0:
+        from deepspeed.utils import logger  # not above: see __init__.py
+
         # DeepSpeed's logger, at a level that it shows: this line is how a user knows that S3 runs.
         logger.warning(_description(engine, optimizer, held))
 

@@ -76,7 +76,7 @@ def guard_adam(part: MegatronOptimizer) -> None:
 
 
 def _param_groups(part: MegatronOptimizer, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-    """Find the saved param groups; FP32Optimizer saves the inner state dict bare (megatron-core 0.19.2)."""
+    """Find the saved param groups; FP32Optimizer saves the inner state dict bare (megatron-core 0.17.1 to 0.19.2)."""
     inner = state_dict if isinstance(part, FP32Optimizer) else state_dict["optimizer"]
     groups: list[dict[str, Any]] = inner["param_groups"]
     return groups

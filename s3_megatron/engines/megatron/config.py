@@ -2,18 +2,19 @@
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 
 from s3_megatron.errors import S3Error
 
 
 @dataclass
 class S3OptimizerConfig(OptimizerConfig):
-    """OptimizerConfig (megatron-core 0.19.2) with S3's own hyperparameters; ``optimizer`` is "s3"."""
+    """OptimizerConfig (megatron-core 0.17.1 to 0.19.2) with S3's own hyperparameters; ``optimizer`` is "s3"."""
 
     optimizer: str = "s3"
     s3_beta: float = 0.95
@@ -22,6 +23,23 @@ class S3OptimizerConfig(OptimizerConfig):
     s3_nesterov: bool = True
     s3_from_adam: bool = False
     s3_override_hyperparameters: bool = False
+
+    def finalize(self) -> None:
+        """Derive again what follows from the fields; Megatron-Bridge (0.6.2) changes some and then calls this."""
+        self.__post_init__()
+
+    def provide(self, model_chunks: list[Any], **settings: Any) -> MegatronOptimizer:
+        """Build S3 for ``model_chunks``: Megatron-Bridge (0.6.2, training/optim.py) asks a config that can.
+
+        ``settings`` are those of ``megatron.core.optimizer.get_megatron_optimizer``. Installs S3 in this process.
+        """
+        import megatron.core.optimizer as host
+
+        from s3_megatron.engines.megatron.install import install  # imports this module
+
+        install()
+        optimizer: MegatronOptimizer = host.get_megatron_optimizer(self, model_chunks, **settings)
+        return optimizer
 
 
 # What S3 cannot do in Megatron yet, by the argument that asks for it.
@@ -36,7 +54,7 @@ _UNSUPPORTED = {
 
 
 def add_flags(original: Callable[..., argparse.ArgumentParser]) -> Callable[..., argparse.ArgumentParser]:
-    """Wrap ``megatron.training.arguments._add_training_args`` (0.19.2), which defines ``--optimizer``."""
+    """Wrap ``megatron.training.arguments._add_training_args`` (0.17.1 to 0.19.2), which defines ``--optimizer``."""
 
     @functools.wraps(original)
     def _add_training_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -86,7 +104,7 @@ def add_flags(original: Callable[..., argparse.ArgumentParser]) -> Callable[...,
 
 
 def validate(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``megatron.training.arguments.validate_args`` (0.19.2).
+    """Wrap ``megatron.training.arguments.validate_args`` (0.17.1 to 0.19.2).
 
     For every name but adam and sgd it turns ``use_distributed_optimizer`` off and the layer-wise optimizer on, so
     S3 goes through it by Adam's name, which asks for the element-wise road.
@@ -99,20 +117,24 @@ def validate(original: Callable[..., Any]) -> Callable[..., Any]:
         _check(args)
         if args.s3_from_adam:
             args.override_opt_param_scheduler = True
-        args.optimizer = "adam"
-        try:
+        with _by_adams_name(args):
             return original(args, *rest, **kwargs)
-        finally:
-            args.optimizer = "s3"
 
     return validate_args
 
 
+@contextmanager
+def _by_adams_name(args: argparse.Namespace) -> Iterator[None]:
+    args.optimizer = "adam"
+    try:
+        yield
+    finally:
+        args.optimizer = "s3"
+
+
 def _check(args: argparse.Namespace) -> None:
     """Raise S3Error for what S3 cannot do, before any rank has built anything."""
-    for name, fix in _UNSUPPORTED.items():
-        if getattr(args, name, None):
-            raise S3Error(f"--{name.replace('_', '-')} does not work with --optimizer s3: {fix}")
+    refuse_unsupported(args)
     for beta in args.s3_betas or (args.s3_beta,):
         if not 0 <= beta < 1:
             raise S3Error(f"--s3-beta{'s' if args.s3_betas else ''} has {beta}: every beta must lie in [0, 1)")
@@ -120,16 +142,27 @@ def _check(args: argparse.Namespace) -> None:
         raise S3Error(f"--s3-p is {args.s3_p}: it must be a finite number >= 1; 3 is the paper's")
 
 
+def refuse_unsupported(settings: argparse.Namespace | S3OptimizerConfig) -> None:
+    """Raise S3Error for a setting, a flag or one of OptimizerConfig's, under which Megatron would not use S3."""
+    for name, fix in _UNSUPPORTED.items():
+        if getattr(settings, name, None):
+            raise S3Error(f"--{name.replace('_', '-')} does not work with --optimizer s3: {fix}")
+
+
 def make_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``megatron.training.training.get_megatron_optimizer_config`` (0.19.2)."""
+    """Wrap ``megatron.training.training.get_megatron_optimizer_config`` (0.17.1 to 0.19.2).
+
+    0.17 refuses the names of optimizers that it does not know.
+    """
 
     @functools.wraps(original)
     def get_megatron_optimizer_config(args: argparse.Namespace) -> tuple[OptimizerConfig, Any]:
-        config, overrides = original(args)
-        if args.optimizer == "s3":
-            stock = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
-            s3 = {name: value for name, value in vars(args).items() if name in S3OptimizerConfig.__annotations__}
-            config = S3OptimizerConfig(**{**stock, **s3})
-        return config, overrides
+        if args.optimizer != "s3":
+            return original(args)
+        with _by_adams_name(args):
+            config, overrides = original(args)
+        stock = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
+        s3 = {name: value for name, value in vars(args).items() if name in S3OptimizerConfig.__annotations__}
+        return S3OptimizerConfig(**{**stock, **s3}), overrides
 
     return get_megatron_optimizer_config

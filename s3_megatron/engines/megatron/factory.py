@@ -14,7 +14,8 @@ from megatron.core.utils import log_single_rank
 
 from s3_megatron.engines.megatron import metrics, single_pass
 from s3_megatron.engines.megatron.checkpoint import guard_adam, guard_s3
-from s3_megatron.engines.megatron.config import S3OptimizerConfig
+from s3_megatron.engines.megatron.config import S3OptimizerConfig, refuse_unsupported
+from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import S3
 
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_optimizer(original: Callable[..., MegatronOptimizer]) -> Callable[..., MegatronOptimizer]:
-    """Wrap ``megatron.core.optimizer.get_megatron_optimizer`` (0.19.2)."""
+    """Wrap ``megatron.core.optimizer.get_megatron_optimizer`` (0.17.1 to 0.19.2)."""
 
     @functools.wraps(original)
     def get_megatron_optimizer(config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any) -> MegatronOptimizer:
@@ -36,6 +37,7 @@ def make_optimizer(original: Callable[..., MegatronOptimizer]) -> Callable[..., 
                     "optimizer='s3' came in a plain OptimizerConfig: build it as "
                     "s3_megatron.engines.megatron.S3OptimizerConfig, which has S3's hyperparameters"
                 )
+            refuse_unsupported(config)
             with _adam_slot_builds_s3(config):
                 optimizer = original(config, model_chunks, *args, **kwargs)
             for part in parts_of(optimizer):
@@ -59,7 +61,11 @@ def _adam_slot_builds_s3(config: S3OptimizerConfig) -> Iterator[None]:
 
     ``get_megatron_optimizer`` sends any name but adam and sgd to the emerging optimizers, where embeddings, norms
     and biases would go to Adam. By Adam's name it takes the element-wise road for every parameter, and calls the
-    module's ``Adam`` once a group of chunks (megatron-core 0.19.2, core/optimizer/__init__.py).
+    module's ``Adam`` once a group of chunks (megatron-core 0.17.1 to 0.19.2, core/optimizer/__init__.py).
+
+    0.17 and 0.18 take nothing but Adam into DistributedOptimizer, since they look for state by Adam's names, which are
+    S3's, too. They ask for the type that their module calls ``Adam``, and use that name for nothing else; 0.19 takes
+    every optimizer that has an ``init_state_fn``.
     """
 
     def build(*, params: list[dict[str, Any]], lr: float, weight_decay: float, **_adams: Any) -> S3:
@@ -73,12 +79,15 @@ def _adam_slot_builds_s3(config: S3OptimizerConfig) -> Iterator[None]:
             nesterov=config.s3_nesterov,
         )
 
-    adam, plain = host.Adam, host.USING_PYTORCH_OPTIMIZER
-    config.optimizer, host.Adam, host.USING_PYTORCH_OPTIMIZER = "adam", build, False
+    swap = SymbolSwap("this megatron-core")
     try:
+        swap.replace(config, "optimizer", lambda s3: "adam")
+        swap.replace(host, "Adam", lambda adam: build)
+        swap.replace(host, "USING_PYTORCH_OPTIMIZER", lambda plain: False)
+        swap.replace(distrib_optimizer, "Adam", lambda adam: S3)
         yield
     finally:
-        config.optimizer, host.Adam, host.USING_PYTORCH_OPTIMIZER = "s3", adam, plain
+        swap.undo()
 
 
 def _finish(part: MegatronOptimizer, config: S3OptimizerConfig) -> None:
@@ -100,11 +109,12 @@ def init_state(optimizer: S3, config: Any = None) -> None:
 
 
 def _put_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter the ``step`` that DistributedOptimizer demands without TE and Apex (megatron-core 0.19.2).
+    """Give every parameter the ``step`` that DistributedOptimizer demands without TE and Apex.
 
-    ``state_dict()`` asserts one step common to all, even before the first step; S3 has none, so it stays at 0. Its
-    ``item()`` is all that is asked of it, and it must not be a tensor: the fully reshardable formats leave ``step``
-    out of what they load, and then miss it among the state's tensors (KeyError: 'step', for torch's Adam too).
+    In megatron-core 0.17.1 to 0.19.2, ``state_dict()`` asserts one step common to all, even before the first step; S3
+    has none, so it stays at 0. Its ``item()`` is all that is asked of it, and it must not be a tensor: the fully
+    reshardable formats leave ``step`` out of what they load, and then miss it among the state's tensors
+    (KeyError: 'step', for torch's Adam too).
     """
     for state in optimizer.state.values():
         state["step"] = numpy.float32(0.0)

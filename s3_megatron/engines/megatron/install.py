@@ -3,9 +3,8 @@
 import functools
 
 from s3_megatron.engines.swap import SymbolSwap
+from s3_megatron.engines.versions import MEGATRON, check
 from s3_megatron.errors import S3Error
-
-SUPPORTED = "0.19."  # megatron-core versions whose symbols were read
 
 _swap = SymbolSwap("this megatron-core")
 
@@ -16,30 +15,46 @@ def install() -> None:
     Call it before Megatron parses its arguments. Other optimizers run as without it.
 
     Raises:
-        S3Error: megatron-core is missing, of an unsupported version, or lacks a symbol that S3 goes through.
+        S3Error: megatron-core is missing, of a version known not to work, or lacks a symbol that S3 goes through.
     """
     if _swap.active:
         return
     _check_version()
-    import megatron.core.optimizer.optimizer
-    import megatron.training.arguments
-    import megatron.training.training
+    from megatron.core import optimizer as core
+
+    try:
+        # In a patched Megatron, which calls this at the end of megatron/training/__init__.py, `megatron` has no
+        # attribute `training` yet.
+        from megatron.training import arguments, initialize, training
+    except ModuleNotFoundError as error:
+        if error.name != "megatron.training":
+            raise
+        raise S3Error(
+            f"this megatron-core comes without megatron.training, as the wheels before 0.17 do: install one of "
+            f"{', '.join(MEGATRON.tested)}, or run from a Megatron-LM checkout"
+        ) from None
 
     from s3_megatron.engines.megatron import config, factory, metrics, single_pass
 
-    _swap.replace(megatron.training.arguments, "_add_training_args", config.add_flags)
-    _swap.replace(megatron.training.arguments, "validate_args", config.validate)
-    _swap.replace(megatron.training.training, "get_megatron_optimizer_config", config.make_config)
-    _swap.replace(megatron.training.training, "training_log", metrics.log_training)
-    _swap.replace(megatron.training.training, "evaluate_and_print_results", metrics.remember_evaluation)
-    _swap.replace(megatron.training.training, "evaluate", metrics.log_validation)
-    host = megatron.core.optimizer.optimizer
+    # A patched Megatron calls install() itself, while the lines above import it.
+    if _swap.active:
+        return
+    _swap.replace(arguments, "_add_training_args", config.add_flags)
+    # Where two modules hold a name, one wrapper serves both.
+    validate = functools.cache(config.validate)
+    _swap.replace(arguments, "validate_args", validate)
+    if hasattr(initialize, "validate_args"):  # 0.17, whose pretrain() parses the command line
+        _swap.replace(initialize, "validate_args", validate)
+    _swap.replace(training, "get_megatron_optimizer_config", config.make_config)
+    _swap.replace(training, "training_log", metrics.log_training)
+    _swap.replace(training, "evaluate_and_print_results", metrics.remember_evaluation)
+    _swap.replace(training, "evaluate", metrics.log_validation)
+    host = core.optimizer
     _swap.replace(host, "clip_grad_by_total_norm_fp32", single_pass.clip_by_norm)
     _swap.replace(host, "get_grad_norm_fp32", single_pass.norm_of_unscaled)
-    # Both modules hold the name; one wrapper serves both.
     make_optimizer = functools.cache(factory.make_optimizer)
-    _swap.replace(megatron.core.optimizer, "get_megatron_optimizer", make_optimizer)
-    _swap.replace(megatron.training.training, "get_megatron_optimizer", make_optimizer)
+    _swap.replace(core, "get_megatron_optimizer", make_optimizer)
+    _swap.replace(training, "get_megatron_optimizer", make_optimizer)
 
 
 def uninstall() -> None:
@@ -54,7 +69,4 @@ def _check_version() -> None:
         raise S3Error(
             "megatron-core is not installed: pip install 's3-megatron[megatron]', or run from a Megatron-LM checkout"
         ) from None
-    if not version.startswith(SUPPORTED):
-        raise S3Error(
-            f"megatron-core {version} is not supported: s3_megatron works with {SUPPORTED}x; install one of those"
-        )
+    check(MEGATRON, version)

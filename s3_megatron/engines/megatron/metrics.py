@@ -68,7 +68,7 @@ def _watch(part: MegatronOptimizer) -> Watched:
     elements = sum(param.numel() for group in part.param_groups for param in group["params"])
     masters = sum(
         param.numel() * param.element_size()
-        # DistributedOptimizer's and Float16OptimizerWithFloat16Params' float32 copies (megatron-core 0.19.2).
+        # DistributedOptimizer's and Float16OptimizerWithFloat16Params' float32 copies (megatron-core 0.17.1 to 0.19.2).
         for name in ("shard_fp32_from_float16_groups", "fp32_from_float16_groups")
         for group in getattr(part, name, [])
         for param in group
@@ -94,7 +94,7 @@ def adam_statistics(optimizer: torch.optim.Optimizer, elements: int) -> Tensor:
 
 
 def log_training(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``megatron.training.training.training_log`` (0.19.2), called by every rank after every step."""
+    """Wrap ``megatron.training.training.training_log`` (0.17.1 to 0.19.2), called by every rank after every step."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -111,9 +111,10 @@ def log_training(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def remember_evaluation(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``megatron.training.training.evaluate_and_print_results`` (0.19.2): it knows what is evaluated, and when.
+    """Wrap ``megatron.training.training.evaluate_and_print_results`` (0.17.1 to 0.19.2).
 
-    Its ``prefix`` is "iteration 8", "iteration 8 on validation set", or "iteration 8 on test set".
+    It knows what is evaluated, and when. Its ``prefix`` is "iteration 8", "iteration 8 on validation set", or
+    "iteration 8 on test set".
     """
     signature = inspect.signature(original)
 
@@ -129,7 +130,7 @@ def remember_evaluation(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def log_validation(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``megatron.training.training.evaluate`` (0.19.2): it returns the validation losses."""
+    """Wrap ``megatron.training.training.evaluate`` (0.17.1 to 0.19.2): it returns the validation losses."""
 
     @functools.wraps(original)
     def evaluate(*args: Any, **kwargs: Any) -> Any:

@@ -20,7 +20,7 @@ from s3_megatron.errors import S3Error
 from s3_megatron.optim import S3
 
 _WRITABLE = (torch.float32, torch.bfloat16, torch.float16)
-# Replaced on every part, and on those with low-precision weights or shards (megatron-core 0.19.2).
+# Replaced on every part, and on those with low-precision weights or shards (megatron-core 0.17.1 to 0.19.2).
 _METHODS = ("prepare_grads", "step_with_ready_grads")
 _MIXED_METHODS = ("_unscale_main_grads_and_check_for_nan", "_copy_main_params_to_model_params")
 
@@ -32,7 +32,7 @@ def fuse(part: MegatronOptimizer) -> None:
     """Let S3's step in ``part`` do the work of the host's other passes (replaces methods of this instance).
 
     Raises:
-        S3Error: ``part`` lacks something that this goes through in megatron-core 0.19.2.
+        S3Error: ``part`` lacks something that this goes through in megatron-core 0.17.1 to 0.19.2.
     """
     _live.add(SinglePass(part))
 
@@ -144,7 +144,7 @@ class SinglePass:
 
 
 def clip_by_norm(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap ``clip_grad_by_total_norm_fp32`` of ``megatron.core.optimizer.optimizer`` (0.19.2)."""
+    """Wrap ``clip_grad_by_total_norm_fp32`` of ``megatron.core.optimizer.optimizer`` (0.17.1 to 0.19.2)."""
 
     @functools.wraps(original)
     def clip_grad_by_total_norm_fp32(
@@ -161,9 +161,10 @@ def clip_by_norm(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def norm_of_unscaled(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``get_grad_norm_fp32`` of ``megatron.core.optimizer.optimizer`` (0.19.2), which reduces over ranks.
+    """Wrap ``get_grad_norm_fp32`` of ``megatron.core.optimizer.optimizer`` (0.17.1 to 0.19.2).
 
-    The 2-norm of a list is the one of its tensors' norms, so each gradient that is still scaled gives way to its norm.
+    It reduces over ranks. The 2-norm of a list is the one of its tensors' norms, so each gradient that is still scaled
+    gives way to its norm.
     """
 
     @functools.wraps(original)
@@ -190,7 +191,7 @@ def _require(part: Any, *names: str) -> None:
 
 
 def _copies_otherwise(part: Any) -> bool:
-    """Tell whether DistributedOptimizer quantizes, or leaves the copying to others (megatron-core 0.19.2)."""
+    """Tell whether DistributedOptimizer quantizes, or leaves the copying to others (megatron-core 0.17.1 to 0.19.2)."""
     ddp, config = part.ddp_config, part.config
     return bool(
         ddp.use_megatron_fsdp
@@ -206,7 +207,7 @@ def _pairs(mains: list[list[Tensor]], models: list[list[Tensor]]) -> list[tuple[
 
 
 def _model_shards(part: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield every master with its range of the parameter buffer, as DistributedOptimizer's copy does (0.19.2)."""
+    """Yield every master with its range of the parameter buffer, as DistributedOptimizer's own copy does."""
     for main, model in (
         *_pairs(part.shard_fp32_from_float16_groups, part.model_float16_groups),
         *_pairs(part.shard_fp32_groups, part.model_fp32_groups),

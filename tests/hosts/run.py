@@ -1,0 +1,97 @@
+"""Runs the engines' tests on every pair of host versions, each in a venv of its own (``make test-hosts``).
+
+``python tests/hosts/run.py [PAIR ...]``: a pair is a file in tests/hosts, whose lines take the place of those in
+constraints.txt. The venvs stay in .hosts/. With all pairs it also writes README's table.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import venv
+from datetime import date
+from pathlib import Path
+from shutil import rmtree
+from xml.etree import ElementTree
+
+import table
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SUITES = ("tests/megatron", "tests/deepspeed", "tests/patch", "tests/optim")
+EXTRAS = ".[megatron,deepspeed,data,jobs,demo,dev]"
+PLACE = re.compile(r"(?<=<!-- make test-hosts -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+def pins(*files: Path) -> dict[str, str]:
+    """Name and version of every package in ``files``, of which the last has the last word."""
+    return dict(line.split("==") for file in files for line in file.read_text().splitlines() if "==" in line)
+
+
+def constraints(pair: str) -> dict[str, str]:
+    """Name and version of every package of ``pair``."""
+    return pins(ROOT / "constraints.txt", HERE / f"{pair}.txt")
+
+
+def environment(pair: str) -> Path:
+    """Give the venv of ``pair``, built if it is missing or was built of other versions."""
+    if constraints(pair) == pins(ROOT / "constraints.txt"):
+        return ROOT / ".venv"
+    folder = ROOT / ".hosts" / pair
+    wanted = "".join(f"{name}=={version}\n" for name, version in constraints(pair).items())
+    stamp = folder / "complete.txt"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return folder
+    print(f"building .hosts/{pair}: takes 2-5 minutes", flush=True)
+    rmtree(folder, ignore_errors=True)
+    venv.create(folder, with_pip=True)
+    (folder / "constraints.txt").write_text(wanted)
+    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--quiet", "--disable-pip-version-check"]
+    pip += ["--constraint", folder / "constraints.txt"]
+    subprocess.run([*pip, "setuptools"], check=True)
+    subprocess.run([*pip, "--no-build-isolation", "--editable", EXTRAS], cwd=ROOT, check=True)
+    stamp.write_text(wanted)
+    return folder
+
+
+def run(pair: str) -> dict[str, str]:
+    """Run the suites; returns what became of every test: "passed", "failed", or "skipped"."""
+    python = environment(pair) / "bin" / "python"
+    report = ROOT / ".hosts" / f"{pair}.xml"
+    report.parent.mkdir(exist_ok=True)
+    report.unlink(missing_ok=True)
+    print(f"== {pair}", flush=True)
+    # DeepSpeed compiles at first use, and finds what another version has compiled.
+    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(report.with_suffix(".extensions"))}
+    command = [python, "-m", "pytest", "-q", f"--junitxml={report}", *SUITES]
+    subprocess.run(command, cwd=ROOT, env=env, check=False)
+    if not report.exists():
+        sys.exit(f"pytest wrote no report for {pair}: see above")
+    outcomes = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        kinds = {child.tag for child in case}
+        outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+        outcomes[f"{case.get('classname', '').replace('.', '/')}::{case.get('name')}"] = outcome
+    return outcomes
+
+
+def main(asked: list[str]) -> None:
+    """Run what is asked for, or all; ends with 1 if a test failed."""
+    pairs = sorted(path.stem for path in HERE.glob("*.txt"))
+    if unknown := sorted(set(asked) - set(pairs)):
+        sys.exit(f"no such pair: {', '.join(unknown)}; there are {', '.join(pairs)}")
+    columns = {pair: run(pair) for pair in asked or pairs}
+    rows = table.rows(columns)
+    packages = [constraints(pair) for pair in columns]
+    names = [f"{p['megatron-core']}, {p['deepspeed']}, {p['torch']}" for p in packages]
+    text = table.markdown(["Megatron, DeepSpeed, torch", *names], rows)
+    print(f"\n{text}")
+    if not asked:
+        readme = ROOT / "README.md"
+        made = f"{text}\n`make test-hosts`, {date.today()}, 2 CPU cores, gloo.\n"
+        readme.write_text(PLACE.sub(lambda _: made, readme.read_text()))
+    sys.exit(any(outcome == "failed" for column in columns.values() for outcome in column.values()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
