@@ -40,7 +40,7 @@ test-slurm: $(STAMP) ## run jobs on a real SLURM of four nodes on this machine: 
 
 # PAIRS="0.17.1-0.17.6 ..." runs some; tests/hosts has them.
 test-hosts: $(STAMP) ## run the engines' tests on every version of Megatron and DeepSpeed that S3 stands for
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/hosts/run.py $(PAIRS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.hosts.run $(PAIRS)
 
 # --no-cache: ruff's cache keeps an import's group although a new file has changed it, and a clean clone then fails.
 lint: $(STAMP) ## ruff, mypy, import-linter, shellcheck, shfmt, hadolint

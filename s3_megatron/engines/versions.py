@@ -31,18 +31,20 @@ DEEPSPEED = Window(
     "deepspeed",
     ("0.17.6", "0.19.8"),
     {
-        "0.18.9": "its ZeRO 1 and 2 cannot step on CPUs, with any optimizer and any torch (DeepSpeed pull request 7948 "
-        "mends it), so S3 was never run there"
+        # AdamW with torch 2.13; the operation that fails does so in torch 2.7.1, too. Nobody here has a GPU.
+        "0.18.9": "its ZeRO 1 and 2 fail in the first step on CPUs, with AdamW too (DeepSpeed pull request 7948 mends "
+        "it), so S3 was never run there"
     },
 )
 
 
 def check(window: Window, version: str) -> None:
-    """Say, once a job, that ``version`` was never run.
+    """Say, once a job, that ``version`` was never run; its local part, as in ``0.18.2+5e28418``, does not count.
 
     Raises:
         S3Error: it is known not to work.
     """
+    version = version.partition("+")[0]
     known = f"it was run with {window.host} {', '.join(window.tested)}"
     for start, why in window.broken.items():
         if version == start or version.startswith(f"{start}."):

@@ -1,6 +1,6 @@
 """Runs the engines' tests on every pair of host versions, each in a venv of its own (``make test-hosts``).
 
-``python tests/hosts/run.py [PAIR ...]``: a pair is a file in tests/hosts, whose lines take the place of those in
+``python -m tests.hosts.run [PAIR ...]``: a pair is a file in tests/hosts, whose lines take the place of those in
 constraints.txt. The venvs stay in .hosts/. With all pairs it also writes README's table.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from shutil import rmtree
 from xml.etree import ElementTree
 
-import table
+from tests.hosts import table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

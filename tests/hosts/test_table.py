@@ -1,0 +1,47 @@
+"""The window of versions, the pairs, the patches and README's table name the same versions."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from s3_megatron.engines.versions import DEEPSPEED, MEGATRON, Window
+from tests.hosts import table
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def readmes_table() -> list[list[str]]:
+    """The cells of README's table, line by line, without the one of dashes."""
+    text = (ROOT / "README.md").read_text()
+    lines = text.partition("<!-- make test-hosts -->\n")[2].partition("<!-- end -->")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [line for line in cells if set(line[0]) != {"-"}]
+
+
+@pytest.mark.parametrize(("window", "position"), [(MEGATRON, 0), (DEEPSPEED, 1)], ids=["megatron", "deepspeed"])
+def test_every_version_of_the_window_is_run_patched_and_in_readme(window: Window, position: int) -> None:
+    pairs = {path.stem.split("-")[position] for path in HERE.glob("*.txt")}
+    folder = {"megatron-core": "megatron-lm"}.get(window.host, window.host)
+    patches = {path.stem for path in (ROOT / "patches" / folder).glob("*.patch")}
+    (_, *columns), *_ = readmes_table()
+    assert pairs == patches == {column.split(", ")[position] for column in columns} == set(window.tested)
+
+
+def test_readmes_table_is_of_these_features_and_nothing_failed() -> None:
+    _, *rows = readmes_table()
+    assert [row[0] for row in rows] == [row[0] for row in table.rows({})]
+    cells = [cell for row in rows for cell in row[1:]]
+    assert cells and all(re.fullmatch(r"\d+ passed(, \d+ skipped)?", cell) for cell in cells), cells
+
+
+def test_a_failure_and_a_missing_test_are_seen() -> None:
+    outcomes = {
+        "tests/megatron/test_engine::test_on_ranks[check_single_pass_is_taken-2-ranks]": "failed",
+        "tests/megatron/test_engine::test_on_ranks[check_single_pass_is_taken-4-ranks]": "passed",
+        "tests/megatron/test_engine::test_on_ranks[check_single_pass_apart-4-ranks]": "skipped",
+    }
+    rows = {row[0]: row[1] for row in table.rows({"a pair": outcomes})}
+    assert rows.pop("Megatron: one pass over memory") == "1 passed, 1 failed, 1 skipped"
+    assert set(rows.values()) == {"not run"}
