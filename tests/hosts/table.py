@@ -9,7 +9,7 @@ FEATURES = {
         "`--optimizer s3`, its flags and refusals": r"megatron/test_install|test_pretrain.*update_sizes",
         "distributed optimizer: float32, bf16, fp16": r"megatron/.*(_shard|_masters_|buckets|fp16_overf|partitioned)",
         "float32 and 16-bit optimizers, unsharded": r"megatron/.*(fp32_optimizer|float16_optimizer)",
-        "one pass over memory": r"megatron/.*single_pass",
+        "one pass over memory": r"megatron/.*(single_pass|threshold)",
         "save and load": r"megatron/.*(save_and_load|legacy|outlives|loading_and)",
         "resume on 1, 2, 4 ranks, TP 2, PP 2": r"megatron/.*every_layout",
         "from Adam": r"megatron/.*[Aa]dams_checkpoint",
