@@ -7,16 +7,19 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from unittest import SkipTest
 
 import torch.distributed as dist
 
 from s3_megatron.errors import S3Error
 
+_SKIPPED = "skipped: "
+
 
 def run(checks: Mapping[str, Callable[[], object]], output: Path) -> None:
     """Run every check on every rank; rank 0 writes to ``output``, as JSON, what went wrong in each, or "".
 
-    A check raises on every rank or on none.
+    A check raises on every rank or on none; SkipTest where it does not apply to the host's version.
     """
     mine: dict[str, str] = {}
     for name, check in checks.items():
@@ -24,6 +27,8 @@ def run(checks: Mapping[str, Callable[[], object]], output: Path) -> None:
         try:
             check()
             mine[name] = ""
+        except SkipTest as reason:
+            mine[name] = f"{_SKIPPED}{reason}"
         except Exception:
             mine[name] = traceback.format_exc()
             # At once: where one rank raised alone, the others wait for it until the launch times out.
@@ -34,6 +39,15 @@ def run(checks: Mapping[str, Callable[[], object]], output: Path) -> None:
     dist.all_gather_object(ranks, mine)
     if dist.get_rank() == 0:
         output.write_text(json.dumps({name: next(filter(None, (r[name] for r in ranks)), "") for name in mine}))
+
+
+def passed(said: str) -> None:
+    """Judge, in pytest, what ``run`` wrote of a check: it fails, or is skipped where it raised SkipTest."""
+    import pytest  # the ranks do without
+
+    if said.startswith(_SKIPPED):
+        pytest.skip(said.removeprefix(_SKIPPED))
+    assert said == "", said
 
 
 def named(namespace: Mapping[str, object]) -> dict[str, Callable[[], object]]:

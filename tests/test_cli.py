@@ -11,16 +11,10 @@ from typer.testing import CliRunner
 
 import s3_megatron
 from s3_megatron import cli, data, doctor
+from tests.terminal import run_main
 
 ROOT = Path(s3_megatron.__file__).parents[1]
 TEXT = "def area(width, height):\n    # caf\u00e9\n    return width * height\n\n\nprint(area(3, 4))\n" * 50
-
-
-def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["s3-megatron", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0)
 
 
 def test_the_command_starts_without_torch() -> None:

@@ -1,16 +1,15 @@
 """The commands that put S3 into a checkout of a host, and take it out."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from s3_megatron.cli.output import errors, line
-from s3_megatron.patch import symbols as host_symbols
-from s3_megatron.patch import work
-from s3_megatron.patch.edit import State
-from s3_megatron.patch.place import Place, find
-from s3_megatron.patch.release import Release, load, nearest, versions
+
+if TYPE_CHECKING:
+    from s3_megatron.patch.place import Place
+    from s3_megatron.patch.release import Release
 
 app = typer.Typer(
     name="patch",
@@ -41,6 +40,9 @@ def apply(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the change; write nothing.")] = False,
 ) -> None:
     """Put our lines in; writes every file or none."""
+    from s3_megatron.patch import work
+    from s3_megatron.patch.place import find
+
     place = find(path, host)
     release = work.release_of(place)
     changes = work.patching(place, release, three_way=three_way)
@@ -57,6 +59,9 @@ def apply(
 @app.command()
 def revert(path: Where, host: Host = None) -> None:
     """Take our lines out, to the byte."""
+    from s3_megatron.patch import work
+    from s3_megatron.patch.place import find
+
     place = find(path, host)
     changes = work.reverting(place, work.release_of(place))
     work.write(changes)
@@ -66,6 +71,10 @@ def revert(path: Where, host: Host = None) -> None:
 @app.command()
 def status(path: Where, host: Host = None) -> None:
     """Show the host, its version, and whether it is patched or changed, and where."""
+    from s3_megatron.patch import work
+    from s3_megatron.patch.place import find
+    from s3_megatron.patch.release import versions
+
     place = find(path, host)
     known = place.version in versions(place.host)
     release = work.release_of(place) if known else None
@@ -77,6 +86,10 @@ def status(path: Where, host: Host = None) -> None:
 @app.command()
 def verify(path: Where, host: Host = None) -> None:
     """Check that our lines are there, whole, and that their Python finds S3; exit code 1 if not."""
+    from s3_megatron.patch import work
+    from s3_megatron.patch.edit import State
+    from s3_megatron.patch.place import find
+
     place = find(path, host)
     release = work.release_of(place)
     state = work.state(place, release)
@@ -92,6 +105,10 @@ def verify(path: Where, host: Host = None) -> None:
 @app.command()
 def symbols(path: Where, host: Host = None) -> None:
     """Compare the symbols that S3 goes through with those of the nearest release; exit code 1 if any differs."""
+    from s3_megatron.patch import symbols as host_symbols
+    from s3_megatron.patch.place import find
+    from s3_megatron.patch.release import load, nearest
+
     place = find(path, host)
     release = load(place.host, nearest(place.host, place.version))
     findings = host_symbols.compare(place, release)
@@ -102,12 +119,15 @@ def symbols(path: Where, host: Host = None) -> None:
     raise typer.Exit(1 if different else 0)
 
 
-def _name(place: Place) -> str:
+def _name(place: "Place") -> str:
     return f"{place.host} {place.version}"
 
 
-def _warn(place: Place, release: Release) -> bool:
+def _warn(place: "Place", release: "Release") -> bool:
     """Say what may not work although it is patched; returns whether the Python of PATH finds this package."""
+    from s3_megatron.patch import symbols as host_symbols
+    from s3_megatron.patch import work
+
     for finding in host_symbols.compare(place, release):
         if finding.verdict != host_symbols.SAME:
             _say(f"{finding.symbol}: {finding.verdict} since {_name(place)}; S3 goes through it: compare a short run")

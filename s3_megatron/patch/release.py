@@ -86,12 +86,17 @@ def nearest(host: str, version: str) -> str:
 def load(host: str, version: str) -> Release:
     """Read the patch for one of ``versions(host)``."""
     record = json.loads((PATCHES / host / f"{version}.json").read_text())
-    hunks = read_hunks((PATCHES / host / f"{version}.patch").read_text())
-    files = tuple(
+    patch = (PATCHES / host / f"{version}.patch").read_text()
+    return Release(host, version, touched_files(record, patch), record["symbols"])
+
+
+def touched_files(record: dict[str, Any], patch: str) -> tuple[TouchedFile, ...]:
+    """Put together what a record and its patch say of each file."""
+    hunks = read_hunks(patch)
+    return tuple(
         TouchedFile(path, entry["before"], entry["patched"], tuple(entry["lines"].split()), hunks[path])
         for path, entry in record["files"].items()
     )
-    return Release(host, version, files, record["symbols"])
 
 
 def read_hunks(patch: str) -> dict[str, tuple[Hunk, ...]]:

@@ -1,5 +1,7 @@
 """The worker's checks of what DeepSpeed can do besides: offload, 16-bit masters, experts, zero.Init."""
 
+from unittest import SkipTest
+
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -48,6 +50,8 @@ def check_offload_equals_no_offload() -> None:
 
 def check_16_bit_masters_and_states() -> None:
     """A bfloat16 master is moved in float32 and rounded once a step: 2^-8 of the weight, STEPS_SHORT times."""
+    if OLD:
+        raise SkipTest("DeepSpeed 0.17.6 knows neither bf16_master_weights_and_grads nor its states")
     both = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     cases = [
         (1, False, both, torch.bfloat16),

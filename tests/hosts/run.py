@@ -15,27 +15,23 @@ from shutil import rmtree
 from xml.etree import ElementTree
 
 from tests.hosts import table
+from tests.launch.dockerfile import ROOT, pins
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+NEWEST = pins((ROOT / "constraints.txt").read_text())
 SUITES = ("tests/megatron", "tests/deepspeed", "tests/patch", "tests/optim")
 EXTRAS = ".[megatron,deepspeed,data,jobs,demo,dev]"
 PLACE = re.compile(r"(?<=<!-- make test-hosts -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
-def pins(*files: Path) -> dict[str, str]:
-    """Name and version of every package in ``files``, of which the last has the last word."""
-    return dict(line.split("==") for file in files for line in file.read_text().splitlines() if "==" in line)
-
-
 def constraints(pair: str) -> dict[str, str]:
     """Name and version of every package of ``pair``."""
-    return pins(ROOT / "constraints.txt", HERE / f"{pair}.txt")
+    return NEWEST | pins((HERE / f"{pair}.txt").read_text())
 
 
 def environment(pair: str) -> Path:
     """Give the venv of ``pair``, built if it is missing or was built of other versions."""
-    if constraints(pair) == pins(ROOT / "constraints.txt"):
+    if constraints(pair) == NEWEST:
         return ROOT / ".venv"
     folder = ROOT / ".hosts" / pair
     wanted = "".join(f"{name}=={version}\n" for name, version in constraints(pair).items())

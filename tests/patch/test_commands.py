@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from s3_megatron import cli
 from s3_megatron.patch.release import versions
 from tests.patch.hosts import DISTRIBUTIONS, TOUCHED, copy_some, patched_hosts
+from tests.terminal import run_main
 
 each_host = pytest.mark.parametrize("host", patched_hosts())
 ROOT = Path(__file__).parents[2]
@@ -21,10 +21,7 @@ class Terminal:
         self._monkeypatch, self._capsys = monkeypatch, capsys
 
     def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
-        self._monkeypatch.setattr(sys, "argv", ["s3-megatron", "patch", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return int(stop.value.code or 0), *self._capsys.readouterr()
+        return run_main(self._monkeypatch, "patch", *map(str, arguments)), *self._capsys.readouterr()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from s3_megatron.errors import S3Error
 from s3_megatron.patch import edit, record, work
 from s3_megatron.patch.edit import State
 from s3_megatron.patch.place import Place
-from s3_megatron.patch.release import PATCHES, Release, TouchedFile, load, read_hunks
+from s3_megatron.patch.release import PATCHES, Release, load, touched_files
 from s3_megatron.patch.release import versions as patched_versions
 from tests.patch.hosts import TOUCHED, apply, copy_some, opened, patched_hosts, revert, unlike_record
 
@@ -243,13 +243,8 @@ def several(tmp_path: Path) -> tuple[Place, Release]:
     (place.root / "p").mkdir(parents=True)
     (place.root / "p/one.py").write_text("a = 1\nb = 2\nc = 3\nd = 4\n")
     (place.root / "p/two.py").write_text("a = 1\nb = 2\n")
-    hunks = read_hunks(patch)
-    files = record.make_record(place, patch)["files"]
-    touched = [
-        TouchedFile(path, entry["before"], entry["patched"], tuple(entry["lines"].split()), hunks[path])
-        for path, entry in files.items()
-    ]
-    return place, Release(place.host, place.version, tuple(touched), {})
+    touched = touched_files(record.make_record(place, patch), patch)
+    return place, Release(place.host, place.version, touched, {})
 
 
 def test_several_files_and_hunks(several: tuple[Place, Release]) -> None:

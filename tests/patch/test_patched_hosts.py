@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 
 from tests.launcher import ROOT, torchrun
-from tests.megatron.gpt import flags
+from tests.megatron.gpt import SCRIPT, flags
 from tests.patch.hosts import apply, copy_whole, patched_hosts, revert, unlike_record
 
 BARE = str(ROOT / "tests/megatron/bare.py")
-MEGATRON_SCRIPT = str(ROOT / "tests/train/stock_script.py")
-DEEPSPEED_SCRIPT = str(Path(__file__).with_name("deepspeed_script.py"))
 ITERATIONS = 20
+DEEPSPEED_SCRIPT = [str(SCRIPT.with_name("stock_deepspeed_script.py")), "4", str(ITERATIONS)]
 
 
 @pytest.fixture(scope="module", params=patched_hosts())
@@ -60,9 +59,9 @@ def train_megatron(patched: Path | None, folder: Path) -> list[dict[str, Any]]:
     """``megatron.training.pretrain`` from a script that knows nothing of this package; --watch-dir has every bit."""
     arguments = [*flags(iterations=ITERATIONS, precision="bf16"), "--watch-dir", str(folder)]
     if patched is None:
-        command, env = ["-m", "s3_megatron.train.run", MEGATRON_SCRIPT], {"S3_REHEARSAL": "1"}
+        command, env = ["-m", "s3_megatron.train.run", str(SCRIPT)], {"S3_REHEARSAL": "1"}
     else:
-        command, env = [BARE, MEGATRON_SCRIPT], {"PYTHONPATH": path_with(patched), "DS_ACCELERATOR": "cpu"}
+        command, env = [BARE, str(SCRIPT)], {"PYTHONPATH": path_with(patched), "DS_ACCELERATOR": "cpu"}
     run = torchrun([*command, *arguments], nproc=2, timeout=140, env=env)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     assert "S3 active in DistributedOptimizer" in run.stdout + run.stderr
@@ -75,9 +74,9 @@ def train_megatron(patched: Path | None, folder: Path) -> list[dict[str, Any]]:
 def train_deepspeed(patched: Path | None, folder: Path) -> list[str]:
     """``deepspeed.initialize`` with {"type": "S3"}."""
     if patched is None:
-        run = torchrun(["-m", "s3_megatron.train.run", DEEPSPEED_SCRIPT], nproc=2, timeout=140)
+        run = torchrun(["-m", "s3_megatron.train.run", *DEEPSPEED_SCRIPT], nproc=2, timeout=140)
     else:
-        run = torchrun([DEEPSPEED_SCRIPT], nproc=2, timeout=140, env={"PYTHONPATH": path_with(patched)})
+        run = torchrun(DEEPSPEED_SCRIPT, nproc=2, timeout=140, env={"PYTHONPATH": path_with(patched)})
         assert f"host {patched / 'deepspeed'}" in run.stdout, run.stderr[-4000:]
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     assert "S3 active in DeepSpeedZeroOptimizer (ZeRO 1)" in run.stdout + run.stderr

@@ -2,17 +2,16 @@
 
 import ast
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from s3_megatron import cli
 from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.patch import record, symbols
 from s3_megatron.patch.place import Place, find
 from s3_megatron.patch.release import PATCHES, load, nearest, versions
 from tests.patch.hosts import copy_whole, patched_hosts
+from tests.terminal import run_main
 
 ROOT = Path(__file__).parents[2]
 ENGINES = {"megatron-lm": ("engines/megatron", "rehearsal"), "deepspeed": ("engines/deepspeed",)}
@@ -172,10 +171,7 @@ def test_the_command_and_the_warnings(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(command: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["s3-megatron", "patch", command, str(place.root)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return int(stop.value.code or 0), *capsys.readouterr()
+        return run_main(monkeypatch, "patch", command, str(place.root)), *capsys.readouterr()
 
     total = len(load(place.host, place.version).symbols)
     code, shown, _ = run("symbols")

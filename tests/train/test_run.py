@@ -35,10 +35,10 @@ def test_an_unmodified_deepspeed_script_trains_with_s3() -> None:
     """Nobody calls register(): it happens when the script imports DeepSpeed."""
     script = SCRIPT.with_name("stock_deepspeed_script.py")
     assert "s3_megatron" not in script.read_text()
-    run = torchrun(["-m", "s3_megatron.train.run", str(script), "4"], nproc=1, timeout=140)
+    run = torchrun(["-m", "s3_megatron.train.run", str(script), "4", "5"], nproc=1, timeout=140)
     assert run.returncode == 0, run.stderr[-4000:]
     assert "S3 active in DeepSpeedZeroOptimizer (ZeRO 1)" in run.stdout + run.stderr
-    seen = [float(loss) for loss in re.findall(r"^loss (.*)$", run.stdout, flags=re.MULTILINE)]
+    seen = [float(loss) for loss in re.findall(r"^loss \[(.*)\]$", run.stdout, flags=re.MULTILINE)]
     assert len(seen) == 5 and seen == sorted(seen, reverse=True)
 
 
