@@ -71,9 +71,9 @@ def with_trainer(config: Path, folder: Path) -> tuple[list[float], int]:
     return watch.losses, activity(trainer.deepspeed).steps
 
 
-def with_accelerate(zero: dict, *, client: bool) -> tuple[list[float], int]:
+def with_accelerate(zero: dict, *, client: bool, clip: float) -> tuple[list[float], int]:
     """The plugin with S3 in its configuration, or with an S3 object, which accelerate swaps under offload."""
-    config = {"zero_optimization": zero, "gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": 4}
+    config = {"zero_optimization": zero, "gradient_clipping": clip, "train_micro_batch_size_per_gpu": 4}
     if not client:
         config["optimizer"] = {"type": "S3", "params": {"lr": LR, "weight_decay": DECAY}}
     AcceleratorState._reset_state(reset_partial_state=True)  # a process has one, and a Trainer was here
@@ -100,9 +100,10 @@ def main() -> None:
     use_gloo()
     output, folder = Path(sys.argv[1]), Path(sys.argv[2])
     found = {f"trainer {name}": with_trainer(CONFIGS / f"{name}.json", folder) for name in ("zero1", "zero3")}
-    found["accelerate config"] = with_accelerate({"stage": 2}, client=False)
     offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
-    found["accelerate object"] = with_accelerate(offload, client=True)
+    for kind, clip in (("", 0.0), (" clipped", 1.0)):
+        found[f"accelerate config{kind}"] = with_accelerate({"stage": 2}, client=False, clip=clip)
+        found[f"accelerate object{kind}"] = with_accelerate(offload, client=True, clip=clip)
     if dist.get_rank() == 0:
         output.write_text(json.dumps(found))
     dist.destroy_process_group()

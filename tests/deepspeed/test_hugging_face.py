@@ -21,7 +21,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 @pytest.mark.distributed
 def test_twenty_steps_of_s3_everywhere(found: Found) -> None:
-    assert len(found) == 4
+    assert len(found) == 6
     for name, (losses, steps) in found.items():
         assert len(losses) == steps == 20, name
         # Counting sequences start at ln(64) = 4.16; 20 steps take off a tenth to a half.
@@ -37,5 +37,13 @@ def test_trainer_gives_the_same_losses_under_zero_1_and_3(found: Found) -> None:
 
 @pytest.mark.distributed
 def test_accelerate_keeps_an_s3_object_under_offload(found: Found) -> None:
-    """It made DeepSpeedCPUAdam of it (accelerate 1.15). On a CPU offload changes no bit."""
+    """It made DeepSpeedCPUAdam of it (accelerate 1.15). On a CPU offload itself changes no bit.
+
+    With clipping the losses may differ: under offload DeepSpeed sums the gradients' norm in another order, and on a CPU
+    with AVX2 alone the norm of the 16th step ended in other bits (4.1714873, 4.1714869), and so did 1,641 weights. This
+    test asked for equality to the bit there, too. 2e-6 is what another order of sums is allowed above.
+    """
     assert found["accelerate object"] == found["accelerate config"]
+    (losses, _), (clipped, _) = found["accelerate config"], found["accelerate config clipped"]
+    assert clipped != losses, "there is something to clip"
+    assert found["accelerate object clipped"][0] == pytest.approx(clipped, rel=2e-6)
