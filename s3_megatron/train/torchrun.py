@@ -37,8 +37,14 @@ def main() -> None:
     from torch.distributed import run  # torch 2.13
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    args = run.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+    node = os.environ.get("SLURM_NODEID")
+    if node is not None and not args.standalone:
+        # Of its own torchrun guesses who is the host, and where the host finds its port taken it becomes a client of
+        # whatever listens there, and waits (torch 2.13, c10d_rendezvous_backend._create_tcp_store).
+        args.rdzv_conf = ",".join(filter(None, (args.rdzv_conf, f"is_host={int(node) == 0}")))
     try:
-        run.run(run.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]]))
+        run.run(args)
     except ChildFailedError as failed:
         print(failed, file=sys.stderr, flush=True)
         failures = sorted((_describe(rank, failure) for rank, failure in failed.failures.items()), key=_began)

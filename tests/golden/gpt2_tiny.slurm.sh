@@ -32,6 +32,25 @@ finish() {
     exit "$1"
 }
 
+# patiently COMMAND...: again while it fails, for a quarter of an hour: SLURM's controller is restarted now and then.
+patiently() {
+    local end=$((SECONDS + 900))
+    until "$@"; do
+        ((SECONDS < end)) || return 1
+        say "failed, again in 10 s: $*" >&2
+        sleep 10
+    done
+}
+
+# ours FIELD: what squeue prints of this job. A failure is the controller's: the job is there while this script runs.
+ours() {
+    patiently squeue --noheader --jobs="$SLURM_JOB_ID" --format="$1"
+}
+
+no_answer() {
+    finish 1 "SLURM's controller has not answered for a quarter of an hour; start again with s3-megatron resume"
+}
+
 # go_on REASON: another start, without the nodes that a start of this run found bad.
 go_on() {
     say "$1"
@@ -39,24 +58,27 @@ go_on() {
     bad=$(find "$run/attempts" -name bad_nodes -exec cut -f1 {} + | sort -u | paste -sd,)
     # After scancel, and at the time limit, it is COMPLETING: a requeue would bring it back against somebody's will.
     local state before
-    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+    state=$(ours %T) || no_answer
     if [[ $state != RUNNING ]]; then
         say "not requeued: the job is ${state:-gone}"
         exit 1
     fi
-    before=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%x) # nodes that it may not have already
     if [[ -z $bad ]]; then
+        patiently scontrol requeue "$SLURM_JOB_ID" || no_answer
         say 'requeued'
-        scontrol requeue "$SLURM_JOB_ID"
-    elif sbatch --test-only --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_NNODES" \
-        --exclude="${before:+$before,}$bad" --wrap=true; then
-        say "requeued without $bad"
-        scontrol requeuehold "$SLURM_JOB_ID" # a running job's list cannot be changed
-        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${before:+$before,}$bad"
-        scontrol release "$SLURM_JOB_ID"
-    else
-        finish 1 "too few nodes are left without $bad"
+        exit 1
     fi
+    before=$(ours %x) || no_answer # nodes that it may not have already
+    until sbatch --test-only --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_NNODES" \
+        --exclude="${before:+$before,}$bad" --wrap=true; do
+        # It answers, so the refusal is its own.
+        ! squeue --noheader --jobs="$SLURM_JOB_ID" >/dev/null || finish 1 "too few nodes are left without $bad"
+        ours %T >/dev/null || no_answer
+    done
+    say "requeued without $bad"
+    patiently scontrol requeuehold "$SLURM_JOB_ID" || no_answer # a running job's list cannot be changed
+    patiently scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${before:+$before,}$bad" || no_answer
+    patiently scontrol release "$SLURM_JOB_ID" || no_answer
     exit 1
 }
 
@@ -71,7 +93,8 @@ saved_iteration() {
 
 # on_every_node COMMAND...: one task a node; the first that fails ends the others.
 on_every_node() {
-    srun --nodes="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 \
+    # --export: with --export=NONE for sbatch, or a site's SBATCH_EXPORT, srun would hand on nothing of what is set here.
+    srun --export=ALL --nodes="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 \
         --output=/shared/s3/runs/gpt2_tiny/logs/%N.log --open-mode=append \
         "$@"
 }
@@ -95,7 +118,7 @@ mv "$run/chain.new" "$run/chain"
 
 minutes=$((1440 - 10 - SECONDS / 60)) # until training saves and ends, before the time limit
 
-mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+mapfile -t nodes < <(patiently scontrol show hostnames "$SLURM_JOB_NODELIST")
 ((${#nodes[@]} == SLURM_NNODES)) || finish 1 "scontrol names ${#nodes[@]} of $SLURM_NNODES nodes: there is no rendezvous"
 say "start $((starts + 1)) on ${nodes[*]}, from iteration $saved"
 
@@ -110,8 +133,19 @@ export S3_RUN_DIR=$run
 python=/shared/s3/venv/bin/python
 # Not torchrun itself: this one leaves SIGTERM to the ranks, and writes down which of them failed first.
 elastic=("$python" -m s3_megatron.train.torchrun --nnodes="$SLURM_NNODES" --nproc-per-node=8
-    --rdzv-backend=c10d --rdzv-id="$attempt" --max-restarts=0)
-port=$((20000 + SLURM_JOB_ID % 20000 * 2)) # two jobs that share a node have their own
+    --rdzv-backend=c10d --rdzv-id="$attempt" --rdzv-conf=join_timeout=3600 --max-restarts=0)
+
+# free PORT: nothing on this machine, the first node and so torchrun's host, listens there.
+free() {
+    ! grep -qs "^ *[0-9]*: [0-9A-F]*:$(printf %04X "$1") [0-9A-F]*:0000 0A " /proc/net/tcp /proc/net/tcp6
+}
+
+# Below 32768, where Linux begins to give ports away; two jobs that share a node, and two starts of one, begin elsewhere.
+port=$((20000 + (SLURM_JOB_ID + starts * 997) % 6000 * 2)) tries=0
+until free "$port" && free $((port + 1)); do
+    ((++tries < 100)) || go_on "no free port from 20000 to 31999 on ${nodes[0]}"
+    port=$((20000 + (port - 19998) % 12000))
+done
 
 on_every_node "$python" -m s3_megatron.jobs.node.health --run-dir "$run" --attempt "$attempt" \
     --gpus 8 --scratch /tmp --min-free-gib 20.0 \

@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -139,7 +140,14 @@ def test_a_run_folder_that_slurm_cannot_name_is_refused(path: str):
 STUB = """#!/bin/bash
 case ${0##*/} in
     scontrol) [[ $1 != show ]] || printf '%s\\n' node1 node2 ;;
-    squeue) echo CANCELLED ;;
+    sleep) ;;
+    squeue)
+        if ((AWAY)) && read -r left <"$RECORD.away" && ((left)); then
+            echo $((left - 1)) >"$RECORD.away"
+            exit 1
+        fi
+        echo "${STATE:-CANCELLED}"
+        ;;
     srun) printf '%s\\0' "$@" >>"$RECORD" ; printf '\\n\\0' >>"$RECORD" ;;
 esac
 """
@@ -149,23 +157,84 @@ esac
 def stubs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """SLURM's commands, which only write down what they were given: what is tested is the shell's reading."""
     folder = tmp_path_factory.mktemp("stubs")
-    for name in ("scontrol", "squeue", "scancel", "srun", "pwned"):
+    for name in ("scontrol", "squeue", "scancel", "sleep", "srun", "pwned"):
         (folder / name).write_text(STUB)
         (folder / name).chmod(0o755)
     (folder / "pwned").write_text('#!/bin/bash\ntouch "$PWNED"\n')
     yield folder
 
 
-def steps(text: str, stubs: Path, folder: Path) -> list[list[str]]:
-    """Run a script with the stubs; returns the arguments of every srun."""
-    record, pwned = folder / "record", folder / "pwned"
+def shell(text: str, stubs: Path, folder: Path, away: int = 0, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with the stubs; ``away``: so many calls of squeue fail first."""
+    record = folder / "record"
     record.unlink(missing_ok=True)
+    record.with_name("record.away").write_text(f"{away}\n")
     slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NAME": "job"}
-    paths = {"PATH": f"{stubs}:{os.environ['PATH']}", "RECORD": str(record), "PWNED": str(pwned)}
-    done = subprocess.run(["bash", "-c", text], env=slurm | paths, capture_output=True, text=True, cwd=folder)
+    paths = {"PATH": f"{stubs}:{os.environ['PATH']}", "RECORD": str(record), "PWNED": str(folder / "pwned")}
+    environ = slurm | paths | {"AWAY": str(away)} | environ
+    return subprocess.run(["bash", "-c", text], env=environ, capture_output=True, text=True, cwd=folder)
+
+
+def recorded(folder: Path) -> list[list[str]]:
+    """The arguments of every srun."""
+    return [step.split("\0")[:-1] for step in (folder / "record").read_text().split("\n\0")[:-1]]
+
+
+def steps(text: str, stubs: Path, folder: Path) -> list[list[str]]:
+    """Run a script to its end; returns the arguments of every srun."""
+    done = shell(text, stubs, folder)
     assert done.returncode == 1 and "not requeued: the job is CANCELLED" in done.stdout, done.stdout + done.stderr
-    assert not pwned.exists()
-    return [step.split("\0")[:-1] for step in record.read_text().split("\n\0")[:-1]]
+    assert not (folder / "pwned").exists()
+    return recorded(folder)
+
+
+def test_a_controller_that_comes_back_costs_nothing(stubs: Path, tmp_path: Path):
+    """``squeue`` failed for a moment at the end of a start, ``set -e`` ended the script, and the job was over: neither
+    requeued nor with a reason."""
+    text = script("gpt2_345m", "slurm", run=tmp_path / "run")
+    done = shell(text, stubs, tmp_path, away=3, STATE="RUNNING")
+    assert done.stdout.endswith("requeued\n"), done.stdout + done.stderr
+    assert done.stderr.count("failed, again in 10 s: squeue") == 3
+    assert not (tmp_path / "run/ENDED").exists()
+
+
+@pytest.mark.parametrize("how", ["requeue", "chain"])
+def test_a_controller_that_stays_away_is_the_end_with_a_reason(how: str, stubs: Path, tmp_path: Path):
+    text = script("gpt2_345m", "slurm", f"cluster.restart.how={how}", run=tmp_path / "run")
+    assert "SECONDS + 900" in text
+    bad = tmp_path / "run/attempts/6-0"  # a chain asks the controller only where there is a node to leave out
+    bad.mkdir(parents=True)
+    (bad / "bad_nodes").write_text("node1\tno disk\n")
+    done = shell(text.replace("SECONDS + 900", "SECONDS"), stubs, tmp_path, away=1000, STATE="RUNNING")
+    assert done.returncode == 1
+    assert (tmp_path / "run/ENDED").read_text().startswith("SLURM's controller has not answered")
+
+
+def test_a_rendezvous_has_a_free_port_and_another_one_in_every_start(stubs: Path, tmp_path: Path):
+    """A requeued job took the same port again, and one that something else held made torchrun wait for an hour. None of
+    them is one that Linux gives to whoever asks for any."""
+    text = script("gpt2_345m", "slurm", run=tmp_path / "run")
+
+    def port() -> int:
+        steps(text, stubs, tmp_path)
+        (word,) = [word for word in recorded(tmp_path)[-1] if word.startswith("--rdzv-endpoint=node1:")]
+        return int(word.rpartition(":")[2])
+
+    first = port()
+    shutil.rmtree(tmp_path / "run")
+    with socket.create_server(("", first + 1)):
+        assert port() == first + 2, "the all-reduce has the second of the two"
+    shutil.rmtree(tmp_path / "run")
+    with socket.create_server(("::", first), family=socket.AF_INET6):
+        assert port() == first + 2
+    assert 20000 <= first < 31998 and port() != first
+
+
+def test_what_is_exported_reaches_the_ranks(stubs: Path, tmp_path: Path):
+    """With ``--export=NONE`` for sbatch SLURM sets SLURM_EXPORT_ENV=NONE, and srun handed on nothing: no S3_RUN_DIR,
+    no NCCL_SOCKET_IFNAME. tests/slurm runs a job under it."""
+    found = steps(script("gpt2_345m", "slurm", run=tmp_path / "run"), stubs, tmp_path)
+    assert len(found) == 3 and all(step[0] == "--export=ALL" for step in found)
 
 
 EVIL = st.lists(

@@ -173,12 +173,29 @@ def test_near_its_time_limit_a_job_saves_and_is_requeued(cluster: Cluster, tmp_p
 
 
 def test_a_dead_node_costs_one_save_interval_at_most(cluster: Cluster, tmp_path: Path, reference: Reference):
-    run = start(tmp_path)
+    """At a site where sbatch hands nothing of the submitting shell on, and srun nothing of the job's."""
+    run = start(tmp_path, "cluster.slurm.options=[--export=NONE]")
     reaches(cluster, run, SAVE_INTERVAL + 5)
     dead = cluster.nodes_of(run.job_ids[0])[1]
     cluster.poweroff(dead)
     assert 0 < finishes(cluster, run, reference) <= SAVE_INTERVAL
     assert dead not in cluster.nodes_of(run.job_ids[0])
+
+
+def test_a_start_that_ends_while_the_controller_is_away_is_requeued_when_it_is_back(
+    cluster: Cluster, tmp_path: Path, reference: Reference
+):
+    """``set -e`` ended the script at the first squeue that failed: no requeue, no ENDED."""
+    run = start(tmp_path)
+    reaches(cluster, run, SAVE_INTERVAL + 5)
+    victim = cluster.nodes_of(run.job_ids[0])[1]
+    cluster.poweroff("controller")
+    cluster.exec(victim, "pkill", "-KILL", "-f", RANK)
+    log = run.path / "logs/job.log"
+    cluster.wait_for(lambda: "failed, again in 10 s: squeue" in log.read_text(), 120, "patience", run.path)
+    cluster.revive()
+    assert 0 < finishes(cluster, run, reference) <= SAVE_INTERVAL
+    assert cluster.restarts(run.job_ids[0]) == 1
 
 
 def test_a_killed_rank_is_named_and_the_chain_goes_on(cluster: Cluster, tmp_path: Path, reference: Reference):

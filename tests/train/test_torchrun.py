@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -93,3 +94,15 @@ def test_a_sigterm_in_the_last_moment_makes_no_failure_of_a_saved_run() -> None:
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "a rank"}
     done = subprocess.run([sys.executable, "-c", LATE], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "sent\n"), done.stderr
+
+
+@pytest.mark.distributed
+def test_a_port_that_something_else_holds_ends_the_start_at_once() -> None:
+    """torchrun became a client of whatever had taken its port, and waited there until the job's hour was over."""
+    with socket.create_server(("", 0)) as holder:
+        endpoint = f"localhost:{holder.getsockname()[1]}"
+        command = ["-m", "s3_megatron.train.torchrun", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=a"]
+        command += ["--rdzv-conf=join_timeout=60", f"--rdzv-endpoint={endpoint}", "--no-python", "true"]
+        environ = {**os.environ, "SLURM_NODEID": "0"}
+        done = subprocess.run([sys.executable, *command], env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "RendezvousConnectionError" in done.stderr, done.stderr[-2000:]
