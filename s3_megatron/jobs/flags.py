@@ -29,7 +29,9 @@ def megatron_flags(job: Job, run: Path) -> list[list[str]]:
     """The flags of the entry that trains ``job`` in the folder ``run``: one list a flag, the flag and its values."""
     recipe, layout = job.recipe, job.recipe.layout
     model = recipe.model.model_dump(exclude={"vocab_size"}, exclude_none=True)
-    schedule = recipe.schedule.model_dump(exclude={"min_lr_ratio", "lr_decay_iters", "micro_batch_size"})
+    schedule = recipe.schedule.model_dump(
+        exclude={"min_lr_ratio", "lr_decay_iters", "micro_batch_size"}, exclude_none=True
+    )
     settings: list[Mapping[str, Any]] = [
         {**model, "max_position_embeddings": recipe.model.seq_length},
         {"micro_batch_size": job.micro_batch_size, **schedule},

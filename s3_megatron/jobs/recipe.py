@@ -56,12 +56,29 @@ class Schedule(Settings):
     train_iters: Count
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
     lr_decay_iters: Count | None = Field(None, description="null: train_iters")
+    lr_wsd_decay_iters: Count | None = Field(None, description="the last part, in which WSD decays; for WSD only")
     lr_warmup_iters: int = Field(0, ge=0)
     min_lr_ratio: Share = Field(0.1, description="the last rate, as a share of the peak")
     clip_grad: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: no clipping")
     seed: int = 1234
     eval_interval: Count = 1000
     eval_iters: int = Field(10, ge=0)
+
+    @model_validator(mode="after")
+    def _decays_as_it_says(self) -> Self:
+        last, whole = self.lr_wsd_decay_iters, self.lr_decay_iters or self.train_iters
+        if (self.lr_decay_style == "WSD") != (last is not None):
+            raise ValueError(
+                f"schedule.lr_wsd_decay_iters {'is missing' if last is None else last}, and schedule.lr_decay_style is "
+                f"{self.lr_decay_style}: give both, as in lr_decay_style=WSD lr_wsd_decay_iters={whole // 10 or 1}, or "
+                "neither"
+            )
+        if last is not None and last + self.lr_warmup_iters > whole:
+            raise ValueError(
+                f"schedule.lr_wsd_decay_iters {last} and schedule.lr_warmup_iters {self.lr_warmup_iters} are more than "
+                f"the {whole} iterations of the schedule"
+            )
+        return self
 
 
 class Layout(Settings):
@@ -132,6 +149,25 @@ class AdamW(Settings):
         return self.weight_decay
 
 
+_FOLDER = "a job saves to, and resumes from, its run folder, where status looks too"
+_WHOLE = "every start of a job must go on with all that the one before has saved"
+# Megatron's flags (0.19.2) that would take from a job what its restarts, `status` or the node agent rely on.
+_NOT_FOR_JOBS = {
+    "--save": _FOLDER,
+    "--load": _FOLDER,
+    "--watch-dir": _FOLDER,
+    "--ckpt-format": "the node agent and status know torch_dist (engine=deepspeed: DeepSpeed's own format) only",
+    "--ckpt-convert-format": "a job that converts checkpoints trains nothing",
+    "--ckpt-step": "every start of a job goes on from the newest whole checkpoint",
+    "--finetune": "every start of a job would begin with iteration 0 again",
+    "--no-save-optim": _WHOLE,
+    "--no-load-optim": _WHOLE,
+    "--no-save-rng": _WHOLE,
+    "--no-load-rng": _WHOLE,
+    "--exit-duration-in-mins": "cluster.restart.save_margin_minutes says when training ends",
+}
+
+
 class Recipe(Settings):
     """Everything that decides what is trained."""
 
@@ -147,3 +183,10 @@ class Recipe(Settings):
     log: Log = Log()
     optimizer: Annotated[S3 | AdamW, Field(discriminator="name")]
     flags: tuple[Text, ...] = Field((), description="more of Megatron's flags, as they are, behind all others")
+
+    @model_validator(mode="after")
+    def _resumes(self) -> Self:
+        for flag in self.flags:
+            if reason := _NOT_FOR_JOBS.get(flag.partition("=")[0]):
+                raise ValueError(f"flags has {flag}, but {reason}: leave it out")
+        return self

@@ -99,13 +99,12 @@ def scaled_down(job: Job) -> Job:
         "micro_batch_size": micro_batch,
         "train_iters": ITERATIONS,
         "lr_decay_iters": None,
+        "lr_wsd_decay_iters": recipe.schedule.lr_wsd_decay_iters and SAVE_INTERVAL,
         "lr_warmup_iters": min(recipe.schedule.lr_warmup_iters, 2),
         "eval_interval": KILL_AT,
         "eval_iters": min(recipe.schedule.eval_iters, 1),
     }
     flags = [flag for flag in recipe.flags if flag in REHEARSABLE_FLAGS]
-    if recipe.schedule.lr_decay_style == "WSD":
-        flags += ["--lr-wsd-decay-iters", str(SAVE_INTERVAL)]
     small = recipe.model_copy(
         update={
             "model": _small_model(recipe),

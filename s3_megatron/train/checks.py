@@ -2,11 +2,13 @@
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from megatron.core.datasets.indexed_dataset import get_bin_path, get_idx_path
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.tokenizers.utils.build_tokenizer import SP_TOKENIZERS
+from megatron.training import training
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from s3_megatron.errors import S3Error
@@ -80,6 +82,23 @@ def _check_data(args: argparse.Namespace) -> None:
 def _check_file(flag: str, path: str) -> None:
     if not is_object_storage_path(path) and not Path(path).is_file():
         raise S3Error(f"{flag} {path} is not a file: give the path of an existing one")
+
+
+def check_schedule(args: argparse.Namespace) -> None:
+    """Build the schedule of ``args``, validated and Megatron's global ones, and go to its last step; changes nothing.
+
+    Megatron (0.19.2, OptimizerParamScheduler) checks it only after model and data are built, by assertions.
+
+    Raises:
+        AssertionError: a length, a rate or a style of the schedule does not go with the others.
+    """
+    given = dict(vars(args))
+    try:
+        schedule = training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[{}]))
+        schedule.step(schedule.lr_decay_steps)
+    finally:
+        vars(args).clear()
+        vars(args).update(given)
 
 
 def check_vocabulary(args: argparse.Namespace, tokenizer: Any) -> None:

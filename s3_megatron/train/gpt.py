@@ -87,6 +87,7 @@ def parse(
     check(args)
     with _refusals():
         args = parse_and_validate_args(prepare)
+        checks.check_schedule(args)
     checks.check_vocabulary(args, get_tokenizer())
     return args
 

@@ -87,10 +87,36 @@ def test_every_mistake_is_named_at_once_with_the_nearest_key():
         (["cluster.container.kind=pyxis"], "container.image go together"),
         (["cluster.accelerator=auto"], "on a cluster say gpu"),
         (["cluster.runs_dir=runs"], "must be an absolute path on a cluster"),
+        (["schedule.lr_decay_style=WSD"], "schedule.lr_wsd_decay_iters is missing"),
+        (["schedule.lr_wsd_decay_iters=5"], "schedule.lr_decay_style is cosine: give both"),
+        (["schedule.lr_decay_style=WSD", "schedule.lr_wsd_decay_iters=9999999"], "are more than the"),
     ],
 )
 def test_a_wrong_value_is_refused_with_what_is_allowed(settings: list[str], said: str):
     assert said in refused("gpt2_tiny", "slurm", *settings)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--ckpt-format,torch",
+        "--ckpt-format=torch",
+        "--load,/elsewhere",
+        "--finetune",
+        "--no-load-optim",
+        "--ckpt-step,'4'",
+    ],
+)
+def test_a_flag_that_takes_the_resume_away_is_refused(flags: str):
+    """``flags: [--ckpt-format, torch]`` passed ``check``, trained and saved; ``status`` saw no checkpoint, and the next
+    start ended the run although every checkpoint was whole."""
+    assert f"flags has {flags.partition(',')[0]}, but" in refused("gpt2_tiny", "slurm", f"flags=[{flags}]")
+
+
+def test_wsd_reaches_megatron_with_its_length():
+    style = ["schedule.lr_decay_style=WSD", "schedule.lr_wsd_decay_iters=5"]
+    assert flags("gpt2_tiny", "slurm", *style)["--lr-wsd-decay-iters"] == "5"
+    assert "--lr-wsd-decay-iters" not in flags("gpt2_tiny", "slurm")
 
 
 def test_a_secrets_value_is_not_repeated():

@@ -99,6 +99,25 @@ def test_flags_of_other_scripts_are_refused(gpt: ModuleType, monkeypatch: pytest
     assert "s3_megatron.train.run" in line
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--lr-decay-style", "WSD"),
+        ("--lr-decay-style", "constant", "--lr-warmup-iters", "1"),
+        ("--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"),
+        ("--weight-decay-incr-style", "linear", "--start-weight-decay", "0.1", "--end-weight-decay", "0.01"),
+        ("--lr", "1e-4", "--min-lr", "1e-3"),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_a_schedule_that_cannot_be_is_refused_before_anything_is_built(
+    gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    """Megatron asserts when it builds the scheduler, after model and data: ``check`` passed, and every start failed."""
+    rates = ("--lr", "1e-3", "--min-lr", "0", "--lr-decay-iters", "1", "--lr-warmup-iters", "0")
+    assert "Megatron refuses the flags: " in refusal(gpt, monkeypatch, *MOCK, *rates, *flags)
+
+
 def test_the_engines_refusals_arrive_as_they_are(gpt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--s3-p" in refusal(gpt, monkeypatch, *MOCK, "--optimizer", "s3", "--s3-p", "0.5")
 
