@@ -10,9 +10,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from s3_megatron.checkpoints.whole import Newest, newest
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs import slurm
-from s3_megatron.jobs.node import checkpoints, verdict
+from s3_megatron.jobs.node import verdict
 from s3_megatron.jobs.runs import Run
 from s3_megatron.watch.metrics import read_metrics
 
@@ -32,7 +33,7 @@ class Status:
     iterations: int
     loss: float | None
     tokens_per_second: float | None
-    saved: tuple[int, float] | None  # iteration, age in seconds
+    saved: Newest
     restarts: int
     error: str | None  # what failed first when the run last stopped
 
@@ -53,7 +54,7 @@ def status(run: Run) -> Status:
         iterations=recipe.schedule.train_iters,
         loss=last.get("lm_loss"),
         tokens_per_second=tokens / statistics.median(recent) if recent else None,
-        saved=checkpoints.newest(run.path / "checkpoints"),
+        saved=newest(run.path / "checkpoints"),
         restarts=max(0, len(attempts) - 1),
         error=None if run.finished else _first_error(attempts),
     )
@@ -61,14 +62,15 @@ def status(run: Run) -> Status:
 
 def table(found: Status) -> Table:
     """One run, a fact a line."""
-    rows = Table(show_header=False, box=None)
+    rows, saved = Table(show_header=False, box=None), found.saved
     facts = {
         "run": found.run.path.name,
         "state": found.state,
         "iteration": f"{found.iteration:,} of {found.iterations:,}",
         "loss": _or_dash(found.loss, ".4f"),
         "tokens/s": _or_dash(found.tokens_per_second, ",.0f"),
-        "checkpoint": f"iteration {found.saved[0]:,}, {_age(found.saved[1])} ago" if found.saved else "none",
+        "checkpoint": "none" if saved.iteration is None else f"iteration {saved.iteration:,}, {_age(saved.age)} ago",
+        **({"torn": saved.torn_text} if saved.torn else {}),
         "restarts": str(found.restarts),
         "first error": found.error or "none",
         "jobs": ", ".join(found.run.job_ids) or "-",
@@ -90,7 +92,7 @@ def overview(runs: Sequence[Run]) -> Table:
             escape(found.state),
             f"{found.iteration:,}/{found.iterations:,}",
             _or_dash(found.loss, ".4f"),
-            f"{found.saved[0]:,}, {_age(found.saved[1])} ago" if found.saved else "-",
+            "-" if found.saved.iteration is None else f"{found.saved.iteration:,}, {_age(found.saved.age)} ago",
             str(found.restarts),
         )
     return rows

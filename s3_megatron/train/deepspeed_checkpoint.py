@@ -17,11 +17,12 @@ from megatron.core.num_microbatches_calculator import update_num_microbatches
 from megatron.training import get_args, print_rank_0
 from megatron.training.checkpointing import get_checkpoint_tracker_filename, get_rng_state
 
+from s3_megatron.checkpoints.whole import ABOUT_DEEPSPEED
 from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
+from s3_megatron.train import loading
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"  # DeepSpeed's names; each holds a checkpoint's folder
-_ABOUT = "s3_megatron.json"
 _STATE = "s3_megatron"  # our key among DeepSpeed's
 _COUNTERS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
 # What a checkpoint fits: this model, on as many ranks.
@@ -56,7 +57,8 @@ def save(
     # ds_to_universal demands the second key under ZeRO 1 and 2.
     engine.save_checkpoint(folder, tag, {_STATE: state, "universal_checkpoint_info": {}}, save_latest=False)
     if dist.get_rank() == 0:  # every rank has written: save_checkpoint ends with a barrier
-        write_file(folder / tag / _ABOUT, json.dumps(_about(engine), indent=2).encode())
+        files = {path.name: path.stat().st_size for path in (folder / tag).glob("*_states.pt")}
+        write_file(folder / tag / ABOUT_DEEPSPEED, json.dumps(_about(engine) | {"files": files}, indent=2).encode())
         write_file(folder / LATEST, tag.encode())
         _prune(folder, before, tag, args.save_retain_interval)
     dist.barrier()
@@ -98,7 +100,8 @@ def load(engine: Any, opt_param_scheduler: Any) -> tuple[int, float]:
             f"--load {folder} has {newer}, which is newer than the universal {tag}: take checkpoint.load_universal "
             "out of the DeepSpeed configuration, which is for the first start on other ranks only"
         )
-    loaded, client = engine.load_checkpoint(os.fspath(folder), tag, load_lr_scheduler_states=False)
+    with loading.watched(lambda: folder / tag):
+        loaded, client = engine.load_checkpoint(os.fspath(folder), tag, load_lr_scheduler_states=False)
     if loaded is None or _STATE not in client:
         raise S3Error(f"{folder / tag} is not a complete checkpoint of pretrain_gpt_deepspeed: name another one")
     state = client[_STATE]
@@ -128,10 +131,10 @@ def _about(engine: Any) -> dict[str, Any]:
 
 def _check(folder: Path, engine: Any) -> None:
     """Raise S3Error where ``folder`` cannot be loaded as it is."""
-    if not (folder / _ABOUT).is_file():
+    if not (folder / ABOUT_DEEPSPEED).is_file():
         raise S3Error(f"{folder} is not a complete checkpoint of pretrain_gpt_deepspeed: name another one")
     ours = _about(engine)
-    saved = json.loads((folder / _ABOUT).read_text())
+    saved = json.loads((folder / ABOUT_DEEPSPEED).read_text())
     wrong = [f"{name} {saved[name]} (this run: {ours[name]})" for name in ours if saved[name] != ours[name]]
     if wrong:
         raise S3Error(

@@ -106,7 +106,9 @@ def one_line_errors() -> Iterator[None]:
         if not stop.code:
             _leave()
         raise
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
         errors.record_exception(error)
         raise
     _leave()

@@ -22,7 +22,7 @@ from megatron.training.checkpointing import get_checkpoint_tracker_filename
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from s3_megatron.errors import S3Error
-from s3_megatron.train import checks, requests
+from s3_megatron.train import checks, loading, requests
 from s3_megatron.train.deepspeed_checkpoint import LATEST
 
 try:
@@ -111,7 +111,7 @@ def _refusals() -> Iterator[None]:
 def run(args: argparse.Namespace) -> None:
     """Pretrain as ``args``, which Megatron has as its global ones, say."""
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    with requests.obeyed():
+    with requests.obeyed(), loading.watches_megatron():
         pretrain(config, build_datasets, ModelType.encoder_or_decoder, forward_step)
 
 

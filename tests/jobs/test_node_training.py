@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from s3_megatron.jobs.node.checkpoints import newest_complete
+from s3_megatron.checkpoints.whole import newest
 from s3_megatron.watch.metrics import read_metrics
 from tests.agent import end, start, wait_for
 from tests.train.tiny import FLAGS, MOCK
@@ -40,7 +40,7 @@ def test_a_run_saves_when_asked_to_goes_on_and_saves_when_it_must_end(
     (tmp_path / "SAVE").touch()
     wait_for(lambda: agent.poll() is not None or not (tmp_path / "SAVE").exists(), 60)
     assert agent.poll() is None, agent.communicate()[0][-4000:]
-    saved = newest_complete(tmp_path / "checkpoints")
+    saved = newest(tmp_path / "checkpoints").iteration
     assert saved is not None
     wait_for(lambda: agent.poll() is not None or max(read_metrics(tmp_path / "watch").train) > saved + 2, 60)
 
@@ -49,17 +49,26 @@ def test_a_run_saves_when_asked_to_goes_on_and_saves_when_it_must_end(
         os.kill(process.pid, signal.SIGTERM)
     code, told, said = end(tmp_path, agent, timeout=90)
     assert (code, told["verdict"], told["error"]) == (0, "saved", None), said[-4000:]
-    last = newest_complete(tmp_path / "checkpoints")
+    last = newest(tmp_path / "checkpoints").iteration
     assert last is not None and last > saved and told["iteration"] == last
     assert (tmp_path / "checkpoints" / TRACKER).read_text() == str(last)
     assert not (tmp_path / "FINISHED").exists() and not (tmp_path / "ENDED").exists()
 
-    # The newest checkpoint is torn; the rest of the training starts from the one before, and comes to its end.
-    (tmp_path / f"checkpoints/iter_{last:07d}/metadata.json").unlink()
+    # The newest checkpoint is damaged inside, which shows when it is loaded: the one line was missing, since torch's
+    # CheckpointException is no Exception, and every later start failed on it again.
+    damaged = tmp_path / f"checkpoints/iter_{last:07d}"
+    (damaged / "__1_0.distcp").write_bytes(bytes((damaged / "__1_0.distcp").stat().st_size))
+    code, told, said = end(tmp_path, train(tmp_path, "--train-iters", str(last + 1)), timeout=150)
+    assert (code, told["verdict"]) == (1, "failed"), said[-4000:]
+    assert told["error"]["message"].startswith(f"LoadError: {damaged} cannot be loaded: ")
+    assert "the next start tries the one before it" in told["error"]["message"]
+
+    # The rest of the training starts from the one before, and comes to its end.
     steps = ("--train-iters", str(saved + 2), "--override-opt-param-scheduler", "--exit-on-missing-checkpoint")
     code, told, said = end(tmp_path, train(tmp_path, *steps), timeout=150)
     assert (code, told["verdict"], told["iteration"]) == (0, "finished", saved + 2), said[-4000:]
-    assert f"names '{last}', which is incomplete or not there: it now names iteration {saved}" in said
+    assert f"names '{last}', which is not whole (it could not be loaded (" in said
+    assert f": it now names iteration {saved}, the newest whole checkpoint" in said
     assert json.loads((tmp_path / "FINISHED").read_text())["iteration"] == saved + 2
 
 

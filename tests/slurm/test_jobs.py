@@ -136,7 +136,7 @@ def test_a_job_on_two_nodes_trains_to_the_end(cluster: Cluster, first: tuple[Run
     assert [iteration for iteration, _ in trained(run)] == list(range(1, ITERATIONS + 1))
     found = status.status(run)
     assert (found.state, found.iteration, found.restarts, found.error) == ("finished", ITERATIONS, 0, None)
-    assert found.saved is not None and found.saved[0] == ITERATIONS and found.tokens_per_second is not None
+    assert found.saved.iteration == ITERATIONS and found.tokens_per_second is not None
     shown = CliRunner(env={"COLUMNS": "300"}).invoke(cli.app, ["status", str(run.path)]).stdout
     assert "finished" in shown and f"{ITERATIONS} of {ITERATIONS}" in shown
     logs = CliRunner().invoke(cli.app, ["logs", str(run.path)]).stdout

@@ -10,9 +10,10 @@ from types import FrameType
 
 import psutil
 
+from s3_megatron.checkpoints.whole import repair_pointer
 from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
-from s3_megatron.jobs.node import checkpoints, environment, verdict
+from s3_megatron.jobs.node import environment, verdict
 from s3_megatron.jobs.node.processes import adopt_orphans, kill_descendants, ranks
 from s3_megatron.jobs.node.verdict import Verdict
 from s3_megatron.jobs.node.watchdog import Watchdog, dump_ranks
@@ -64,7 +65,7 @@ class Agent:
     def _prepare(self) -> None:
         for line in environment.report():
             print(f"environment: {line}", flush=True)
-        if said := checkpoints.repair_pointer(self._run / "checkpoints"):
+        if said := repair_pointer(self._run / "checkpoints"):
             print(f"checkpoints: {said}", flush=True)
 
     def _watch(self, command: Sequence[str]) -> int | None:
