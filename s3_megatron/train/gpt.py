@@ -2,6 +2,8 @@
 
 import argparse
 import functools
+import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from megatron.training.arguments import parse_args
 from megatron.training.checkpointing import get_checkpoint_tracker_filename
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from s3_megatron.checkpoints import lease
 from s3_megatron.errors import S3Error
 from s3_megatron.train import checks, loading, requests
 from s3_megatron.train.deepspeed_checkpoint import LATEST
@@ -111,8 +114,24 @@ def _refusals() -> Iterator[None]:
 def run(args: argparse.Namespace) -> None:
     """Pretrain as ``args``, which Megatron has as its global ones, say."""
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    with requests.obeyed(), loading.watches_megatron():
+    with _alone_in(args.save), requests.obeyed(), loading.watches_megatron():
         pretrain(config, build_datasets, ModelType.encoder_or_decoder, forward_step)
+
+
+@contextmanager
+def _alone_in(folder: str | None) -> Iterator[None]:
+    """Hold ``folder``, where this run saves, on rank 0; in a job the node agent does."""
+    if folder is None or "S3_RUN_DIR" in os.environ or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with lease.held(Path(folder), _end):
+        yield
+
+
+def _end(why: str) -> None:
+    """End this rank, and with it the others, from the thread that noticed ``why``."""
+    print(f"s3_megatron: error: {why}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _refuse_by_exception(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

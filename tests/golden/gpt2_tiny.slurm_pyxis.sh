@@ -103,6 +103,19 @@ on_every_node() {
 [[ ! -e $run/FINISHED ]] || finish 0 'this run had finished already'
 [[ ! -e $run/ENDED ]] || finish 2 "this run had ended already: $(<"$run/ENDED")"
 
+# Two jobs in one run folder would train over each other. What SLURM knows to be over has left its lease behind.
+holder=- checkpoints=$run/checkpoints
+[[ ! -s $checkpoints/holder ]] || read -r holder _ <"$checkpoints/holder"
+holder=${holder%-*} # of JOB-RESTART
+if [[ $holder =~ ^[0-9]+$ && $holder != "$SLURM_JOB_ID" ]]; then
+    alive=$(patiently squeue --noheader --states=RUNNING,SUSPENDED,STOPPED,SIGNALING --format=%A) || alive=$holder
+    if grep -qx "$holder" <<<"$alive"; then
+        say "refused: job $(<"$checkpoints/holder") has this run folder"
+        exit 2
+    fi
+    rm -f "$checkpoints/lease"
+fi
+
 # The chain's memory: starts so far, the checkpoint that the last one began with, how many starts have brought none.
 saved=$(saved_iteration)
 starts=0 before=-1 idle=0 last=none
@@ -206,4 +219,8 @@ on_every_node "$python" -m s3_megatron.jobs.node --run-dir "$run" --attempt "$at
 
 [[ ! -e $run/FINISHED ]] || finish 0 'training is complete'
 [[ ! -e $run/ENDED ]] || finish 2 "$(<"$run/ENDED")"
+if ((status == 2)); then
+    say 'refused: another run has this run folder'
+    exit 2
+fi
 go_on "training is not complete (srun's exit code: $status)"

@@ -230,6 +230,19 @@ def test_a_rendezvous_has_a_free_port_and_another_one_in_every_start(stubs: Path
     assert 20000 <= first < 31998 and port() != first
 
 
+def test_a_second_job_in_a_run_folder_is_refused_while_the_first_runs(stubs: Path, tmp_path: Path):
+    """Both trained, and their iterations interleaved. A job that SLURM knows to be over keeps nothing."""
+    text, checkpoints = script("gpt2_345m", "slurm", run=tmp_path / "run"), tmp_path / "run/checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "holder").write_text("6-0 node9 123 2026-11-28 12:00:00\n")
+    (checkpoints / "lease").touch()
+    done = shell(text, stubs, tmp_path, STATE="5\n6\n66")  # what squeue prints
+    assert done.returncode == 2 and "refused: job 6-0 node9 123 2026-11-28 12:00:00" in done.stdout
+    assert not (tmp_path / "run/chain").exists() and (checkpoints / "lease").exists()
+    assert "training is not complete" in shell(text, stubs, tmp_path, STATE="5\n66").stdout
+    assert not (checkpoints / "lease").exists()
+
+
 def test_what_is_exported_reaches_the_ranks(stubs: Path, tmp_path: Path):
     """With ``--export=NONE`` for sbatch SLURM sets SLURM_EXPORT_ENV=NONE, and srun handed on nothing: no S3_RUN_DIR,
     no NCCL_SOCKET_IFNAME. tests/slurm runs a job under it."""

@@ -1,5 +1,6 @@
 """What a user gets wrong: one line that names it, before any rank has built anything."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import sentencepiece
 
 from s3_megatron import rehearsal
+from s3_megatron.checkpoints.lease import held
 from s3_megatron.train import entry
 from tests.launcher import torchrun
 from tests.train import refusals
@@ -50,6 +52,16 @@ def test_a_folder_of_deepspeeds_checkpoints_is_not_trained_over(
     """Megatron found none of its own there, and started from random weights."""
     (tmp_path / "latest").write_text("iter_0000004")
     assert "holds DeepSpeed's checkpoints" in refusal(gpt, monkeypatch, *MOCK, "--load", str(tmp_path))
+
+
+def test_a_folder_that_another_run_saves_to_is_refused(
+    gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Both trained: a bare torchrun has no node agent that would look."""
+    monkeypatch.delenv("S3_RUN_DIR", raising=False)
+    with held(tmp_path, print):
+        line = refusal(gpt, monkeypatch, *MOCK, "--save", str(tmp_path), "--save-interval", "1", "--lr", "1e-3")
+    assert line.startswith(f"{tmp_path} is held by process {os.getpid()} on ")
 
 
 def test_data_files_that_are_not_there_are_named(

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
+from s3_megatron.checkpoints import lease
 from s3_megatron.checkpoints.whole import repair_pointer
 from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
@@ -35,6 +36,7 @@ class Agent:
         self._start_seconds, self._hang_seconds = start_minutes * 60, hang_minutes * 60
         self._started = time.time()
         self._stopped = False
+        self._lost: str | None = None  # who has taken the run folder
         self._told: set[psutil.Process] = set()
 
     def main(self, command: Sequence[str]) -> int:
@@ -43,11 +45,24 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._remember)
         adopt_orphans()
-        if os.environ.get("SLURM_NODEID", "0") == "0":
-            try:
-                self._prepare()
-            except S3Error as error:
-                return self._end(verdict.CONFIGURATION, False, self._error(str(error)))
+        if os.environ.get("SLURM_NODEID", "0") != "0":
+            return self._train(command)
+        try:
+            with lease.held(self._run / "checkpoints", self._lose):
+                return self._train(command, self._prepare)
+        except lease.FolderIsHeld as error:
+            # Neither a verdict nor ENDED: the run is another's, and goes on.
+            print(f"s3_megatron: error: {error}", flush=True)
+            return verdict.CONFIGURATION
+
+    def _lose(self, why: str) -> None:
+        self._lost = why
+
+    def _train(self, command: Sequence[str], prepare: Callable[[], None] = lambda: None) -> int:
+        try:
+            prepare()
+        except S3Error as error:
+            return self._end(verdict.CONFIGURATION, False, self._error(str(error)))
         hung = False
         try:
             code = self._watch(command)
@@ -57,7 +72,8 @@ class Agent:
             code, self._stopped = -signal.SIGINT, True
         finally:
             kill_descendants()
-        return self._end(code, hung, verdict.first_failure(self._failures))
+        first = verdict.first_failure(self._failures) if self._lost is None else self._error(self._lost)
+        return self._end(code, hung, first)
 
     def _remember(self, _number: int, _frame: FrameType | None) -> None:
         self._stopped = True
@@ -82,6 +98,8 @@ class Agent:
                 return child.wait(_TICK_SECONDS)
             except subprocess.TimeoutExpired:
                 pass
+            if self._lost is not None:
+                return 1
             if self._stopped:
                 self._tell_ranks(child.pid)
             if (silent := watchdog.silence()) is not None:

@@ -1,0 +1,75 @@
+"""One run at a time in a folder of checkpoints: two would train over each other, and each spoil the other's saves."""
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from s3_megatron.errors import S3Error
+from s3_megatron.files import write_file
+
+# How long a holder on another machine may be silent, in seconds: file servers show a change after up to 60.
+LEASE_SECONDS = 120.0
+
+
+class FolderIsHeld(S3Error):
+    """Another run has the folder."""
+
+
+@contextmanager
+def held(folder: Path, lost: Callable[[str], None]) -> Iterator[None]:
+    """Hold ``folder`` while the body runs; calls ``lost`` from another thread with a line should somebody take it.
+
+    A holder of this machine that has ended keeps nothing; nor does an earlier start of the same SLURM job. One on
+    another machine is waited for until it has not refreshed its claim for LEASE_SECONDS. ``folder/holder`` names the
+    holder: job-restart or "-", host, process, time.
+
+    Raises:
+        FolderIsHeld: another run has the folder.
+        S3Error: it cannot be written.
+    """
+    try:
+        from filelock import LeaseCompromise, SoftFileLease, Timeout
+    except ImportError:  # NVIDIA's container pins an older one
+        print("filelock before 3.30 has no leases: a second run in this folder would not be noticed", file=sys.stderr)
+        yield
+        return
+
+    def compromised(loss: LeaseCompromise) -> None:
+        if loss.reason == "owner-changed":
+            lost(f"{folder} is no longer this run's: {_holder(folder)} has it")
+
+    host, job = platform.node(), os.environ.get("SLURM_JOB_ID")
+    start = f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else "-"
+    lease = SoftFileLease(folder / "lease", lease_duration=LEASE_SECONDS, on_compromise=compromised, thread_local=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before, where, *_ = [*_words(folder), "-", "-"]
+        if job and before != start and before.rpartition("-")[0] == job:
+            (folder / "lease").unlink(missing_ok=True)
+        lease.acquire(timeout=2 if where == host else LEASE_SECONDS + 5, poll_interval=0.5)
+    except Timeout as error:
+        raise FolderIsHeld(f"{folder} is held by {_holder(folder)}: one run at a time") from error
+    except OSError as error:
+        raise S3Error(f"{folder} cannot be held: {error.strerror or error}") from error
+    try:
+        write_file(folder / "holder", f"{start} {host} {os.getpid()} {time.strftime('%F %T')}\n".encode())
+        yield
+    finally:
+        lease.release()
+
+
+def _words(folder: Path) -> list[str]:
+    path = folder / "holder"
+    return path.read_text(encoding="utf-8").split() if path.exists() else []
+
+
+def _holder(folder: Path) -> str:
+    """Name who has ``folder``."""
+    if len(words := _words(folder)) != 5:
+        return "a run that has not written its name yet"
+    start, host, pid, day, clock = words
+    return f"{'' if start == '-' else f'job {start}, '}process {pid} on {host} since {day} {clock}"
