@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from s3_megatron.errors import S3Error
+from s3_megatron.rehearsal import products
 from s3_megatron.rehearsal.cuda import BOUND_BY_NAME, STAND_INS, CudaIsCpu
 
 _undo: contextlib.ExitStack | None = None
@@ -25,7 +26,8 @@ def activate() -> None:
     Megatron is imported, so that its ``torch.compile`` decorators stay out, too.
 
     Raises:
-        S3Error: this machine has a GPU, or a symbol that is replaced has moved.
+        S3Error: this machine has a GPU, $S3_REHEARSAL_PRODUCTS has an unknown word, or a symbol that is replaced has
+            moved.
     """
     global _undo
     if _undo is not None:
@@ -35,6 +37,7 @@ def activate() -> None:
             f"a rehearsal is for machines without a GPU, and this one has {torch.cuda.get_device_name(0)}: drop "
             "--rehearsal (or unset S3_REHEARSAL), or hide the GPU with CUDA_VISIBLE_DEVICES="
         )
+    dtypes = products.choose()
     # torch.optim loads it sooner or later, and while it loads it must find torch.cuda's own functions.
     importlib.import_module("torch._dynamo")
     with contextlib.ExitStack() as stack:
@@ -48,11 +51,14 @@ def activate() -> None:
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # for what is compiled already
         _replace(stack, torch.utils.data.DataLoader, "__iter__", _keep_rng(torch.utils.data.DataLoader.__iter__))
         stack.enter_context(CudaIsCpu())
+        if dtypes:
+            stack.callback(products.compute_in_float32(dtypes))
         _prepare_megatron(stack)
         _undo = stack.pop_all()
     if os.environ.get("RANK", "0") == "0":
         print(
-            "REHEARSAL on CPU: torch.cuda is replaced and ranks talk over gloo; speeds mean nothing",
+            "REHEARSAL on CPU: torch.cuda is replaced and ranks talk over gloo; speeds mean nothing\n"
+            f"REHEARSAL {products.describe(dtypes)}",
             file=sys.stderr,
         )
 

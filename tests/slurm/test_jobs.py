@@ -25,7 +25,7 @@ from tests.slurm.cluster import OVER, Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS, SAVE_INTERVAL = 60, 10
-# Iterations of about a third of a second on two cores (dropout in bf16 is slow there): time enough to act in.
+# Iterations of about a third of a second on two cores: time enough to act in.
 PAYLOAD = [
     *("layout.nodes=2", "model.num_layers=2", "model.hidden_size=128", "model.num_attention_heads=4"),
     *("model.seq_length=128", "model.vocab_size=1024", "model.hidden_dropout=0.1"),
