@@ -108,7 +108,7 @@ def _product(name: str, kernel: Any, dtypes: Collection[torch.dtype]) -> Kernel:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         dtype = tensors[0].dtype
         if dtype not in dtypes or any(tensor.dtype != dtype for tensor in tensors):
-            return kernel.call_boxed(keyset, *args, **kwargs)  # type: ignore[no-any-return]
+            return kernel.call_boxed(keyset, *args, **kwargs)
         widened = {key: _widen(value) for key, value in kwargs.items()}
         result: Tensor = kernel.call_boxed(keyset, *map(_widen, args), **widened)
         if not writes:
@@ -126,7 +126,7 @@ def _attention(kernel: Any, dtypes: Collection[torch.dtype]) -> Kernel:
     def attention(keyset: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         dtype = args[0].dtype
         if dtype not in dtypes:
-            return kernel.call_boxed(keyset, *args, **kwargs)  # type: ignore[no-any-return]
+            return kernel.call_boxed(keyset, *args, **kwargs)
         widened = {key: _widen(value) for key, value in kwargs.items()}
         results = kernel.call_boxed(keyset, *map(_widen, args), **widened)
         if len(results) == 2:
