@@ -44,9 +44,11 @@ def choose() -> list[torch.dtype]:
     word = os.environ.get(VARIABLE) or "auto"
     if word not in WORDS:
         raise S3Error(f"{VARIABLE}={word} is none of {', '.join(WORDS)}: use one of them, or unset it")
-    if word == "torch":
+    # An older torch cannot replace kernels, and `s3-megatron check` and `doctor`, which rehearse no product, need not.
+    able = hasattr(torch.library, "get_kernel") and hasattr(torch.cpu, "get_capabilities")
+    if word == "torch" or (word == "auto" and not able):
         return []
-    if not (hasattr(torch.library, "get_kernel") and hasattr(torch.cpu, "get_capabilities")):
+    if not able:
         raise _unknown_torch("it has no torch.library.get_kernel")
     return [dtype for dtype in NAMES if word == "float32" or not _is_fast(dtype)]
 
