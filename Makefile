@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Written last: its absence tells an interrupted install from a complete one.
 STAMP := $(VENV)/.complete
+# What packages are built with: megatron-core and deepspeed where they have no wheel, as on macOS.
+BUILD = setuptools packaging pybind11
 INSTALL = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 # Templates are checked as what they render to, in tests/golden.
 SCRIPTS = $(shell git ls-files --cached --others --exclude-standard | grep -v '\.j2$$' | xargs grep -lE '^\#!.*\b(ba)?sh\b' 2>/dev/null)
@@ -13,7 +15,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help venv demo test test-slurm test-hosts lint sanitize clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 venv: $(STAMP) ## build .venv (every other target does it by itself)
 
@@ -23,12 +25,23 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	    python=$$(launch/find-python.sh) && echo "building $(VENV) with $$python" && \
 	    rm -rf $(VENV) && "$$python" -m venv $(VENV); fi
 	@echo "installing torch, megatron-core and deepspeed: takes 2-4 minutes the first time"
-	@$(INSTALL) setuptools
+	@$(INSTALL) $(BUILD)
 	@$(INSTALL) --no-build-isolation --editable '.[megatron,deepspeed,data,jobs,demo,dev]'
 	@touch $(STAMP)
 
+# A mistyped variable would be ignored, and the other engine trained.
+ifneq ($(filter demo,$(MAKECMDGOALS)),)
+# A value's spaces have a backslash before them there.
+SPACE := $(subst ,, )
+GIVEN := $(subst \$(SPACE),,$(MAKEOVERRIDES))
+UNKNOWN := $(filter-out ENGINE PYTHON VENV,$(foreach given,$(GIVEN),$(firstword $(subst =, ,$(given)))))
+ifneq ($(UNKNOWN),)
+$(error make demo has no variable $(UNKNOWN): there are ENGINE (megatron or deepspeed), PYTHON and VENV)
+endif
+endif
+
 demo: $(STAMP) ## train GPT-2 with S3, kill it, resume it, compare with AdamW: 12 minutes on 2 cores (ENGINE=deepspeed)
-	@$(BIN)/python -m s3_megatron.demo $(if $(ENGINE),--engine $(ENGINE))
+	@exec $(BIN)/python -m s3_megatron.demo $${ENGINE:+--engine "$$ENGINE"}
 
 # One thread a process: the distributed tests start as many processes as there are cores, and more.
 test: $(STAMP) ## run the whole test suite: 20 to 25 minutes on 2 cores

@@ -22,6 +22,8 @@ def refuse(reason):
     sys.exit(1)
 if not (3, 12) <= sys.version_info[:2] <= (3, 13):
     refuse("and not 3.12 or 3.13")
+if sys.platform == "darwin" and os.uname().machine == "x86_64":
+    refuse("for Intel Macs, which torch has no wheel for")
 try:
     import ensurepip, venv
 except ImportError as error:

@@ -16,6 +16,7 @@ from typing import Any
 from rich.table import Table
 
 import s3_megatron
+from s3_megatron import machine
 
 # Seconds; a cold import of torch from a network disk takes a minute.
 PATIENCE = 180
@@ -130,7 +131,7 @@ def _plain(text: str) -> str:
 
 
 def _machine() -> list[Finding]:
-    cores = len(os.sched_getaffinity(0))
+    cores = machine.cores()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return [
         Finding("Python", OK, f"{platform.python_version()}, {sys.executable}"),

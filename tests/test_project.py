@@ -18,6 +18,7 @@ OLD = "sys.version_info = (3, 11, 7, 'final', 0)"
 NEW = "sys.version_info = (3, 14, 0, 'final', 0)"
 WITHOUT_ENSUREPIP = "sys.modules['ensurepip'] = None"
 WITHOUT_HEADERS = "import sysconfig; sysconfig.get_path = lambda name: '/nowhere'"
+INTEL_MAC = "import os; sys.platform = 'darwin'; os.uname = lambda: os.uname_result([''] * 4 + ['x86_64'])"
 SHIM = "sys.exit('pyenv: python3.12: command not found')"
 
 
@@ -44,7 +45,7 @@ def test_finder_passes_over_a_shim_that_exists_and_fails(tmp_path: Path):
     assert (found.returncode, found.stdout.strip(), found.stderr) == (0, PYTHON, "")
 
 
-@pytest.mark.parametrize("wrong", [OLD, NEW, WITHOUT_ENSUREPIP, WITHOUT_HEADERS, SHIM])
+@pytest.mark.parametrize("wrong", [OLD, NEW, WITHOUT_ENSUREPIP, WITHOUT_HEADERS, INTEL_MAC, SHIM])
 def test_finder_refuses_what_cannot_carry_the_project(tmp_path: Path, wrong: str):
     fake(tmp_path / "bin/python3", wrong)
     found = find(tmp_path)
@@ -158,3 +159,44 @@ def test_what_a_person_types_starts_without_torch():
         [sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True, capture_output=True, text=True
     )
     assert not {"torch", "megatron"} & set(loaded.stdout.split())
+
+
+def make(tree: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run make where an environment is complete, whose python only says what it is asked."""
+    python = tree / ".venv/bin/python"
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text('#!/bin/sh\nfor word; do printf "<%s>" "$word"; done\n')
+    python.chmod(0o755)
+    os.utime(tree / "setup.py", (0, 0))
+    (tree / ".venv/.complete").touch()
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "ENGINE"))}
+    return subprocess.run(["make", *arguments], cwd=tree, env={**clean, **env}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "asked"),
+    [
+        ([], {}, ""),
+        (["ENGINE="], {}, ""),
+        (["ENGINE=deepspeed"], {}, "<--engine><deepspeed>"),
+        ([], {"ENGINE": "deepspeed"}, "<--engine><deepspeed>"),
+        (["ENGINE=a 'b c; echo x=y"], {}, "<--engine><a 'b c; echo x=y>"),
+    ],
+)
+def test_make_demo_hands_its_engine_on_as_it_is(tree: Path, arguments: list[str], env: dict[str, str], asked: str):
+    """Two words were two arguments, and a quote broke the shell's line."""
+    assert make(tree, "demo", *arguments, **env).stdout == f"<-m><s3_megatron.demo>{asked}"
+
+
+def test_make_demo_refuses_a_variable_it_does_not_have(tree: Path):
+    """``make demo ENGIN=deepspeed`` trained with Megatron for minutes."""
+    refused = make(tree, "demo", "ENGIN=deepspeed", "VENV=.venv")
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert "make demo has no variable ENGIN: there are ENGINE (megatron or deepspeed), PYTHON" in refused.stderr
+
+
+def test_make_help_lists_the_targets_in_columns(tree: Path):
+    """BSD's sed, which macOS has, wrote a t for a tabulator."""
+    lines = make(tree, "help").stdout.splitlines()
+    assert any(line.startswith("  make demo ") for line in lines)
+    assert len({len(line) - len(line[10:].split(" ", 1)[1].lstrip()) for line in lines}) <= 2

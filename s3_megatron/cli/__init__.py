@@ -1,7 +1,6 @@
 """`s3-megatron`: what a person types; each command is one call into the package, imported when it runs."""
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import typer
 from rich.table import Table
 
 import s3_megatron
+from s3_megatron import machine
 from s3_megatron.cli import jobs, patch
 from s3_megatron.cli.output import console, errors, line
 from s3_megatron.errors import S3Error
@@ -218,7 +218,7 @@ def step(
     if min(sizes) <= bench.SHARDS:
         raise S3Error(f"--parameters is {min(sizes)}: it must be more than {bench.SHARDS}, one for each tensor")
     with errors.status("measuring") as status:
-        result = bench.measure(device, sizes, threads or len(os.sched_getaffinity(0)), repeats, status.update)
+        result = bench.measure(device, sizes, threads or machine.cores(), repeats, status.update)
     for table in bench.tables(result):
         console.print(table)
     line(f"stream {result.stream:.1f} GB/s on {result.machine['processor']}, kernel: {result.machine['kernel']}")

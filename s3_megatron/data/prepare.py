@@ -1,6 +1,5 @@
 """The way from text files to a dataset Megatron trains on."""
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -8,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from s3_megatron import machine
 from s3_megatron.data.encoding import Encoder, Settings, encode_documents
 from s3_megatron.data.sources import BadDocument, find_inputs, read_documents
 from s3_megatron.data.training import train_sentencepiece
@@ -76,7 +76,7 @@ def prepare(
     """
     started = time.monotonic()
     refuse_existing(output)
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    workers = machine.cores() if workers is None else workers
     if workers < 1:
         raise S3Error(f"--workers {workers}: at least 1")
     paths = find_inputs(inputs)

@@ -2,27 +2,37 @@
 
 import argparse
 import logging
-import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from rich.console import Console
 
-from s3_megatron.demo import corpus, figure, report
+from s3_megatron.demo import corpus, preflight, report
 from s3_megatron.demo.engines import ENGINES
-from s3_megatron.demo.runs import RECIPE, kill_at, load, trial, with_data
+from s3_megatron.demo.runs import RECIPE, iterations_in_all, kill_at, load, trial, with_data
 from s3_megatron.demo.tokens import tokenize
 from s3_megatron.errors import S3Error
+from s3_megatron.jobs.forecast import Forecast
+from s3_megatron.jobs.progress import say, stage_line
 
 RUNS = Path("runs")
+_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Of the ranks: S3's run, the killed one and its resume, AdamW's.
+_STARTS = 4
 
 
 def main() -> None:
-    """Run the demonstration; ends with status 1 and one line on a mistake, 130 on Ctrl-C."""
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, lambda number, _: sys.exit(128 + number))  # through every ``with``, which ends the ranks
+    """Run the demonstration; ends with 2 and one line on a mistake, with 128 + its number on a signal."""
+    for number in _ENDINGS:
+        # Of a shell's background jobs SIGINT is ignored, and is not here. Who says nohup wants SIGHUP to be.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _stop)
     # It warns that a machine without a GPU has none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(prog="python -m s3_megatron.demo", description=__doc__)
@@ -32,51 +42,65 @@ def main() -> None:
     try:
         demonstrate(console, chosen)
     except S3Error as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        console.print("stopped; every rank has ended")
-        sys.exit(130)
+        _end(2, f"error: {error}")
+    except OSError as error:  # a disk that fills up, a folder that is taken away
+        _end(2, f"error: {error.filename or RUNS} cannot be read or written: {error.strerror or error}")
+    except SystemExit as stop:
+        _end(stop.code, "stopped; every rank has ended" if isinstance(stop.code, int) and stop.code > 128 else None)
+
+
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    """Leave through every ``with``, which ends the ranks."""
+    sys.exit(128 + number)
+
+
+def _end(code: int | str | None, text: str | None) -> NoReturn:
+    """Say why, as well as a terminal that may be gone allows, and leave."""
+    for number in _ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
+    if text is not None:
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def demonstrate(console: Console, chosen: str | None = None) -> None:
     """Build the corpus, train three times with the ``chosen`` engine or the recipe's, and report under ``runs``."""
+    engine = ENGINES[load("s3", chosen).recipe.engine]  # before anything is built: there may be no such engine
+    preflight.check(engine, console)
+    with preflight.own_folder(RUNS):
+        _demonstrate(console, chosen, RUNS / engine.results)
+
+
+def _demonstrate(console: Console, chosen: str | None, folder: Path) -> None:
     started = time.monotonic()
-    engine = load("s3", chosen).recipe.engine  # before anything is built: there may be no such engine
-    with console.status("looking for GPUs"):
+    with stage_line(console, "looking for GPUs", None):
         import torch
 
         gpus = torch.cuda.device_count()
     s3, adamw = (load(optimizer, chosen, gpus) for optimizer in ("s3", "adamw"))
-    text = corpus.build(RUNS / "corpus")
-    console.print(f"corpus: {text.bytes / 1e6:.1f} MB in {text.documents} documents of Python {text.python}")
+    forecast = Forecast(partial(say, console), _STARTS, iterations_in_all(s3.recipe))
+    text = corpus.build(RUNS / "corpus", console)
     tokens = tokenize(text, s3.recipe.model.vocab_size, console)
     s3, adamw = with_data(s3, tokens.data), with_data(adamw, tokens.data)
-    folder = RUNS / ENGINES[engine].results
-    set_aside(folder, console)
-    console.print(
-        f"training on {s3.ranks} {'GPUs' if gpus else 'processes without a GPU (rehearsal)'}; logs under {folder}"
-    )
-    trial(s3, folder / "s3", "S3").train(console)
-    killed = trial(s3, folder / "s3-killed", "S3, one rank killed")
+    preflight.set_aside(folder, console)
+    kind = "GPUs" if gpus else "processes without a GPU (rehearsal)"
+    say(console, f"training on {s3.ranks} {kind}; logs under {folder}")
+    trial(s3, folder / "s3", "S3", forecast).train(console)
+    killed = trial(s3, folder / "s3-killed", "S3, one rank killed", forecast)
     interruption = killed.train_through_a_kill(kill_at(s3.recipe), console)
-    trial(adamw, folder / "adamw", "AdamW").train(console)
-    outcome = report.Outcome.read(folder, interruption)
-    figures = {"python": text.python, "documents": text.documents, "bytes": text.bytes}
-    figures |= {"train_tokens": tokens.train, "validation_tokens": tokens.validation}
-    found = report.summarize(outcome, s3.recipe, adamw.recipe, gpus=gpus, corpus=figures)
-    report.write_json(folder / "report.json", found)
-    figure.draw(folder / "report.png", outcome, found)
+    trial(adamw, folder / "adamw", "AdamW", forecast).train(console)
+    with stage_line(console, "report", None):
+        from s3_megatron.demo import figure  # matplotlib takes a second
+
+        outcome = report.Outcome.read(folder, interruption)
+        figures = {"python": text.python, "documents": text.documents, "bytes": text.bytes}
+        figures |= {"train_tokens": tokens.train, "validation_tokens": tokens.validation}
+        found = report.summarize(outcome, s3.recipe, adamw.recipe, gpus=gpus, corpus=figures)
+        report.write_json(folder / "report.json", found)
+        figure.draw(folder / "report.png", outcome, found)
     console.print(report.table(found))
-    console.print(f"{folder}/report.json, {folder}/report.png; {time.monotonic() - started:.0f} seconds")
-
-
-def set_aside(folder: Path, console: Console) -> None:
-    """Move the results of an earlier demonstration to ``FOLDER.previous``, replacing what is there."""
-    if folder.exists():
-        previous = folder.with_name(f"{folder.name}.previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-        console.print(f"the last demonstration is now in {previous}")
+    say(console, f"{folder}/report.json, {folder}/report.png; {time.monotonic() - started:.0f} seconds")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import pydoc_data.topics
 import sysconfig
@@ -10,9 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
+from s3_megatron.files import write_file
+from s3_megatron.jobs.progress import say, stage_line
+
 # Not part of every installation, or not text for a language model (encodings/ is tables of code points).
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "lib2to3", "pydoc_data"}
 VALIDATION_PERCENT = 10
+TRAIN, VALIDATION, MANIFEST = "train.jsonl", "validation.jsonl", "corpus.json"
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,12 @@ class Corpus:
     @property
     def train(self) -> Path:
         """The training split."""
-        return self.folder / "train.jsonl"
+        return self.folder / TRAIN
 
     @property
     def validation(self) -> Path:
         """The validation split."""
-        return self.folder / "validation.jsonl"
+        return self.folder / VALIDATION
 
 
 def documents() -> Iterator[tuple[str, str]]:
@@ -52,24 +57,42 @@ def in_validation(name: str) -> bool:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 < VALIDATION_PERCENT
 
 
-def build(root: Path) -> Corpus:
+def build(root: Path, console: Console) -> Corpus:
     """Write the corpus into a folder of ``root`` that bears this Python's version, or reuse the one there.
 
     The manifest is written last, by renaming: a folder without it is not a corpus.
     """
-    python = platform.python_version()
-    folder = root / python
-    manifest = folder / "corpus.json"
-    if manifest.exists():
-        return Corpus(folder, **json.loads(manifest.read_text()))
+    folder = root / platform.python_version()
+    corpus = _existing(folder) or _write(folder, console)
+    say(console, f"corpus: {corpus.bytes / 1e6:.1f} MB in {corpus.documents} documents of Python {corpus.python}")
+    return corpus
+
+
+def _existing(folder: Path) -> Corpus | None:
+    """Read the corpus in ``folder``; None where it is not whole, as after an interruption or somebody's tidying up."""
+    try:
+        corpus = Corpus(folder, **json.loads((folder / MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return corpus if corpus.train.exists() and corpus.validation.exists() else None
+
+
+def _write(folder: Path, console: Console) -> Corpus:
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [(name, text) for name, text in documents() if text.strip()]
-    corpus = Corpus(folder, python, len(texts), sum(len(text.encode()) for _, text in texts))
-    with corpus.train.open("w", encoding="utf-8") as train, corpus.validation.open("w", encoding="utf-8") as held_out:
-        for name, text in texts:
-            line = json.dumps({"text": text, "source": name}, ensure_ascii=False)
-            (held_out if in_validation(name) else train).write(line + "\n")
-    beside = folder / "corpus.json.tmp"
-    beside.write_text(json.dumps({"python": python, "documents": corpus.documents, "bytes": corpus.bytes}) + "\n")
-    os.replace(beside, manifest)
+    train, held_out = folder / TRAIN, folder / VALIDATION
+    count = size = 0
+    with (
+        stage_line(console, "corpus", None) as line,
+        train.open("w", encoding="utf-8") as training,
+        held_out.open("w", encoding="utf-8") as validating,
+    ):
+        for name, text in documents():
+            if text.strip():
+                record = json.dumps({"text": text, "source": name}, ensure_ascii=False)
+                (validating if in_validation(name) else training).write(record + "\n")
+                count, size = count + 1, size + len(text.encode())
+                line.advance(count, f"{count} documents")
+    corpus = Corpus(folder, platform.python_version(), count, size)
+    about = {"python": corpus.python, "documents": count, "bytes": size}
+    write_file(folder / MANIFEST, json.dumps(about).encode() + b"\n")
     return corpus

@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 import s3_megatron
+from s3_megatron import machine
 from s3_megatron.demo.engines import ENGINES
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.recipe import S3, AdamW, Recipe
@@ -60,7 +61,7 @@ def summarize(outcome: Outcome, s3: Recipe, adamw: Recipe, *, gpus: int, corpus:
         },
         "engine": s3.engine,
         "machine": {
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": machine.cores(),
             "gpus": gpus,
             "backend": "nccl" if gpus else "gloo, rehearsal",
         },

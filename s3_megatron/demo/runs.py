@@ -4,9 +4,11 @@ import os
 import sys
 from pathlib import Path
 
+from s3_megatron import machine
 from s3_megatron.files import write_file
 from s3_megatron.jobs import compose
 from s3_megatron.jobs.flags import ENTRIES, deepspeed_file, megatron_flags
+from s3_megatron.jobs.forecast import Forecast, work
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.process import END_SOON
 from s3_megatron.jobs.recipe import Data, Recipe
@@ -41,20 +43,29 @@ def kill_at(recipe: Recipe) -> int:
     return recipe.schedule.train_iters // interval // 2 * interval + interval // 2
 
 
-def trial(job: Job, run: Path, title: str) -> Trial:
+def iterations_in_all(recipe: Recipe) -> float:
+    """What the demonstration's three runs are in iterations of training, with those that the resume does once more."""
+    return 3 * work(recipe.schedule) + kill_at(recipe) % recipe.checkpoint.save_interval
+
+
+def trial(job: Job, run: Path, title: str, forecast: Forecast) -> Trial:
     """The run of ``job`` in the folder ``run``; torchrun picks a free port."""
     if job.recipe.engine == "deepspeed":
         write_file(run / "deepspeed.json", deepspeed_file(job).read_bytes())
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(job.ranks)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    launcher += ["--nproc_per_node", str(job.ranks)]
     flags = [word for words in megatron_flags(job, run) for word in words]
     command = [*launcher, "-m", ENTRIES[job.recipe.engine], *flags]
-    return Trial(title, command, run, environment(job), job.recipe.schedule.train_iters)
+    return Trial(title, command, run, environment(job), job.recipe.schedule.train_iters, forecast)
 
 
 def environment(job: Job) -> dict[str, str]:
     """The ranks' environment: the rehearsal where there is no GPU, and the cores shared out among them."""
-    cores = len(os.sched_getaffinity(0))
-    ours = {"OMP_NUM_THREADS": str(max(1, cores // job.ranks)), "CUDA_DEVICE_MAX_CONNECTIONS": "1", **END_SOON}
+    threads = max(1, machine.cores() // job.ranks)
+    ours = {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1", **END_SOON}
     if job.rehearsed:
         ours["S3_REHEARSAL"] = "1"
-    return {**os.environ, **ours}
+    # Otherwise gloo looks for the address of this machine's name, which many a laptop's does not have.
+    interface = machine.loopback()
+    defaults = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface}
+    return {**defaults, **os.environ, **ours}

@@ -1,11 +1,18 @@
 """The corpus as tokens: a SentencePiece model of it, and both splits in Megatron's format."""
 
+import os
+import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
 from s3_megatron.data import inspect, prepare, train_sentencepiece
+from s3_megatron.data.prepare import Progress
 from s3_megatron.demo.corpus import Corpus
+from s3_megatron.jobs.process import Guarded
+from s3_megatron.jobs.progress import say, stage_line
 from s3_megatron.jobs.recipe import Data
 
 
@@ -23,18 +30,43 @@ def tokenize(corpus: Corpus, vocabulary: int, console: Console) -> Tokens:
 
     Whatever is there already is used: none of these files ever exists in part.
     """
-    folder = corpus.folder
-    model = folder / "tokenizer.model"
+    model = corpus.folder / "tokenizer.model"
     if not model.exists():
-        with console.status(f"training a SentencePiece model of {vocabulary:,} pieces (15-30 s)"):
-            train_sentencepiece([corpus.train], model, vocabulary)
+        _train_tokenizer(corpus.train, model, vocabulary, console)
     counts = []
     for split in (corpus.train, corpus.validation):
         prefix = split.with_suffix("")
         if not prefix.with_suffix(".idx").exists():
-            with console.status(f"encoding {split.name}"):
-                prepare([split], prefix, tokenizer_model=model, append_eod=True)
+            _encode(split, prefix, model, console)
         counts.append(inspect(prefix).tokens)
-    console.print(f"tokens: {counts[0]:,} to train, {counts[1]:,} to validate, {vocabulary:,} in the vocabulary")
+    say(console, f"tokens: {counts[0]:,} to train, {counts[1]:,} to validate, {vocabulary:,} in the vocabulary")
+    folder = corpus.folder
     data = Data(train=str(folder / "train"), validation=str(folder / "validation"), tokenizer_model=str(model))
     return Tokens(data, *counts)
+
+
+def _train_tokenizer(text: Path, model: Path, vocabulary: int, console: Console) -> None:
+    """Have another process do it: SentencePiece does not return to Python for seconds, neither for a signal nor a bar.
+
+    Nor does it say how far it is, so this stage has no end in sight.
+    """
+    command = [sys.executable, "-m", __name__, str(text), str(model), str(vocabulary)]
+    with stage_line(console, "tokenizer", None) as line:
+        line.status(f"training a SentencePiece model of {vocabulary:,} pieces (5-30 s)")
+        with Guarded(command, model.with_name("tokenizer.log"), os.environ) as child:
+            while child.running():
+                time.sleep(0.05)
+            child.check("the tokenizer's training")
+
+
+def _encode(split: Path, prefix: Path, model: Path, console: Console) -> None:
+    with stage_line(console, f"encoding {split.stem}", split.stat().st_size) as line:
+
+        def advance(now: Progress) -> None:
+            line.advance(now.read, f"{now.documents} documents")
+
+        prepare([split], prefix, tokenizer_model=model, append_eod=True, on_progress=advance)
+
+
+if __name__ == "__main__":
+    train_sentencepiece([sys.argv[1]], sys.argv[2], int(sys.argv[3]))

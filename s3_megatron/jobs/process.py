@@ -2,11 +2,10 @@
 
 import json
 import re
-import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -52,23 +51,23 @@ class Tail:
         return [json.loads(line) for line in whole.splitlines() if line]
 
 
-class Training:
-    """A running command, torchrun at or below it, and what it logs; leaving the ``with`` block ends all of it.
+class Guarded:
+    """A running command that ends with this program, however that ends; leaving the ``with`` block ends it, too.
 
-    It has a session of its own, so that Ctrl-C reaches this program only, which then ends it in order.
+    It has a session of its own, so that Ctrl-C reaches this program only. A guard stands between the two and ends the
+    command in order when the pipe to it is closed, which the kernel does even where this program is killed.
     """
 
-    def __init__(self, command: Sequence[str], run: Path, env: Mapping[str, str]) -> None:
-        """Start ``command``, which trains in the folder ``run``; what it prints is appended to its logs/job.log."""
-        self.log = run / "logs" / "job.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._log_start = self.log.stat().st_size if self.log.exists() else 0
-        self._tail = Tail(run / "watch")
-        self._family: list[psutil.Process] = []
-        with self.log.open("ab") as file:
+    def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str]) -> None:
+        """Start ``command``; what it prints is appended to ``log``."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        self._log_start = log.stat().st_size if log.exists() else 0
+        guard = [sys.executable, "-m", "s3_megatron.jobs.guard", str(PATIENCE)]
+        with log.open("ab") as file:
             self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
+                [*guard, *command],
+                stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=env,
@@ -81,52 +80,32 @@ class Training:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ask the command to end, which passes it on to the ranks; after PATIENCE end whatever is left."""
-        if self._process.poll() is None:
-            self._family = self._descendants()
-            self._process.send_signal(signal.SIGTERM)
-            psutil.wait_procs([*self._family, psutil.Process(self.pid)], timeout=PATIENCE)
-            self._process.kill()
-        for process in self._family:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(self._family, timeout=PATIENCE)
-        self._process.wait()
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """Yield what the run logs until it has ended."""
-        running = True
-        while running:
-            running = self._process.poll() is None  # asked before reading: nothing written last is missed
-            yield from self._tail.events()
-            time.sleep(0.1)
+        """End whatever is left, in PATIENCE seconds and a few; a second Ctrl-C does not cut that short."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        again: BaseException | None = None
+        while self.running():
+            try:
+                self._process.wait()
+            except (KeyboardInterrupt, SystemExit) as stop:
+                again = stop
+        if again is not None and error is None:
+            raise again
 
     @property
     def pid(self) -> int:
-        """The process id of the command."""
+        """The process id of the guard."""
         return self._process.pid
 
-    def kill_last_rank(self) -> int:
-        """Send SIGKILL to the rank with the highest number, as a node's failure or the OOM killer would; returns it.
+    def running(self) -> bool:
+        """Whether the command has not ended yet."""
+        return self._process.poll() is None
 
-        The helper processes of the ranks (Megatron writes checkpoints with some) would outlive them: they are
-        remembered, and end with the ``with`` block.
-        """
-        self._family = self._descendants()
-        # Parents come before their children here, so the first with ranks below it is torchrun.
-        torchrun = next(filter(None, map(ranks, (self.pid, *(process.pid for process in self._family)))))
-        last = max(torchrun, key=lambda rank: rank.rank)
-        last.process.kill()
-        return last.rank
-
-    def check(self) -> None:
-        """Raise S3Error with the reasons found in the log when the run has failed."""
+    def check(self, what: str) -> None:
+        """Wait for the end, and raise S3Error with the reasons found in the log where ``what`` has failed."""
         status = self._process.wait()
         if status:
-            raise S3Error(f"training ended with status {status}: {self._reason()} (whole log: {self.log})")
-
-    def _descendants(self) -> list[psutil.Process]:
-        return psutil.Process(self.pid).children(recursive=True)
+            raise S3Error(f"{what} ended with status {status}: {self._reason()} (whole log: {self.log})")
 
     def _reason(self) -> str:
         with self.log.open("rb") as file:
@@ -135,3 +114,32 @@ class Training:
         reasons = dict.fromkeys(found[1] for line in lines if (found := _VERDICT.match(line)))
         reasons = reasons or dict.fromkeys(line for line in lines if _REASON.match(line))
         return "; ".join(list(reasons)[:3]) or " / ".join([line for line in lines if line][-3:])
+
+
+class Training(Guarded):
+    """A running command, torchrun at or below it, and what it logs."""
+
+    def __init__(self, command: Sequence[str], run: Path, env: Mapping[str, str]) -> None:
+        """Start ``command``, which trains in the folder ``run``; what it prints is appended to its logs/job.log."""
+        self._tail = Tail(run / "watch")
+        super().__init__(command, run / "logs" / "job.log", env)
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yield what the run logs until it has ended."""
+        running = True
+        while running:
+            running = self.running()  # asked before reading: nothing written last is missed
+            yield from self._tail.events()
+            time.sleep(0.1)
+
+    def kill_last_rank(self) -> int:
+        """Send SIGKILL to the rank with the highest number, as a node's failure or the OOM killer would; returns it.
+
+        The helper processes of the ranks (Megatron writes checkpoints with some) outlive them, until the guard ends.
+        """
+        # Parents come before their children here, so the first with ranks below it is torchrun.
+        family = psutil.Process(self.pid).children(recursive=True)
+        torchrun = next(filter(None, (ranks(process.pid) for process in family)))
+        last = max(torchrun, key=lambda rank: rank.rank)
+        last.process.kill()
+        return last.rank

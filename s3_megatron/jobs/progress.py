@@ -1,35 +1,70 @@
-"""What a person sees while training runs here: one line a run, or plain lines where there is no terminal."""
+"""What a person sees while this machine works: a bar a stage, or a line now and then where there is no terminal."""
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-# How often a run says where it is when nobody watches a bar: iterations.
-PLAIN_EVERY = 50
+# Seconds between two plain lines of a stage: a log of ten minutes has a screen of them.
+PLAIN_SECONDS = 15.0
+# Columns that a terminal needs for everything; a narrower one is spared the bar, the figures and what happens now.
+WIDE = 80
 
 
-class RunLine:
-    """The line of one training run."""
+class StageLine:
+    """The line of one stage."""
 
-    def __init__(self, progress: Progress, title: str, total: int) -> None:
-        """Add the line to ``progress``."""
+    _said = -math.inf  # when the last plain line was printed
+
+    def __init__(self, progress: Progress, title: str, total: float | None) -> None:
+        """Add the line to ``progress``; ``total`` is None where the end cannot be known."""
         self._progress = progress
         self._title = title
-        self._task: TaskID = progress.add_task(title, total=total, figures="", status="")
-        self._rate = 0.0
+        self._total = total
+        self._task = progress.add_task(title, total=total, figures="", status="")
+        self._plain = progress.disable
+        self._first: tuple[float, float] | None = None
 
     def status(self, word: str) -> None:
         """Say in a word what is happening now."""
         self._progress.update(self._task, status=word)
-        if not self._progress.console.is_terminal:
+        if self._plain:
             self.note(word)
 
     def note(self, text: str) -> None:
         """Say what has happened, on a line of its own that stays."""
-        self._progress.console.print(f"{self._title}: {text}")
+        say(self._progress.console, f"{self._title}: {text}")
+
+    def advance(self, done: float, figures: str = "") -> None:
+        """Say that ``done`` of the total is done."""
+        self._progress.update(self._task, completed=done, figures=figures)
+        now = time.monotonic()
+        if self._first is None or done < self._first[1]:
+            self._first = now, done
+        if self._plain and now - self._said >= PLAIN_SECONDS:
+            self._said = now
+            self.note(", ".join(filter(None, (self._share(done), figures, self._left(now, done)))))
+
+    def _share(self, done: float) -> str:
+        return f"{done / self._total:.0%}" if self._total else ""
+
+    def _left(self, now: float, done: float) -> str:
+        assert self._first is not None
+        since, before = self._first
+        if not self._total or done <= before:
+            return ""
+        seconds = (self._total - done) * (now - since) / (done - before)
+        return f"{seconds // 60:.0f}:{seconds % 60:02.0f} left"
+
+
+class RunLine(StageLine):
+    """The line of one training run, whose total are its iterations."""
+
+    _rate = 0.0
 
     def event(self, event: dict[str, Any]) -> None:
         """Show a line of the metrics file."""
@@ -37,23 +72,47 @@ class RunLine:
             return
         if event["seconds"]:
             # Smoothed over about ten iterations: single ones include checkpoints and validation.
-            self._rate += 0.1 * (1 / event["seconds"] - self._rate) if self._rate else 1 / event["seconds"]
-        figures = f"loss {event['lm_loss']:.3f} {self._rate:4.1f} it/s"
-        self._progress.update(self._task, completed=event["iteration"], figures=figures, status="training")
-        if not self._progress.console.is_terminal and event["iteration"] % PLAIN_EVERY == 0:
-            self.note(f"iteration {event['iteration']}, {figures}")
+            self._rate += 0.1 * (event["seconds"] - self._rate) if self._rate else event["seconds"]
+        self._progress.update(self._task, status="training")
+        figures = f"loss {event['lm_loss']:.3f}, {self._rate:.2f} s/iteration"
+        self.advance(event["iteration"], figures)
+
+    def _share(self, done: float) -> str:
+        return f"iteration {done:.0f} of {self._total:.0f}"
+
+
+def say(console: Console, text: str) -> None:
+    """Print ``text`` as it is, on one line of a log and above the bars of a terminal."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def is_live(console: Console) -> bool:
+    """Whether bars can be drawn: on a terminal that moves its cursor; FORCE_COLOR does not make one of a CI's log."""
+    return console.is_interactive and console.file.isatty()
+
+
+@contextmanager
+def stage_line(console: Console, title: str, total: float | None) -> Iterator[StageLine]:
+    """Show the line of a stage while the block runs, and leave it standing afterwards."""
+    with _progress(console) as progress:
+        line = StageLine(progress, title, total)
+        line._said = time.monotonic()  # most are done before there is anything to say
+        yield line
+        progress.update(line._task, total=total or 1, completed=total or 1, status="done")
 
 
 @contextmanager
 def run_line(console: Console, title: str, total: int) -> Iterator[RunLine]:
     """Show the line of a run of ``total`` iterations while the block runs, and leave it standing afterwards."""
-    columns = [
-        TextColumn("{task.description:<19}"),
-        BarColumn(bar_width=10),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
-        TextColumn("[dim]{task.fields[status]}"),
-    ]
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with _progress(console) as progress:
         yield RunLine(progress, title, total)
+
+
+def _progress(console: Console) -> Progress:
+    title = TextColumn("{task.description:<19}")
+    left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
+    columns: list[ProgressColumn] = [title, TaskProgressColumn(), left]
+    if console.width >= WIDE:
+        about = TextColumn("{task.fields[figures]}"), TextColumn("[dim]{task.fields[status]}")
+        columns = [title, BarColumn(bar_width=10), *columns[1:], *about]
+    return Progress(*columns, console=console, disable=not is_live(console))

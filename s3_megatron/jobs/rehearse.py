@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from rich.table import Table
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs import runs
 from s3_megatron.jobs.cluster import Cluster, Watchdog
+from s3_megatron.jobs.forecast import Forecast, work
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.process import END_SOON
+from s3_megatron.jobs.progress import say
 from s3_megatron.jobs.recipe import Data, Model, Recipe
 from s3_megatron.jobs.render import render
 from s3_megatron.jobs.trial import Trial
@@ -58,8 +61,10 @@ def rehearse(job: Job, folder: Path, console: Console) -> Rehearsal:
     small = scaled_down(job)
     console.print(_table(job, small))
     name = f"{job.recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    whole = _trial(small, folder.resolve() / f"{name}-undisturbed", "undisturbed")
-    killed = _trial(small, folder.resolve() / f"{name}-killed", "one rank killed")
+    again = KILL_AT - KILL_AT // SAVE_INTERVAL * SAVE_INTERVAL  # iterations that the resume does once more
+    forecast = Forecast(partial(say, console), starts=3, work=2 * work(small.recipe.schedule) + again)
+    whole = _trial(small, folder.resolve() / f"{name}-undisturbed", "undisturbed", forecast)
+    killed = _trial(small, folder.resolve() / f"{name}-killed", "one rank killed", forecast)
     whole.train(console)
     interruption = killed.train_through_a_kill(KILL_AT, console)
     gap = interruption.loss_gap(*(read_metrics(trial.run / "watch") for trial in (whole, killed)))
@@ -150,9 +155,9 @@ def _this_machine(ranks: int) -> Cluster:
     )
 
 
-def _trial(job: Job, path: Path, title: str) -> Trial:
+def _trial(job: Job, path: Path, title: str, forecast: Forecast) -> Trial:
     run = runs.create(job, path, render(job, path))
-    return Trial(title, ["bash", str(run.script)], path, os.environ, ITERATIONS)
+    return Trial(title, ["bash", str(run.script)], path, os.environ, ITERATIONS, forecast)
 
 
 def _table(job: Job, small: Job) -> Table:

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from s3_megatron.errors import S3Error
+from s3_megatron.jobs.forecast import Forecast
 from s3_megatron.jobs.process import Training
 from s3_megatron.jobs.progress import RunLine, run_line
 from s3_megatron.watch.metrics import Metrics
@@ -43,13 +45,17 @@ class Interruption:
 
 @dataclass(frozen=True)
 class Trial:
-    """A run in the folder ``run`` that one command both starts and, where it has left a checkpoint, resumes."""
+    """A run in the folder ``run`` that one command both starts and, where it has left a checkpoint, resumes.
+
+    ``forecast`` is of all runs that belong together, and sees this one.
+    """
 
     title: str
     command: Sequence[str]
     run: Path
     env: Mapping[str, str]
     iterations: int
+    forecast: Forecast
 
     def train(self, console: Console) -> None:
         """Run to the end, or raise S3Error with the reason."""
@@ -62,19 +68,24 @@ class Trial:
             killed_at = 0
             with self._start(line) as training:
                 for event in training.events():
-                    line.event(event)
+                    self._see(event, line)
                     if event["event"] == "train":
                         killed_at = event["iteration"]
                         if killed_at == kill_at:
                             line.note(f"SIGKILL to rank {training.kill_last_rank()} at iteration {killed_at}")
                 if killed_at < kill_at:
-                    training.check()
+                    training.check("training")
             line.note("the same command again")
             first = self._finish(line)
         return Interruption(killed_at, first - 1)
 
+    def _see(self, event: dict[str, Any], line: RunLine) -> None:
+        line.event(event)
+        self.forecast.event(event)
+
     def _start(self, line: RunLine) -> Training:
         line.status("starting ranks")
+        self.forecast.started()
         return Training(self.command, self.run, self.env)
 
     def _finish(self, line: RunLine) -> int:
@@ -86,8 +97,8 @@ class Trial:
                     first = event["iteration"]
                     if first > 1:
                         line.note(f"resumed from the checkpoint of iteration {first - 1}")
-                line.event(event)
-            training.check()
+                self._see(event, line)
+            training.check("training")
         if not first:
             raise S3Error(f"training ended without an iteration (whole log: {training.log})")
         line.status("done")

@@ -9,7 +9,6 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from s3_megatron.demo import figure, report
-from s3_megatron.demo.__main__ import set_aside
 from s3_megatron.demo.runs import load
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.trial import Interruption
@@ -159,15 +158,3 @@ def test_the_table_and_the_picture(folder: Path):
     height, width, _ = imread(folder / "report.png").shape
     assert width >= 1200 and height >= 500
     assert not list(folder.glob("*.tmp"))
-
-
-def test_an_earlier_demonstration_is_set_aside(tmp_path: Path):
-    console = Console(quiet=True)
-    folder = tmp_path / "demo"
-    set_aside(folder, console)
-    for text in ("first", "second"):
-        folder.mkdir()
-        (folder / "report.json").write_text(text)
-        set_aside(folder, console)
-    assert [path.name for path in tmp_path.iterdir()] == ["demo.previous"]
-    assert (tmp_path / "demo.previous/report.json").read_text() == "second"

@@ -10,12 +10,14 @@ from s3_megatron.demo.engines import ENGINES
 from s3_megatron.demo.runs import kill_at, load, trial, with_data
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.flags import ENTRIES
+from s3_megatron.jobs.forecast import Forecast
 from s3_megatron.jobs.recipe import Data
 
 
 def command(run: Path, engine: str, optimizer: str = "s3", gpus: int = 0) -> list[str]:
     data = Data(train="corpus/train", validation="corpus/validation", tokenizer_model="corpus/tokenizer.model")
-    return list(trial(with_data(load(optimizer, engine, gpus), data), run, "S3").command)
+    forecast = Forecast(print, 1, 1)
+    return list(trial(with_data(load(optimizer, engine, gpus), data), run, "S3", forecast).command)
 
 
 def value(flags: list[str], name: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.process import Tail, Training
 from s3_megatron.watch.metrics import MetricsWriter
+from tests.terminal import lives
 
 # Starts two "ranks" in sessions of their own, as torchrun does, each with a helper process, and fails when one rank
 # ends. SIGTERM ends the ranks unless they are deaf to it; nothing tells the helpers.
@@ -49,16 +50,8 @@ def test_the_last_rank_is_killed_and_the_log_says_why_the_run_ended(tmp_path: Pa
         training.kill_last_rank()
         assert list(training.events()) == []
         with pytest.raises(S3Error, match=r"status 1: ValueError: rank 0 is gone \(whole log: .*job.log\)"):
-            training.check()  # rank 1 is the first child of the stand-in
+            training.check("training")  # rank 1 is the first child of the stand-in
     assert not any(map(lives, family))
-
-
-def lives(process: psutil.Process) -> bool:
-    """Whether it still runs; an orphan that ended stays a zombie until init looks after it."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 @pytest.mark.parametrize("manner", ["obedient", "deaf"])
@@ -87,7 +80,7 @@ def test_the_first_failure_is_told(tmp_path: Path, said: list[str], reason: str)
     """The node agent knows which it was; of ranks without one, what all say is told once."""
     with Training(["sh", "-c", 'printf "%s\\n" "$@"; exit 5', "-", *said], tmp_path, os.environ) as training:
         with pytest.raises(S3Error, match=rf"training ended with status 5: {reason} \(whole log"):
-            training.check()
+            training.check("training")
 
 
 def test_tail_yields_whole_new_lines_only(tmp_path: Path):

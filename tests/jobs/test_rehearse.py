@@ -63,7 +63,13 @@ def test_a_rehearsal_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # The run gets a little further before the signal arrives, but hardly to the checkpoint of iteration 8.
     assert 1 <= found.iterations_lost <= rehearse.SAVE_INTERVAL
     text = console.export_text()
-    for part in ("layout.pipeline", "the same", "SIGKILL to rank 1", "resumed from the checkpoint of iteration"):
+    for part in (
+        "layout.pipeline",
+        "the same",
+        "seconds in all on this machine",
+        "SIGKILL to rank 1",
+        "resumed from the checkpoint of iteration",
+    ):
         assert part in text
     killed, undisturbed = sorted(runs.known_runs(), key=lambda run: run.path.name)
     assert killed.finished and undisturbed.finished

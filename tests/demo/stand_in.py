@@ -1,0 +1,84 @@
+"""``python -m tests.demo.stand_in``: the demonstration with a torchrun and ranks that do nothing but log.
+
+Real ones take ten seconds a start, and are the same to a signal: processes in sessions of their own, with helpers.
+Everything else is the demonstration's own. $PAUSE is what an iteration takes, in seconds; with $TORCH set, torch is
+real.
+"""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from s3_megatron.demo import __main__ as demo
+from s3_megatron.jobs.forecast import Forecast
+from s3_megatron.jobs.job import Job
+from s3_megatron.jobs.trial import Trial
+from s3_megatron.watch.metrics import MetricsWriter
+
+HELPER = "import time; time.sleep(120)"
+RANK = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {HELPER!r}]); time.sleep(120)"
+OPTIMIZER = {
+    "event": "optimizer",
+    "name": "s3",
+    "wrapper": "DistributedOptimizer",
+    "world_size": 2,
+    "parameters": 1001,
+    "shard_elements": [501, 500],
+    "state_bytes_per_param_rank": 4.0,
+    "master_bytes_per_param_rank": 2.0,
+}
+
+
+def trial(job: Job, run: Path, title: str, forecast: Forecast) -> Trial:
+    schedule = job.recipe.schedule
+    command = [sys.executable, "-m", "tests.demo.stand_in", str(run), str(schedule.train_iters)]
+    return Trial(title, command, run, os.environ, schedule.train_iters, forecast)
+
+
+def train(run: Path, iterations: int) -> None:
+    """Be torchrun: start two ranks, end them on SIGTERM, fail when one is gone; save every 32 iterations."""
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK], env={**os.environ, "RANK": str(i)}, start_new_session=True)
+        for i in (0, 1)
+    ]
+
+    def end(code: int) -> None:
+        for rank in ranks:
+            rank.terminate()
+            rank.wait()
+        sys.exit(code)
+
+    signal.signal(signal.SIGTERM, lambda *_: end(1))
+    writer, saved = MetricsWriter(run / "watch"), run / "saved"
+    writer.write(OPTIMIZER)
+    start = int(saved.read_text()) if saved.exists() else 0
+    for iteration in range(start + 1, iterations + 1):
+        time.sleep(float(os.environ["PAUSE"]))
+        while run.name == "s3-killed" and not start and iteration == 90 and all(rank.poll() is None for rank in ranks):
+            time.sleep(0.01)
+        if any(rank.poll() is not None for rank in ranks):
+            print("ValueError: a rank is gone")
+            end(1)
+        figures = {"lm_loss": 4 + 4 * math.exp(-iteration / 40), "lr": 1e-3, "grad_norm": 1.0, "seconds": 0.01}
+        moved = {"update_mean": 0.1, "update_max": 0.5, "skipped": False}
+        writer.write({"event": "train", "iteration": iteration, **figures, **moved})
+        if iteration % 32 == 0:
+            saved.write_text(str(iteration))
+    writer.write({"event": "validation", "iteration": iterations, "lm_loss": 4.1})
+    end(0)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[2].isdigit():
+        train(Path(sys.argv[1]), int(sys.argv[2]))
+    else:
+        demo.trial = trial
+        if "TORCH" not in os.environ:
+            # Its import takes seconds, and only who encodes text needs more of it than the number of GPUs.
+            sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(device_count=lambda: 0))  # type: ignore[assignment]
+        demo.main()
