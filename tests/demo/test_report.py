@@ -73,7 +73,7 @@ def test_what_report_json_holds(folder: Path):
     assert found["resume"] == {
         "killed_at": 7, "resumed_from": 4, "iterations_lost": 3, "loss_gap": 0.0, "val_loss": 6.5,
     }  # fmt: skip
-    assert (found["seed"], found["schedule"]["train_iters"], found["model"]["num_layers"]) == (1234, 160, 4)
+    assert (found["seed"], found["schedule"]["train_iters"], found["model"]["num_layers"]) == (1234, 128, 4)
     assert (found["adamw"]["betas"], found["s3"]["beta"], found["s3"]["p"]) == ([0.9, 0.999], 0.95, 3)
     assert set(found["versions"]) == {"s3-megatron", "python", "torch", "megatron-core"}
     assert not list(folder.glob("*.tmp"))

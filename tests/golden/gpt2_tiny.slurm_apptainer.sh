@@ -178,14 +178,14 @@ train=(
     --max-position-embeddings 128
     --micro-batch-size 2
     --global-batch-size 16
-    --train-iters 160
+    --train-iters 128
     --lr-decay-style cosine
-    --lr-warmup-iters 16
+    --lr-warmup-iters 13
     --clip-grad 1
     --seed 1234
-    --eval-interval 60
+    --eval-interval 64
     --eval-iters 20
-    --lr-decay-iters 160
+    --lr-decay-iters 128
     --optimizer s3
     --lr 0.003
     --min-lr 0.0003

@@ -105,11 +105,11 @@ def test_status_tells_what_failed_first_and_not_what_was_last(tmp_path: Path):
         writer.write({"event": "train", "iteration": iteration, "lm_loss": 8.5, "seconds": seconds})
     found = status.status(run)
     assert found.error == "rank 9 on node2: OOM" and found.restarts == 1
-    assert (found.iteration, found.iterations, found.loss) == (3, 160, 8.5)
+    assert (found.iteration, found.iterations, found.loss) == (3, 128, 8.5)
     assert found.tokens_per_second == 16 * 128 / 2
     assert found.state == "stopped (failed): s3-megatron resume first"
     shown = text(status.table(found))
-    for fact in ("3 of 160", "8.5000", "1,024", "rank 9 on node2: OOM"):
+    for fact in ("3 of 128", "8.5000", "1,024", "rank 9 on node2: OOM"):
         assert fact in shown
     (run.path / "ENDED").write_text("configuration error: [bold]wrong[/bold]\n")
     assert "ended: configuration error: [bold]wrong[/bold]" in text(status.overview([run]))

@@ -1,13 +1,20 @@
-"""However the demonstration is ended, and whenever: no process of it is left."""
+"""The demonstration from outside: what it prints and where, and that nothing of it is left however it is ended."""
 
+import fcntl
+import json
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,14 +28,18 @@ SECONDS = 200  # for what takes five on a machine that has nothing else to do
 class Demo:
     """A running demonstration, with ranks that only log, started as a background job of a shell would be."""
 
-    def __init__(self, folder: Path, **env: str) -> None:
+    def __init__(self, folder: Path, stdout: int | None = None, ignored: str = "INT", **env: str) -> None:
         self.output = folder / "output"
         settings = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **env}
         # What sh does for `make demo &`: SIGINT is ignored, and Python then installs no handler of its own.
-        command = ["sh", "-c", 'trap "" INT; exec "$@"', "-", sys.executable, "-m", "tests.demo.stand_in"]
+        command = ["sh", "-c", f'trap "" {ignored}; exec "$@"', "-", sys.executable, "-m", "tests.demo.stand_in"]
         with self.output.open("wb") as file:
             self.process = subprocess.Popen(
-                command, cwd=folder, env={**os.environ, **settings}, stdout=file, stderr=file
+                command,
+                cwd=folder,
+                env={**os.environ, **settings},
+                stdout=file if stdout is None else stdout,
+                stderr=file,
             )
 
     def said(self) -> str:
@@ -67,8 +78,8 @@ def start() -> Iterator[Callable[..., Demo]]:
     """Start a Demo; what a failed test leaves of it is killed."""
     started: list[Demo] = []
 
-    def start(folder: Path, **env: str) -> Demo:
-        started.append(Demo(folder, **env))
+    def start(*args: Any, **kwargs: Any) -> Demo:
+        started.append(Demo(*args, **kwargs))
         return started[-1]
 
     yield start
@@ -115,9 +126,7 @@ def test_while_it_trains(
     tmp_path: Path, corpus: Path, start: Callable[..., Demo], stage: str, signals: list[str], pause: str
 ):
     """Ctrl-C pressed twice left ranks behind, and SIGKILL all of them: torchrun trained on."""
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/corpus").symlink_to(corpus)
-    demo = start(tmp_path, PAUSE=pause)
+    demo = start(with_corpus(tmp_path / "t", corpus), PAUSE=pause)
     demo.wait_for(stage)
     numbers = [getattr(signal, name) for name in signals]
     code = demo.end(*numbers)
@@ -127,3 +136,63 @@ def test_while_it_trains(
         assert code == 128 + numbers[0], demo.said()
         assert demo.said().endswith("stopped; every rank has ended\n")
     assert "Traceback" not in demo.said()
+
+
+def with_corpus(folder: Path, corpus: Path) -> Path:
+    (folder / "runs").mkdir(parents=True)
+    (folder / "runs/corpus").symlink_to(corpus)
+    return folder
+
+
+def test_a_log_of_the_whole(tmp_path: Path, corpus: Path, start: Callable[..., Demo]):
+    """Where spaces and umlauts are in the path, and where an earlier one was interrupted; it survives its terminal."""
+    folder = with_corpus(tmp_path / "größere Läufe", corpus)
+    (folder / "runs/demo/s3/watch").mkdir(parents=True)
+    (folder / "runs/demo/s3/watch/metrics.jsonl").write_text('{"event": "train", "iter')
+    demo = start(folder, ignored="INT HUP", PAUSE="0.02")  # as under nohup
+    demo.wait_for("S3: iteration 1 ")
+    demo.process.send_signal(signal.SIGHUP)
+    assert demo.process.wait(SECONDS) == 0, demo.said()
+    said = demo.said()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", said)
+    assert "the last demonstration is now in runs/demo.previous\n" in said
+    assert (
+        len(re.findall(r"^about \d+ (seconds|minutes) in all on this machine: 0\.\d\d s an iteration$", said, re.M))
+        == 1
+    )
+    assert re.search(
+        r"SIGKILL to rank 1 at iteration [89]\d\n.*\n.*\n.*resumed from the checkpoint of iteration 64\n", said
+    )
+    found = json.loads((folder / "runs/demo/report.json").read_text())
+    assert (found["resume"]["resumed_from"], found["resume"]["loss_gap"]) == (64, 0)
+    assert (folder / "runs/demo/report.png").stat().st_size > 10_000
+
+
+def test_a_narrow_terminal(tmp_path: Path, corpus: Path, start: Callable[..., Demo]):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    demo = start(with_corpus(tmp_path / "t", corpus), theirs, PAUSE="0.02", TERM="xterm", COLUMNS="40")
+    os.close(theirs)
+    seen = b""
+    with suppress(OSError):  # EIO: the other end is closed
+        while part := os.read(ours, 1 << 16):
+            seen += part
+    os.close(ours)
+    assert demo.process.wait(SECONDS) == 0, seen.decode()
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
+    bars = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("S3 ") and "%" in line]
+    assert bars and max(map(len, bars)) <= 40
+    assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l"), "the cursor is shown again"
+
+
+def test_a_reader_that_goes_away(tmp_path: Path, corpus: Path, start: Callable[..., Demo]):
+    """``make demo | head -3``."""
+    ours, theirs = os.pipe()
+    demo = start(with_corpus(tmp_path / "t", corpus), theirs, PAUSE="0.02")
+    os.close(theirs)
+    with os.fdopen(ours) as pipe:
+        while "starting ranks" not in pipe.readline():
+            pass
+        family = demo.family()
+    assert demo.process.wait(SECONDS) == 1
+    assert "Traceback" not in demo.said() and not any(map(lives, family))
