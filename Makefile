@@ -40,7 +40,7 @@ $(error make demo has no variable $(UNKNOWN): there are ENGINE (megatron or deep
 endif
 endif
 
-demo: $(STAMP) ## train GPT-2 with S3, kill it, resume it, compare with AdamW: 12 minutes on 2 cores (ENGINE=deepspeed)
+demo: $(STAMP) ## train GPT-2 with S3, kill it, resume it, compare with AdamW: 5 minutes on 2 cores (ENGINE=deepspeed)
 	@exec $(BIN)/python -m s3_megatron.demo $${ENGINE:+--engine "$$ENGINE"}
 
 # One thread a process: the distributed tests start as many processes as there are cores, and more.

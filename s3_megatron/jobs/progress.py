@@ -74,7 +74,9 @@ class RunLine(StageLine):
             # Smoothed over about ten iterations: single ones include checkpoints and validation.
             self._rate += 0.1 * (event["seconds"] - self._rate) if self._rate else event["seconds"]
         self._progress.update(self._task, status="training")
-        figures = f"loss {event['lm_loss']:.3f}, {self._rate:.2f} s/iteration"
+        figures = f"loss {event['lm_loss']:.3f}"
+        if self._rate:  # a run's first iteration has no time
+            figures += f", {self._rate:.2f} s/iteration"
         self.advance(event["iteration"], figures)
 
     def _share(self, done: float) -> str:
