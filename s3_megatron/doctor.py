@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -136,8 +137,20 @@ def _machine() -> list[Finding]:
     return [
         Finding("Python", OK, f"{platform.python_version()}, {sys.executable}"),
         Finding("machine", OK, f"{platform.platform()}, {cores} cores, {memory:.0f} GiB"),
+        _own_name(),
         Finding("s3-megatron", OK, s3_megatron.__version__),
     ]
+
+
+def _own_name() -> Finding:
+    """Whether other programs find this machine by its name: torchrun hands it out, over several nodes."""
+    name = socket.gethostname()
+    try:
+        addresses = {found[4][0] for found in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError):
+        advice = "runs on this machine alone need it not; torchrun over several does: add a line to /etc/hosts"
+        return Finding("own name", OPTIONAL, f"{name} does not resolve", advice)
+    return Finding("own name", OK, f"{name}: {', '.join(sorted(map(str, addresses)))}")
 
 
 def _core(probes: dict[str, _Probe]) -> list[Finding]:
@@ -255,7 +268,7 @@ def _probe(code: str) -> _Probe:
         run = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", program],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             timeout=PATIENCE,
         )

@@ -1,9 +1,26 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and where a user's own belong."""
 
 import os
 from pathlib import Path
 
 from s3_megatron.errors import S3Error
+
+
+def user_folder(variable: str, under_home: str) -> Path:
+    """The folder that ``variable``, one of the XDG base directories, names; else ``under_home`` in the home folder.
+
+    Raises S3Error where there is no home folder, as in a container whose user id has no name.
+    """
+    named = Path(os.environ.get(variable, ""))
+    if named.is_absolute():  # the standard has any other passed over
+        return named
+    try:
+        return Path.home() / under_home
+    except RuntimeError:
+        raise S3Error(
+            f"there is no home folder: HOME is not set, and the user id {os.getuid()} has no name: "
+            f"set HOME, or {variable} to a folder that can be written"
+        ) from None
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -177,7 +178,7 @@ def test_doctor_reports_broken_packages_and_never_falls(tmp_path: Path, monkeypa
         "not possible here",
     ):
         assert words in result.stdout
-    assert result.stdout.count("\n") == 17
+    assert result.stdout.count("\n") == 18
 
 
 def test_doctor_knows_nvidias_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,3 +189,28 @@ def test_doctor_knows_nvidias_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.syspath_prepend(str(tmp_path))
     finding = doctor._apex(doctor._probe(doctor.PROBES["apex"]), "advice")
     assert (finding.state, finding.found) == (doctor.OK, "0.1")
+
+
+def test_doctor_says_whether_the_own_name_resolves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "no-such-host.invalid")
+    monkeypatch.setattr("socket.getaddrinfo", _unknown)
+    finding = doctor._own_name()
+    assert (finding.state, finding.found) == (doctor.OPTIONAL, "no-such-host.invalid does not resolve")
+    assert "/etc/hosts" in finding.advice
+
+
+def _unknown(*_: object, **__: object) -> None:
+    raise socket.gaierror(-2, "Name or service not known")
+
+
+def test_a_letter_that_the_locale_lacks_ends_no_command(tmp_path: Path) -> None:
+    """Where the locale was ASCII and Python's UTF-8 mode off, a path with an umlaut was a UnicodeEncodeError."""
+    folder = tmp_path / "Größe"
+    folder.mkdir()
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    ascii_only |= {"PYTHONIOENCODING": "ascii:strict"}
+    code = "from s3_megatron.cli import main; main()"
+    command = [sys.executable, "-c", code, "data", "inspect", str(folder / "none")]
+    done = subprocess.run(command, env=os.environ | ascii_only, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert r"Gr\xf6\xdfe" in done.stderr

@@ -71,7 +71,7 @@ def build(root: Path, console: Console) -> Corpus:
 def _existing(folder: Path) -> Corpus | None:
     """Read the corpus in ``folder``; None where it is not whole, as after an interruption or somebody's tidying up."""
     try:
-        corpus = Corpus(folder, **json.loads((folder / MANIFEST).read_text()))
+        corpus = Corpus(folder, **json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
     return corpus if corpus.train.exists() and corpus.validation.exists() else None

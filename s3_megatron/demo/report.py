@@ -112,7 +112,7 @@ def _last(events: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
     """Write ``report`` beside ``path`` and move it there."""
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(report, indent=2) + "\n")
+    beside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     os.replace(beside, path)
 
 

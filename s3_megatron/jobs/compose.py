@@ -3,15 +3,17 @@
 import difflib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
-from yaml import YAMLError
 
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.catalog import CONFIGS, find
@@ -54,17 +56,23 @@ def _split(settings: Sequence[str]) -> tuple[list[str], list[str]]:
 def _recipe(name: str, settings: list[str]) -> Recipe:
     path = find("model", name)
     chosen = [value for key, _, value in (setting.partition("=") for setting in settings) if key == "optimizer"]
-    raw = _read(path)
-    optimizer = chosen[-1] if chosen else raw.get("optimizer")
-    if isinstance(optimizer, str):
-        raw["optimizer"] = _read(find("optimizer", optimizer))
     others = [setting for setting in settings if not setting.startswith("optimizer=")]
-    return _validated(Recipe, _merged(path, raw, others), path)
+
+    def merged(as_written: bool) -> dict[str, Any]:
+        raw = _read(path, as_written)
+        optimizer = chosen[-1] if chosen else raw.get("optimizer")
+        if isinstance(optimizer, str):
+            raw["optimizer"] = _read(find("optimizer", optimizer), as_written)
+        return _merged(path, raw, others, as_written)
+
+    return _validated(Recipe, merged, path)
 
 
 def _cluster(name: str, settings: list[str]) -> dict[str, Any]:
     path = find("cluster", name)
-    return _validated(Cluster, _merged(path, _read(path), settings), path).model_dump()
+    return _validated(
+        Cluster, lambda as_written: _merged(path, _read(path, as_written), settings, as_written), path
+    ).model_dump()
 
 
 def _here(cluster: dict[str, Any]) -> dict[str, Any]:
@@ -77,31 +85,55 @@ def _here(cluster: dict[str, Any]) -> dict[str, Any]:
     return cluster
 
 
-def _read(path: Path) -> DictConfig:
+def _read(path: Path, as_written: bool) -> DictConfig:
+    """Read a YAML file; ``as_written`` leaves every value the text that stands there, 007 and 1e-3 included."""
     try:
-        config = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        config = OmegaConf.create(_as_written(path.read_bytes())) if as_written else OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise S3Error(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, DictConfig):
         raise S3Error(f"{path} must be a mapping of keys to values, as those of {CONFIGS} are")
     return config
 
 
-def _merged(path: Path, config: DictConfig, settings: list[str]) -> dict[str, Any]:
+def _as_written(text: str | bytes) -> Any:
+    return yaml.load(text, Loader=yaml.BaseLoader)
+
+
+def _merged(path: Path, config: DictConfig, settings: list[str], as_written: bool) -> dict[str, Any]:
     try:
         for setting in settings:
             key, _, value = setting.partition("=")
-            OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"]).value)
+            parsed = _as_written(value) if as_written else OmegaConf.from_dotlist([f"value={value}"]).value
+            OmegaConf.update(config, key, parsed)
         return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise S3Error(f"{path} with {' '.join(settings)}: {' '.join(str(error).split())}") from error
 
 
-def _validated[M: BaseModel](model: type[M], raw: dict[str, Any], path: Path) -> M:
+def _validated[M: BaseModel](model: type[M], merged: Callable[[bool], dict[str, Any]], path: Path) -> M:
+    """Check what ``merged(as_written)`` returns; a number where a text belongs stays as it is written."""
+    raw = merged(False)
+    if numbers := [error["loc"] for error in _errors(model, raw) if _is_number_for_text(error)]:
+        written = merged(True)
+        for loc in numbers:
+            reduce(getitem, loc[:-1], cast(Any, raw))[loc[-1]] = reduce(getitem, loc, cast(Any, written))
+    if errors := _errors(model, raw):
+        raise S3Error(f"{path}: {'; '.join(_explained(model, one) for one in errors)}")
+    return model.model_validate(raw)
+
+
+def _errors(model: type[BaseModel], raw: dict[str, Any]) -> list[ErrorDetails]:
     try:
-        return model.model_validate(raw)
+        model.model_validate(raw)
     except ValidationError as error:
-        raise S3Error(f"{path}: {'; '.join(_explained(model, one) for one in error.errors())}") from error
+        return error.errors()
+    return []
+
+
+def _is_number_for_text(error: ErrorDetails) -> bool:
+    value = error["input"]
+    return error["type"] == "string_type" and isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _explained(model: type[BaseModel], error: ErrorDetails) -> str:
@@ -114,6 +146,8 @@ def _explained(model: type[BaseModel], error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"{key} is missing"
     what = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_type":
+        what = "must be text: write it in quotes"  # YAML has read yes, no, on or off
     value = error["input"]
     return f"{key} = {json.dumps(value)}: {what}" if isinstance(value, str | int | float | None) else f"{key}: {what}"
 

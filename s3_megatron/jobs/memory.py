@@ -122,7 +122,7 @@ def deepspeed_json(job: Job) -> dict[str, Any]:
     """The configuration that ``job`` gives DeepSpeed, as it is in the file; raises S3Error where it cannot be read."""
     path = deepspeed_file(job)
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise S3Error(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("optimizer", {}), dict):

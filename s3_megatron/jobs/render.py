@@ -29,7 +29,8 @@ def render(job: Job, run: Path) -> str:
     """
     if not str(run).isprintable() or "\\" in str(run):
         raise S3Error(
-            f"the run folder {str(run)!r} has a line break, a control character or a backslash: choose another"
+            f"the run folder {str(run)!r} has a line break, a control character, a byte that is not UTF-8 or a "
+            "backslash: choose another"
         )
     recipe, cluster = job.recipe, job.cluster
     template = _environment(run).get_template("job.sbatch.j2" if cluster.scheduler == "slurm" else "local.sh.j2")

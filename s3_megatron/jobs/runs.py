@@ -1,10 +1,11 @@
 """Run folders: what a run is, on disk, and where its user finds it again."""
 
 import json
+import logging
 import os
 import shutil
 import sys
-import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,13 +18,15 @@ import yaml
 
 import s3_megatron
 from s3_megatron.errors import S3Error
-from s3_megatron.files import write_file
+from s3_megatron.files import user_folder, write_file
 from s3_megatron.jobs.catalog import as_yaml
 from s3_megatron.jobs.cluster import Cluster
 from s3_megatron.jobs.flags import deepspeed_file
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.node.environment import commit, public
 from s3_megatron.jobs.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "transformer-engine")
 
@@ -42,14 +45,14 @@ class Run:
     @cached_property
     def job(self) -> Job:
         """The recipe and the cluster, as they were when the run was made."""
-        files = [yaml.safe_load((self.path / name).read_text()) for name in ("recipe.yaml", "cluster.yaml")]
+        files = [yaml.safe_load((self.path / name).read_bytes()) for name in ("recipe.yaml", "cluster.yaml")]
         return Job(Recipe.model_validate(files[0]), Cluster.model_validate(files[1]))
 
     @property
     def job_ids(self) -> list[str]:
         """SLURM's numbers of the jobs submitted for it, the oldest first."""
         path = self.path / "jobs.jsonl"
-        return [json.loads(line)["job_id"] for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line)["job_id"] for line in path.read_bytes().splitlines()] if path.exists() else []
 
     @property
     def finished(self) -> bool:
@@ -60,12 +63,12 @@ class Run:
     def ended(self) -> str | None:
         """Why no further start follows although training has not finished."""
         path = self.path / "ENDED"
-        return path.read_text().strip() if path.exists() else None
+        return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
     def submitted(self, job_id: str) -> None:
         """Note that ``job_id`` runs this."""
         line = json.dumps({"job_id": job_id, "time": _now()}) + "\n"
-        with (self.path / "jobs.jsonl").open("a") as file:
+        with (self.path / "jobs.jsonl").open("a", encoding="utf-8") as file:
             file.write(line)
 
 
@@ -79,11 +82,11 @@ def create(job: Job, path: Path, script: str) -> Run:
         raise S3Error(f"{path} is there already: resume it (s3-megatron resume {path.name}), or choose another --name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        draft = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+        draft.mkdir()  # and not mkdtemp, whose folder is for its owner alone whatever the umask is
     except OSError as error:
         raise S3Error(f"the run folder {path} cannot be made ({error}): set cluster.runs_dir") from error
     try:
-        draft.chmod(0o755)
         (draft / "logs/ranks").mkdir(parents=True)
         name = "job.sbatch" if job.cluster.scheduler == "slurm" else "job.sh"
         write_file(draft / name, script.encode())
@@ -96,7 +99,10 @@ def create(job: Job, path: Path, script: str) -> Run:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    _enter(path)
+    try:
+        _enter(path)
+    except (S3Error, OSError) as error:  # the run itself needs no list
+        logger.warning("%s is missing in the list of s3-megatron runs, name it by its folder: %s", path, error)
     return Run(path)
 
 
@@ -117,20 +123,31 @@ def find(name: str) -> Run:
 
 
 def known_runs() -> list[Run]:
-    """The runs that this user has made and that are still there, the oldest first."""
-    paths = _list().read_text().splitlines() if _list().exists() else []
-    return [Run(Path(path)) for path in dict.fromkeys(paths) if (Path(path) / "recipe.yaml").is_file()]
+    """The runs that this user has made and that are still there, the oldest first.
+
+    Raises:
+        S3Error: the list cannot be read, or there is no home folder for one.
+    """
+    try:
+        paths = _list().read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise S3Error(
+            f"the list of runs cannot be read ({error}): set XDG_STATE_HOME to the folder that yours is in"
+        ) from error
+    known = [Path(os.fsdecode(path)) for path in dict.fromkeys(paths)]
+    return [Run(path) for path in known if (path / "recipe.yaml").is_file()]
 
 
 def _list() -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
-    return Path(state) / "s3-megatron" / "runs"
+    return user_folder("XDG_STATE_HOME", ".local/state") / "s3-megatron" / "runs"
 
 
 def _enter(path: Path) -> None:
     _list().parent.mkdir(parents=True, exist_ok=True)
-    with _list().open("a") as file:
-        file.write(f"{path.resolve()}\n")
+    with _list().open("ab") as file:
+        file.write(os.fsencode(path.resolve()) + b"\n")
 
 
 def _about() -> dict[str, Any]:

@@ -46,7 +46,7 @@ def state(job: str) -> JobState | None:
 
 def _run(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
     except FileNotFoundError as error:
         raise S3Error(f"{command[0]} is not on the PATH: run this on a login node of the cluster") from error
     except subprocess.TimeoutExpired as error:

@@ -146,7 +146,7 @@ def _first_error(attempts: Sequence[Path]) -> str | None:
 
 def _bad_nodes(attempt: Path) -> str:
     path = attempt / "bad_nodes"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return "; ".join(": ".join(line.split("\t", 1)) for line in lines)
 
 

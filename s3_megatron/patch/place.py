@@ -55,7 +55,7 @@ def _version(root: Path, host: str) -> str:
         version = ".".join(map(str, parts)) + str(names.get("PRE_RELEASE", ""))
     elif (root / "setup.py").exists():
         source = root / "version.txt"
-        version = source.read_text().strip() if source.exists() else ""
+        version = source.read_text(encoding="utf-8").strip() if source.exists() else ""
     else:
         source = root / "deepspeed/git_version_info_installed.py"
         version = str(_constants(source).get("version", "")).strip()

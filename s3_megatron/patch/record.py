@@ -42,10 +42,10 @@ def main(path: str, host: str | None = None) -> None:
     """Write the patch of the release at ``path``, where there is none yet, and its record."""
     place = find(Path(path), host)
     patch = PATCHES / place.host / f"{place.version}.patch"
-    text = patch.read_text() if patch.exists() else make_patch(place)
+    text = patch.read_text(encoding="utf-8") if patch.exists() else make_patch(place)
     record = make_record(place, text)
-    patch.write_text(text)
-    patch.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    patch.write_text(text, encoding="utf-8")
+    patch.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {patch} and {patch.stem}.json: {len(record['symbols'])} of {len(symbols.listed(place.host))} symbols")
 
 

@@ -85,8 +85,8 @@ def nearest(host: str, version: str) -> str:
 
 def load(host: str, version: str) -> Release:
     """Read the patch for one of ``versions(host)``."""
-    record = json.loads((PATCHES / host / f"{version}.json").read_text())
-    patch = (PATCHES / host / f"{version}.patch").read_text()
+    record = json.loads((PATCHES / host / f"{version}.json").read_text(encoding="utf-8"))
+    patch = (PATCHES / host / f"{version}.patch").read_text(encoding="utf-8")
     return Release(host, version, touched_files(record, patch), record["symbols"])
 
 

@@ -26,7 +26,7 @@ class Finding:
 
 def listed(host: str) -> list[str]:
     """List the dotted names of all symbols that S3 goes through in one version of ``host`` or another."""
-    lines = (PATCHES / host / "symbols.txt").read_text().splitlines()
+    lines = (PATCHES / host / "symbols.txt").read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line and not line.startswith("#")]
 
 

@@ -115,7 +115,7 @@ def load(engine: Any, opt_param_scheduler: Any) -> tuple[int, float]:
 
 
 def _latest(folder: Path, name: str) -> str | None:
-    return (folder / name).read_text().strip() if (folder / name).is_file() else None
+    return (folder / name).read_text(encoding="utf-8").strip() if (folder / name).is_file() else None
 
 
 def _iteration(name: str) -> int:
@@ -134,7 +134,7 @@ def _check(folder: Path, engine: Any) -> None:
     if not (folder / ABOUT_DEEPSPEED).is_file():
         raise S3Error(f"{folder} is not a complete checkpoint of pretrain_gpt_deepspeed: name another one")
     ours = _about(engine)
-    saved = json.loads((folder / ABOUT_DEEPSPEED).read_text())
+    saved = json.loads((folder / ABOUT_DEEPSPEED).read_text(encoding="utf-8"))
     wrong = [f"{name} {saved[name]} (this run: {ours[name]})" for name in ours if saved[name] != ours[name]]
     if wrong:
         raise S3Error(

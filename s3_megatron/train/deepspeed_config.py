@@ -163,7 +163,7 @@ def _wanted(args: argparse.Namespace) -> dict[str, tuple[Any, str]]:
 
 def _read(path: Path) -> Config:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise S3Error(f"--deepspeed-config {path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):

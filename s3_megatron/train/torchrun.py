@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,9 @@ _ROOT_SIGNALS = ("SIGKILL", "SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE")
 def main() -> None:
     """Run torchrun with ``sys.argv``'s arguments.
 
-    Where ranks fail, writes every failure of this node to $S3_FAILURES, the first first, as a JSON list of
-    {rank, local_rank, host, exitcode, signal, message, time}, and exits with 1, or with the first one's exit code
-    where that is 2 (configuration error) or 3 (bad nodes).
+    Where ranks fail, or torchrun itself does, writes every failure of this node to $S3_FAILURES, the first first, as a
+    JSON list of {rank, local_rank, host, exitcode, signal, message, time}, and exits with 1, or with the first one's
+    exit code where that is 2 (configuration error) or 3 (bad nodes).
     """
     # A handler that does nothing, and not SIG_IGN, which the ranks would inherit. Before torch, whose import takes
     # seconds.
@@ -52,8 +53,26 @@ def main() -> None:
             write_file(Path(path), json.dumps(failures, indent=2).encode())
         code = failures[0]["exitcode"]
         sys.exit(code if code in _PASSED_ON else 1)
+    except Exception as error:  # torchrun's own, such as a rendezvous that does not come about
+        if path := os.environ.get("S3_FAILURES"):
+            write_file(Path(path), json.dumps([_own(error)], indent=2).encode())
+        raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python gives up its handlers before its last second
+
+
+def _own(error: Exception) -> dict[str, Any]:
+    """Describe what ended torchrun before any rank failed."""
+    first = next(iter(str(error).strip().splitlines()), "an exception without a text")
+    return {
+        "rank": None,
+        "local_rank": None,
+        "host": node_name(),
+        "exitcode": 1,
+        "signal": None,
+        "message": f"torchrun: {type(error).__name__}: {first}",
+        "time": time.time(),
+    }
 
 
 def _describe(rank: int, failure: "ProcessFailure") -> dict[str, Any]:

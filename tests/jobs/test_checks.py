@@ -190,6 +190,9 @@ def test_the_innermost_mount_counts(tmp_path: Path) -> None:
     }
     assert {path: places._file_system(Path(path), mounts) for path in kinds} == kinds
     assert places._file_system(Path("/etc"), tmp_path / "none") == ""
+    mounts.write_bytes("x / ext4 rw 0 0\ny /größe nfs4 rw 0 0\n".encode() + b"z /caf\xe9 lustre rw 0 0\n")
+    assert places._file_system(Path("/größe/a"), mounts) == "nfs4", "a path is bytes"
+    assert places._file_system(Path(os.fsdecode(b"/caf\xe9/a")), mounts) == "lustre"
 
 
 def test_what_is_only_inside_the_container_is_not_looked_for() -> None:

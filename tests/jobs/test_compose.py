@@ -1,6 +1,7 @@
 """Recipes and clusters as people write, change and mistype them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,33 @@ def test_wsd_reaches_megatron_with_its_length():
     style = ["schedule.lr_decay_style=WSD", "schedule.lr_wsd_decay_iters=5"]
     assert flags("gpt2_tiny", "slurm", *style)["--lr-wsd-decay-iters"] == "5"
     assert "--lr-wsd-decay-iters" not in flags("gpt2_tiny", "slurm")
+
+
+def test_a_number_in_the_place_of_a_text_stays_as_written(tmp_path: Path):
+    """``flags: [--x, 1e-3]`` was refused, as was a partition 3090. By YAML's numbers, 0123 would become 83."""
+    words, partition = "[--a, 007, --b, 1e-3, --c, 1:30, --d, '08']", "partition: 0123"
+    recipe, cluster = (catalog.find(*which).read_text() for which in (("model", "gpt2_345m"), ("cluster", "slurm")))
+    (tmp_path / "recipe.yaml").write_text(f"{recipe}\nflags: {words}\n")
+    (tmp_path / "cluster.yaml").write_text(re.sub("partition: .*", partition, cluster))
+    more = ["cluster.slurm.options=[--nice,10]", "cluster.environment.NCCL_IB_TIMEOUT=22.50", "layout.nodes=2"]
+    by_file = compose.load(str(tmp_path / "recipe.yaml"), str(tmp_path / "cluster.yaml"), more)
+    by_setting = compose.load("gpt2_345m", "slurm", [f"flags={words}", "cluster.slurm.partition=0123", *more])
+    assert by_file == by_setting
+    assert by_file.recipe.flags == ("--a", "007", "--b", "1e-3", "--c", "1:30", "--d", "08")
+    assert (by_file.cluster.slurm.partition, by_file.cluster.slurm.options) == ("0123", ("--nice", "10"))
+    assert by_file.cluster.environment["NCCL_IB_TIMEOUT"] == "22.50"
+    assert by_file.recipe.layout.nodes == 2, "a number in its own place stays one"
+    account = compose.load("gpt2_345m", "slurm", ["cluster.slurm.account=1e5"]).cluster
+    assert account.slurm.account == "1e5"
+    (tmp_path / "again.yaml").write_text(catalog.as_yaml(account))
+    assert compose.load("gpt2_345m", str(tmp_path / "again.yaml")).cluster == account, "as a run folder keeps it"
+
+
+def test_what_yaml_reads_as_a_truth_value_needs_quotes():
+    assert "flags.1 = true: must be text: write it in quotes" in refused("gpt2_tiny", "local", "flags=[--x,yes]")
+    assert "slurm.partition = false: must be text: write it in quotes" in refused(
+        "gpt2_tiny", "slurm", "cluster.slurm.partition=no"
+    )
 
 
 def test_a_secrets_value_is_not_repeated():

@@ -129,9 +129,9 @@ def test_connections_follow_the_generation(settings: list[str], value: str | Non
     assert found == ([f"export {value}"] if value else [])
 
 
-@pytest.mark.parametrize("path", ["/shared/a\nb", "/shared/a\\b"])
+@pytest.mark.parametrize("path", ["/shared/a\nb", "/shared/a\\b", "/shared/\udce9"])
 def test_a_run_folder_that_slurm_cannot_name_is_refused(path: str):
-    with pytest.raises(S3Error, match="line break, a control character or a backslash"):
+    with pytest.raises(S3Error, match="line break, a control character, a byte that is not UTF-8 or a backslash"):
         script("gpt2_tiny", "slurm", run=Path(path))
 
 

@@ -64,6 +64,63 @@ def test_a_name_that_is_taken_is_refused_and_nothing_is_left(tmp_path: Path):
         make(tmp_path / "file")
 
 
+def without_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user id without a name, as in containers started with --user."""
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+
+
+def test_without_a_home_a_run_is_made_and_the_list_says_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """`runs` and `status` were tracebacks of "Could not determine home directory", and so was `launch`, which left its
+    run folder behind."""
+    without_home(monkeypatch)
+    run = make(tmp_path)
+    assert "is missing in the list of s3-megatron runs" in caplog.text and "set HOME" in caplog.text
+    assert runs.find(str(run.path)) == run
+    with pytest.raises(S3Error, match="set HOME, or XDG_STATE_HOME to a folder that can be written"):
+        runs.known_runs()
+
+
+@pytest.mark.parametrize("state", ["/proc/none", "file"])
+def test_where_the_list_cannot_be_written_a_run_is_made_and_named(
+    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / state))
+    run = make(tmp_path)
+    assert f"{run.path} is missing in the list" in caplog.text
+    assert runs.find(str(run.path)) == run
+
+
+def test_the_list_holds_paths_that_are_no_utf8_and_none_that_is_relative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Paths are bytes; a relative XDG folder is passed over, as its standard says."""
+    run = make(tmp_path)
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    run.path.rename(odd)
+    runs._enter(odd)
+    assert [known.path for known in runs.known_runs()] == [odd]
+    monkeypatch.setenv("XDG_STATE_HOME", "state")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert runs._list() == tmp_path / "home/.local/state/s3-megatron/runs"
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022, 0o002])
+def test_a_run_folder_is_for_whom_the_umask_says(mask: int, tmp_path: Path):
+    """It was readable for all under umask 077, and not for the group to write under 002, as shared projects have it."""
+    before = os.umask(mask)
+    try:
+        run = make(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (run.path, run.path / "logs/ranks")} == {0o777 & ~mask}
+    assert (run.path / "recipe.yaml").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
 def test_no_secret_is_written_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_API_KEY", "hunter2-hunter2")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")

@@ -26,8 +26,11 @@ shutil.copy({real!r}, target) if "-shared" in sys.argv else open(target, "w").cl
 """
 # What a rank does; the installed library is out of the way.
 RANK = """
+import os, pwd
 from pathlib import Path
 from s3_megatron.kernels.cpu import library, unavailable
+if os.environ.get("NAMELESS"):
+    pwd.getpwuid = lambda number: {}[number]
 library.INSTALLED = Path("/nowhere")
 print(unavailable() or library.loops()[-1])
 """
@@ -84,6 +87,35 @@ def test_a_cache_that_cannot_be_written_is_named(machine, tmp_path):
     (tmp_path / "file").touch()
     said, _ = start(machine, S3_MEGATRON_CACHE=str(tmp_path / "file" / "cache")).communicate(timeout=60)
     assert str(tmp_path / "file" / "cache") in said and "S3_MEGATRON_CACHE" in said
+
+
+def test_without_a_home_it_is_said_what_to_set_and_a_named_cache_does(machine, tmp_path):
+    """A user id without a name and without HOME, as in containers: the first step was a RuntimeError, with
+    S3_MEGATRON_CACHE set, too, where AdamW steps."""
+    nobody = {"S3_MEGATRON_CACHE": "", "XDG_CACHE_HOME": "", "NAMELESS": "1"}
+    homeless = {key: value for key, value in machine.items() if key != "HOME"}
+    said, _ = start(homeless, **nobody).communicate(timeout=60)
+    assert "set HOME, or XDG_CACHE_HOME" in said and "S3_MEGATRON_CACHE" in said and said.count("\n") == 1
+    nobody["S3_MEGATRON_CACHE"] = str(tmp_path / "named")
+    assert start(homeless, **nobody).communicate(timeout=60)[0].strip() == "portable"
+
+
+def test_a_cache_that_only_its_owner_can_write_is_read(machine, monkeypatch, tmp_path):
+    """As in an image whose cache was filled when it was built."""
+    monkeypatch.setenv("S3_MEGATRON_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "FileLock", lambda path: pytest.fail(f"{path} is not needed"))
+    target = tmp_path / f"step-{build.fingerprint()}-{os.uname().machine}.so"
+    target.touch()
+    assert library._cached() == target
+
+
+def test_a_library_that_cannot_be_loaded_from_its_folder_is_named(machine, monkeypatch, tmp_path):
+    """What a folder mounted noexec does: tests/launch/test_machines.py mounts one."""
+    broken = tmp_path / "cache" / f"step-{build.fingerprint()}-{os.uname().machine}.so"
+    broken.parent.mkdir()
+    broken.write_bytes(b"not for this machine")
+    said, _ = start(machine).communicate(timeout=60)
+    assert f"is {broken.parent} mounted noexec?" in said and "S3_MEGATRON_CACHE" in said
 
 
 @pytest.mark.parametrize("named", ["", "/nowhere/g++"])

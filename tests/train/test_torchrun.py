@@ -13,6 +13,7 @@ import pytest
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from s3_megatron.jobs.node import verdict
 from s3_megatron.train import torchrun
 
 SECOND = int(time.time())
@@ -106,3 +107,20 @@ def test_a_port_that_something_else_holds_ends_the_start_at_once() -> None:
         environ = {**os.environ, "SLURM_NODEID": "0"}
         done = subprocess.run([sys.executable, *command], env=environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "RendezvousConnectionError" in done.stderr, done.stderr[-2000:]
+
+
+def test_what_ends_torchrun_itself_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose own name does not resolve waited ten minutes for "did not say why": torchrun had raised."""
+
+    def no_rendezvous(_args: object) -> None:
+        raise ConnectionError("the client socket has timed out\nafter 600000ms")
+
+    monkeypatch.setattr(run, "run", no_rendezvous)
+    monkeypatch.setattr("sys.argv", ["torchrun", "script.py"])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setenv("S3_FAILURES", str(tmp_path / "failures.json"))
+    with pytest.raises(ConnectionError):
+        torchrun.main()
+    first = verdict.first_failure(tmp_path / "failures.json")
+    assert first is not None and first["rank"] is None
+    assert first["message"] == "torchrun: ConnectionError: the client socket has timed out"

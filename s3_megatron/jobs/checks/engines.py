@@ -154,7 +154,9 @@ def _misses(module: str) -> bool:
 def _python(args: Sequence[str], settings: dict[str, str], text: str = "") -> subprocess.CompletedProcess[str]:
     command, env = [sys.executable, "-W", "ignore", *args], {**os.environ, **settings}
     try:
-        return subprocess.run(command, env=env, input=text, capture_output=True, text=True, timeout=PATIENCE)
+        return subprocess.run(
+            command, env=env, input=text, capture_output=True, encoding="utf-8", errors="replace", timeout=PATIENCE
+        )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"it takes more than {PATIENCE} s")
 

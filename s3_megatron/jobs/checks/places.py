@@ -1,12 +1,14 @@
 """Paths: whether they are there, and whether every node sees them."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from s3_megatron.jobs.checks.finding import ERROR, OK, WARNING, Finding, or_ok
 from s3_megatron.jobs.job import Job
 
+_OCTAL = re.compile(rb"\\([0-7]{3})")
 _PRIVATE = ("/tmp", "/var/tmp", "/dev/shm")
 _IN_MEMORY = {"tmpfs", "ramfs"}
 _ON_A_DISK = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay"}
@@ -145,10 +147,10 @@ def _shared(job: Job, key: str, path: Path) -> Iterator[Finding]:
 def _file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str:
     """The type of the file system that ``path`` is on, or would be; "" where nothing tells."""
     try:
-        lines = mounts.read_text().splitlines()
+        lines = [line.split() for line in mounts.read_bytes().splitlines()]
     except OSError:  # no Linux
         return ""
     # Spaces and their kin are octal in there. The last line of a mount point counts, and the longest mount point.
-    points = {line.split()[1].encode().decode("unicode_escape"): line.split()[2] for line in lines}
+    points = {os.fsdecode(_OCTAL.sub(lambda code: bytes([int(code[1], 8)]), line[1])): line[2] for line in lines}
     real = Path(os.path.realpath(path))
-    return next((points[str(part)] for part in (real, *real.parents) if str(part) in points), "")
+    return next((points[str(part)].decode() for part in (real, *real.parents) if str(part) in points), "")

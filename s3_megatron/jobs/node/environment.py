@@ -71,6 +71,8 @@ def commit() -> str | None:
 def _output(command: Sequence[str]) -> str | None:
     """Run ``command``; returns what it prints, or None where it is missing, fails or hangs."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None

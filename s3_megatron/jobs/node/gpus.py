@@ -44,7 +44,9 @@ def _query(what: str, fields: Sequence[str]) -> list[dict[str, str]] | str:
     """Ask nvidia-smi; returns a dict a row, or what went wrong."""
     command = ["nvidia-smi", f"{what}={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         return f"nvidia-smi does not answer in {_TIMEOUT_SECONDS} s"
     lines = done.stdout.strip().splitlines()
@@ -97,12 +99,14 @@ def _check_processes(ours: set[str], patience: float) -> Check:
 
 def _check_xids() -> Check:
     try:
-        done = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=30, check=False, errors="replace")
+        done = subprocess.run(
+            ["dmesg"], capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return Check.unknown("xid", "dmesg does not run")
     if done.returncode != 0:
         return Check.unknown("xid", "the kernel's log is not readable here")
-    since = float(Path("/proc/uptime").read_text().split()[0]) - _RECENT_SECONDS
+    since = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0]) - _RECENT_SECONDS
     found = re.finditer(r"^\[ *(\d+\.\d+)\] .*NVRM: Xid \(([^)]*)\): (\d+)", done.stdout, re.MULTILINE)
     recent = [(match[2], int(match[3])) for match in found if float(match[1]) > since]
     broken = [f"Xid {number} of {device}" for device, number in recent if number in _HARDWARE_XIDS]

@@ -91,7 +91,9 @@ def _check_run_folder(run: Path) -> Iterator[Check]:
         yield Check.bad("write", f"{run} cannot be written from here: {error.strerror}")
         return
     yield Check.good("write", f"{run} can be written")
-    yield check_clock(stamp, (before + time.time()) / 2, file_system(run, Path("/proc/self/mountinfo").read_text()))
+    yield check_clock(
+        stamp, (before + time.time()) / 2, file_system(run, Path("/proc/self/mountinfo").read_text(encoding="utf-8"))
+    )
 
 
 def check_clock(stamp: float, now: float, kind: str) -> Check:

@@ -52,13 +52,13 @@ def first_failure(path: Path) -> dict[str, Any] | None:
     """Read the first failure from what s3_megatron.train.torchrun wrote to ``path``."""
     if not path.exists():
         return None
-    first = json.loads(path.read_text())[0]
+    first = json.loads(path.read_text(encoding="utf-8"))[0]
     return {name: first[name] for name in ("rank", "host", "message", "time")}
 
 
 def read(attempt: Path) -> dict[str, dict[str, Any]]:
     """Read how ``attempt`` ended on each node that has said so, by the node's name; see Verdict."""
-    found = {path.stem: json.loads(path.read_text()) for path in attempt.glob("*.json")}
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in attempt.glob("*.json")}
     # Failures and health, beside them, are lists.
     return {host: about for host, about in found.items() if isinstance(about, dict) and "verdict" in about}
 

@@ -76,7 +76,9 @@ def _dump(rank: Rank) -> str:
     command = [beside, "dump", "--pid", str(rank.process.pid), "--nonblocking"]
     for _ in range(3):  # a process that runs may change while it is read
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_DUMP_SECONDS, check=False)
+            done = subprocess.run(
+                command, capture_output=True, encoding="utf-8", errors="replace", timeout=_DUMP_SECONDS, check=False
+            )
         except subprocess.TimeoutExpired:
             return text + f"no stacks: py-spy did not answer in {_DUMP_SECONDS:.0f} s\n"
         if done.returncode == 0:

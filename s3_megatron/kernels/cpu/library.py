@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from s3_megatron.errors import S3Error
+from s3_megatron.files import user_folder
 from s3_megatron.kernels.cpu.build import BuildError, compile_library, fingerprint
 
 INSTALLED = Path(__file__).parent
@@ -36,7 +38,7 @@ def load() -> ctypes.CDLL:
     $S3_MEGATRON_KERNEL names another instead: `make sanitize` does.
 
     Raises:
-        BuildError: it is not there and cannot be compiled.
+        BuildError: it is not there and cannot be compiled, or not be loaded from where it is.
     """
     if named := os.environ.get("S3_MEGATRON_KERNEL"):
         return _open(Path(named))
@@ -47,7 +49,14 @@ def load() -> ctypes.CDLL:
             continue
         if library.s3_fingerprint().decode() == fingerprint():
             return library
-    return _open(_cached())
+    cached = _cached()
+    try:
+        return _open(cached)
+    except OSError as error:
+        raise BuildError(
+            f"the kernel cannot be loaded ({error}): is {cached.parent} mounted noexec? name another folder in "
+            "S3_MEGATRON_CACHE"
+        ) from None
 
 
 def loops() -> list[str]:
@@ -60,15 +69,25 @@ def loops() -> list[str]:
 
 
 def cache_folder() -> Path:
-    """Where a library compiled at first use is kept: $S3_MEGATRON_CACHE, else the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("S3_MEGATRON_CACHE") or Path(home, "s3_megatron"))
+    """Where a library compiled at first use is kept: $S3_MEGATRON_CACHE, else the user's cache folder.
+
+    Raises:
+        BuildError: there is no home folder.
+    """
+    if named := os.environ.get("S3_MEGATRON_CACHE"):
+        return Path(named)
+    try:
+        return user_folder("XDG_CACHE_HOME", ".cache") / "s3_megatron"
+    except S3Error as error:
+        raise BuildError(f"{error}; S3_MEGATRON_CACHE does for the kernel alone") from None
 
 
 def _cached() -> Path:
     # Not torch.utils.cpp_extension: its lock is a file, which a rank that is killed while compiling leaves behind, and
     # every later rank then waits for ever. The kernel takes this one back from a dead process.
     target = cache_folder() / f"step-{fingerprint()}-{platform.machine()}.so"
+    if target.exists():  # also in a cache that only its owner can write
+        return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with FileLock(target.with_suffix(".lock")):
