@@ -35,7 +35,7 @@ def _quotas() -> Iterator[float]:
     for group in _groups("cpu"):
         period, quota = _number(group / "cpu.cfs_period_us"), _number(group / "cpu.cfs_quota_us")
         if quota is None and (group / "cpu.max").exists():
-            first, second = (group / "cpu.max").read_text().split()
+            first, second = (group / "cpu.max").read_text(encoding="utf-8").split()
             quota, period = (None if first == "max" else int(first)), int(second)
         if quota is not None and quota > 0 and period:
             yield quota / period
@@ -50,7 +50,7 @@ def _left_in_groups() -> Iterator[int]:
         ):
             most, now = _number(group / limit), _number(group / used)
             if most is not None and now is not None:
-                counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                counts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
                 yield max(0, most - now + int(counts.get(cache, 0)))
 
 
@@ -59,7 +59,7 @@ def _groups(controller: str) -> Iterator[Path]:
 
     In a container /proc may name a group that cannot be seen there; the groups above it then count.
     """
-    for line in _OWN.read_text().splitlines() if _OWN.exists() else ():
+    for line in _OWN.read_text(encoding="utf-8").splitlines() if _OWN.exists() else ():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
@@ -71,6 +71,6 @@ def _groups(controller: str) -> Iterator[Path]:
 def _number(file: Path) -> int | None:
     """Read a file that holds a number; None where it is missing or says "max"."""
     try:
-        return int(file.read_text())
+        return int(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None

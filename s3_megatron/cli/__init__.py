@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
