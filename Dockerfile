@@ -20,9 +20,9 @@ RUN pip list --format=freeze | LC_ALL=C sort > container.txt \
 
 # What the packages below need, less torch and what itself needs torch, in versions that go with the container's.
 RUN pip install --constraint container.txt \
-    einops filelock flask-restful hjson huggingface_hub jinja2 msgpack ninja numpy omegaconf packaging psutil \
+    backports.zstd einops filelock flask-restful hjson huggingface_hub jinja2 msgpack ninja numpy omegaconf packaging psutil \
     py-cpuinfo py-spy pybind11 pydantic pyyaml rich safetensors sentencepiece setuptools tiktoken tqdm transformers \
-    typer wandb zstandard
+    typer wandb
 
 # These do ask for torch: they come without what they ask for. They are built with a setuptools of their own.
 COPY constraints.txt pins.txt

@@ -63,7 +63,12 @@ register()
 """,
     "sentencepiece": "import sentencepiece",
     "transformers": "import transformers",
-    "zstandard": "import zstandard",
+    "zstd": """
+try:
+    import compression.zstd  # Python 3.14
+except ImportError:
+    import backports.zstd
+""",
     "transformer_engine": "import transformer_engine.pytorch",
     # What tells NVIDIA's apex from the unrelated package of that name.
     "apex": "from apex.optimizers import FusedAdam",
@@ -203,7 +208,7 @@ def _packages(probes: dict[str, _Probe]) -> list[Finding]:
     return [
         _package("SentencePiece", probes["sentencepiece"], "sentencepiece", f"for tokenizing: {data}"),
         _package("transformers", probes["transformers"], "transformers", f"for gpt2 and hf: tokenizers: {data}"),
-        _package("zstandard", probes["zstandard"], "zstandard", f"for .zst input: {data}"),
+        _package("Zstandard", probes["zstd"], "backports.zstd", f"for .zst input: {data}"),
         _package(
             "DeepSpeed",
             probes["deepspeed"],

@@ -6,19 +6,15 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 import s3_megatron
 from s3_megatron import machine
-from s3_megatron.cli import jobs, patch
-from s3_megatron.cli.output import console, errors, line
+from s3_megatron.cli import data, jobs, patch
+from s3_megatron.cli.output import console, errors, line, printable
 from s3_megatron.errors import S3Error
-
-if TYPE_CHECKING:
-    from s3_megatron.data import PrepareReport
 
 app = typer.Typer(
     name="s3-megatron",
@@ -28,21 +24,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Text to Megatron's token files, and a look at them.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
+app.add_typer(data.app, name="data")
 bench_app = typer.Typer(help="What a step costs here.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 app.add_typer(jobs.app)
 app.add_typer(patch.app)
-
-TokenizerName = Annotated[
-    str,
-    typer.Option(metavar="NAME", help="sentencepiece, gpt2, or hf:NAME (a folder, or a name on the Hugging Face hub)."),
-]
-TokenizerModel = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="The SentencePiece model; with --train-tokenizer, where to write it."),
-]
 
 
 def main() -> None:
@@ -59,7 +45,7 @@ def main() -> None:
     try:
         app()
     except S3Error as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        errors.print(printable(f"error: {error}"), style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -76,118 +62,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-@data_app.command()
-def prepare(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="INPUT",
-            help="Files, folders (in depth) or quoted globs: .txt (a file is a document), "
-            ".jsonl (a line is a document), either with .gz or .zst.",
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            metavar="PREFIX",
-            help="Writes PREFIX.bin and PREFIX.idx, exactly these names: PREFIX is what Megatron's "
-            "--data-path takes. A dataset that is there is never overwritten.",
-        ),
-    ],
-    tokenizer: TokenizerName = "sentencepiece",
-    tokenizer_model: TokenizerModel = None,
-    train_tokenizer: Annotated[
-        bool,
-        typer.Option("--train-tokenizer", help="Train a SentencePiece model on the input first (PREFIX.model)."),
-    ] = False,
-    vocab_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Size of the vocabulary to train.", show_default=False)
-    ] = None,
-    json_key: Annotated[str, typer.Option(metavar="KEY", help="Where the text of a .jsonl line is.")] = "text",
-    append_eod: Annotated[
-        bool,
-        typer.Option("--append-eod", help="End each document with the tokenizer's end-of-document token."),
-    ] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Processes; never changes the output.", show_default="one a core"),
-    ] = None,
-    strict: Annotated[
-        bool,
-        typer.Option("--strict", help="Stop at the first bad document. Else bad ones are skipped and counted."),
-    ] = False,
-) -> None:
-    """Tokenize text into a dataset Megatron trains on."""
-    if train_tokenizer != (vocab_size is not None):
-        raise S3Error("--train-tokenizer and --vocab-size N go together: give both, or neither")
-    from s3_megatron import data
-    from s3_megatron.data.progress import progress_bar
-
-    try:
-        with progress_bar(errors) as advance:
-            report = data.prepare(
-                inputs,
-                output,
-                tokenizer=tokenizer,
-                tokenizer_model=tokenizer_model,
-                train_vocab_size=vocab_size,
-                json_key=json_key,
-                append_eod=append_eod,
-                workers=workers,
-                strict=strict,
-                on_progress=advance,
-            )
-    except KeyboardInterrupt:
-        errors.print("interrupted: no dataset was written", style="red")
-        raise typer.Exit(130) from None
-    _print_report(report)
-
-
-def _print_report(report: "PrepareReport") -> None:
-    line(
-        f"wrote {report.prefix}.bin and .idx: {report.documents:,} documents, {report.tokens:,} tokens "
-        f"({report.dtype}), {report.text_bytes:,} bytes of text, {report.text_bytes / report.tokens:.2f} a "
-        f"token, {report.seconds:.1f} s"
-    )
-    for reason, count in report.skipped.items():
-        places = report.skipped_where[reason]
-        more = ", ..." if count > len(places) else ""
-        line(f"skipped {count:,} with {reason}: {', '.join(places)}{more}")
-    line("flags for Megatron:")
-    line(f"  {shlex.join(report.megatron_flags)}")
-
-
-@data_app.command()
-def inspect(
-    prefix: Annotated[str, typer.Argument(metavar="PREFIX", help="The dataset: its path without .bin and .idx.")],
-    tokenizer: TokenizerName = "sentencepiece",
-    tokenizer_model: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The SentencePiece model: decodes the start of the data."),
-    ] = None,
-) -> None:
-    """Show what a dataset holds."""
-    from s3_megatron import data
-
-    report = data.inspect(prefix, tokenizer, tokenizer_model)
-    table = Table(show_header=False, box=None)
-    for name, value in {
-        "documents": f"{report.documents:,}",
-        "tokens": f"{report.tokens:,}",
-        "dtype": report.dtype,
-        "shortest document": f"{report.shortest:,} tokens",
-        "median document": f"{report.median:,.0f} tokens",
-        "longest document": f"{report.longest:,} tokens",
-        "first ids": " ".join(map(str, report.sample_ids[:16])),
-    }.items():
-        table.add_row(name, value)
-    console.print(table)
-    if report.sample_text is None:
-        line("to see text: --tokenizer-model FILE, or --tokenizer hf:NAME")
-    else:
-        line(f"\nthe first {len(report.sample_ids)} tokens as text:\n{report.sample_text}")
 
 
 @app.command()

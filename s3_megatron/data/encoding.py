@@ -4,11 +4,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +36,14 @@ class Settings:
 
 @dataclass
 class Encoded:
-    """The ids (int32) of a batch's good documents end to end, their lengths, and its bad ones."""
+    """The ids (int32) of a batch's good documents end to end, their lengths, how many each file has, the bad ones."""
 
-    tokens: np.ndarray
-    lengths: list[int]
-    bad: list[BadDocument]
-    text_bytes: int
     read: int
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    lengths: list[int] = field(default_factory=list)
+    files: Counter[str] = field(default_factory=Counter)
+    bad: list[BadDocument] = field(default_factory=list)
+    text_bytes: int = 0
 
 
 class Encoder:
@@ -63,19 +64,34 @@ class Encoder:
     def __call__(self, batch: list[RawDocument]) -> Encoded:
         """Encode one batch (not empty)."""
         tokens: list[int] = []
-        done = Encoded(np.empty(0, np.int32), [], [], 0, batch[-1].read)
+        done = Encoded(batch[-1].read)
         for document in batch:
             try:
                 text = text_of(document, self.settings.json_key)
+                ids = self._ids(text, document)
             except BadDocument as bad:
                 done.bad.append(bad)
                 continue
-            ids = self.tokenizer.encode(text) + self._end
             tokens += ids
             done.lengths.append(len(ids))
+            done.files[document.path] += 1
             done.text_bytes += len(text.encode())
         done.tokens = np.array(tokens, np.int32)
         return done
+
+    def _ids(self, text: str, document: RawDocument) -> list[int]:
+        ids = self.tokenizer.encode(text)
+        where = f"{document.path}:{document.line}"
+        if not ids:  # a zero-width space, which many models' normalisation takes away, is text to Python
+            raise BadDocument("no tokens", where)
+        if min(ids) < 0 or max(ids) >= self.tokenizer.vocab_size:
+            wrong = next(one for one in ids if not 0 <= one < self.tokenizer.vocab_size)
+            raise S3Error(
+                f"{where}: tokenizer {self.settings.tokenizer_model or self.settings.tokenizer} makes token {wrong} of "
+                f"it, and says that it has {self.tokenizer.vocab_size}: Megatron's embedding would not hold it; mend "
+                "the tokenizer's files, or use another"
+            )
+        return ids + self._end
 
 
 def encode_documents(documents: Iterable[RawDocument], settings: Settings, workers: int) -> Generator[Encoded]:

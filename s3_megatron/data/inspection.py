@@ -1,25 +1,21 @@
-"""What a dataset holds, read without Megatron: its import takes ten seconds, this takes none."""
+"""What a dataset holds."""
 
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from s3_megatron.data.index import read_index
 from s3_megatron.data.tokenizers import load_tokenizer
 from s3_megatron.data.writer import bin_and_idx
 from s3_megatron.errors import S3Error
 
-# megatron-core 0.19.2, core/datasets/indexed_dataset.py: _INDEX_HEADER, _IndexWriter, DType.
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 6: "f8", 7: "f4", 8: "u2"}
 SAMPLE_TOKENS = 100
 
 
 @dataclass(frozen=True)
 class InspectReport:
-    """A dataset in numbers; lengths are tokens a document, the sample is the start of the first document."""
+    """A dataset in numbers; lengths are tokens a document, the sample is the start of the first that has any."""
 
     documents: int
     tokens: int
@@ -38,31 +34,28 @@ def inspect(
 
     Raises S3Error where a file is missing, is cut off, or does not fit the other or the tokenizer.
     """
-    data, index = bin_and_idx(prefix)
-    for path in (index, data):
-        if not path.is_file():
-            raise S3Error(
-                f"{path} is missing: give the PREFIX of a .bin and an .idx, or run `s3-megatron data prepare`"
-            )
-    dtype, lengths, documents = _read_index(index)
-    expected = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
-    if data.stat().st_size != expected:
-        raise S3Error(
-            f"{data} has {data.stat().st_size} bytes where its .idx promises {expected}: it is cut off or "
-            "belongs to another .idx; prepare it again"
-        )
-    if len(documents) < 2 or not expected:
-        raise S3Error(f"{index} lists no document: prepare it again")
-    tokens = np.memmap(data, dtype=dtype, mode="r")
+    data, path = bin_and_idx(prefix)
+    dtype, lengths, documents = read_index(prefix)
+    if len(documents) < 2 or not len(lengths):
+        raise S3Error(f"{path} lists no document: prepare it again")
     ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[documents]
     sizes = np.diff(ends)
-    sample = tokens[ends[0] : min(ends[1], ends[0] + SAMPLE_TOKENS)].tolist()
+    if not sizes.any():
+        raise S3Error(f"{data} holds no token in {len(sizes)} documents: prepare it again")
+    try:
+        tokens = np.memmap(data, dtype=dtype, mode="r")
+    except OSError as error:
+        raise S3Error(f"{data} cannot be read: {error.strerror or error}") from error
+    start = ends[int(np.argmax(sizes > 0))]
+    sample = tokens[start : start + min(int(sizes[sizes > 0][0]), SAMPLE_TOKENS)].tolist()
     text = None
     if tokenizer_model is not None or tokenizer != "sentencepiece":
+        if dtype.kind == "f":
+            raise S3Error(f"{data} holds {dtype.name}, which no tokenizer decodes: leave the tokenizer out")
         loaded = load_tokenizer(tokenizer, tokenizer_model)
-        if max(sample) >= loaded.vocab_size:
+        if wrong := [one for one in sample if one not in range(loaded.vocab_size)]:
             raise S3Error(
-                f"{data} holds token {max(sample)} and the tokenizer {tokenizer_model or tokenizer} has only "
+                f"{data} holds token {wrong[0]} and the tokenizer {tokenizer_model or tokenizer} has only "
                 f"{loaded.vocab_size}: it was written with another tokenizer"
             )
         text = loaded.decode(sample)
@@ -76,20 +69,3 @@ def inspect(
         sample_ids=sample,
         sample_text=text,
     )
-
-
-def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-    """The dtype of the tokens, the lengths of the sequences (int32), the first sequence of each document."""
-    with open(path, "rb") as file:
-        header = file.read(HEADER.size)
-        if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise S3Error(f"{path} is no index of Megatron's, or is cut off: prepare it again")
-        _, version, code, sequences, documents = HEADER.unpack(header)
-        if version != 1 or code not in DTYPES:
-            raise S3Error(f"{path} has version {version} and dtype code {code}: version 1 and codes 1 to 8 are known")
-        body = path.stat().st_size - HEADER.size
-        if body < sequences * (4 + 8) + documents * 8:
-            raise S3Error(f"{path} is cut off: {body} bytes of {sequences * 12 + documents * 8}; prepare it again")
-        lengths = np.fromfile(file, np.int32, sequences)
-        file.seek(sequences * 8, 1)
-        return np.dtype(DTYPES[code]), lengths, np.fromfile(file, np.int64, documents)

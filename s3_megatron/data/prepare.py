@@ -9,7 +9,8 @@ from pathlib import Path
 
 from s3_megatron import machine
 from s3_megatron.data.encoding import Encoder, Settings, encode_documents
-from s3_megatron.data.sources import BadDocument, find_inputs, read_documents
+from s3_megatron.data.inputs import Inputs, find_inputs
+from s3_megatron.data.sources import BadDocument, read_documents, shown
 from s3_megatron.data.training import train_sentencepiece
 from s3_megatron.data.writer import new_dataset, refuse_existing
 from s3_megatron.errors import S3Error
@@ -30,7 +31,10 @@ class Progress:
 
 @dataclass
 class PrepareReport:
-    """What was written and what was not; ``text_bytes`` counts UTF-8, ``skipped`` documents by reason."""
+    """What was written and what was not; ``text_bytes`` counts UTF-8, ``skipped`` documents by reason.
+
+    ``files`` counts the documents written from each file that was read, as ``sources.shown`` shows its path.
+    """
 
     prefix: Path
     vocab_size: int
@@ -41,6 +45,7 @@ class PrepareReport:
     tokens: int = 0
     text_bytes: int = 0
     seconds: float = 0.0
+    files: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     skipped_where: dict[str, list[str]] = field(default_factory=dict)
 
@@ -63,6 +68,7 @@ def prepare(
     append_eod: bool = False,
     workers: int | None = None,
     strict: bool = False,
+    on_inputs: Callable[[Inputs], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> PrepareReport:
     """Write ``output``.bin and ``output``.idx from the documents of ``inputs``.
@@ -71,15 +77,18 @@ def prepare(
     trained on the inputs first and written to ``tokenizer_model``, or ``output``.model. The number of
     ``workers`` (processes, one a core) never changes the bytes; a script that calls this with more than one
     needs ``if __name__ == "__main__"``. Documents with invalid UTF-8, broken JSON, no string under
-    ``json_key`` or no text are skipped and counted; under ``strict`` the first raises. Raises S3Error; then
-    no dataset is there.
+    ``json_key``, no text or no tokens are skipped and counted; under ``strict`` the first raises. ``on_inputs``
+    gets the files before any is read. Raises S3Error; then no dataset is there.
     """
     started = time.monotonic()
     refuse_existing(output)
     workers = machine.cores() if workers is None else workers
     if workers < 1:
         raise S3Error(f"--workers {workers}: at least 1")
-    paths = find_inputs(inputs)
+    found = find_inputs(inputs)
+    if on_inputs:
+        on_inputs(found)
+    paths = found.taken
     if train_vocab_size is not None:
         if tokenizer != "sentencepiece":
             raise S3Error(f"--train-tokenizer trains a SentencePiece model: leave out --tokenizer {tokenizer}")
@@ -104,6 +113,7 @@ def _write(
     on_progress: Callable[[Progress], None] | None,
 ) -> None:
     total = sum(path.stat().st_size for path in paths)
+    report.files.update(dict.fromkeys(map(shown, paths), 0))
     batches = encode_documents(read_documents(paths), settings, workers)
     with new_dataset(report.prefix, report.vocab_size) as builder, closing(batches):
         report.dtype = builder.dtype.__name__
@@ -117,6 +127,7 @@ def _write(
                 builder.add_document(batch.tokens[start : start + length], [length])
                 start += length
             report.documents += len(batch.lengths)
+            report.files.update(batch.files)
             report.tokens += start
             report.text_bytes += batch.text_bytes
             if on_progress:

@@ -75,6 +75,8 @@ class HuggingFaceText:
 
     megatron-core 0.19.2, core/tokenizers/text/libraries/huggingface_tokenizer.py: special tokens that
     the tokenizer adds stay in, eod is eos or, where there is none, sep. Code that came with it is never run.
+    A special token's name in the text is text, as it is to SentencePiece; Megatron's own preprocessing makes the
+    control id of it, and a page about tokenizers would end a document in its middle.
     """
 
     def __init__(self, name: str) -> None:
@@ -86,7 +88,7 @@ class HuggingFaceText:
 
     def encode(self, text: str) -> list[int]:
         # verbose=False: a document longer than the model's context is no news here.
-        return self._tokenizer(text, verbose=False).input_ids
+        return self._tokenizer(text, verbose=False, split_special_tokens=True).input_ids
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)

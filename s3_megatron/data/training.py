@@ -5,7 +5,8 @@ import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from s3_megatron.data.sources import BadDocument, find_inputs, read_documents, text_of
+from s3_megatron.data.inputs import find_inputs
+from s3_megatron.data.sources import BadDocument, read_documents, text_of
 from s3_megatron.data.tokenizers import import_sentencepiece
 from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
@@ -43,7 +44,7 @@ def train_sentencepiece(
         raise S3Error(f"--vocab-size {vocab_size} is too small: bytes and special tokens alone take {FIXED_PIECES}")
     sentencepiece = import_sentencepiece()
     # A list first: SentencePiece turns every exception inside an iterator, Ctrl-C too, into a RuntimeError.
-    lines = _sample(_lines(find_inputs(inputs), json_key, strict))
+    lines = _sample(_lines(find_inputs(inputs).taken, json_key, strict))
     trained = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

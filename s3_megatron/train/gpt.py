@@ -26,6 +26,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from s3_megatron.checkpoints import lease
 from s3_megatron.errors import S3Error
 from s3_megatron.train import checks, loading, requests
+from s3_megatron.train.data import check_data
 from s3_megatron.train.deepspeed_checkpoint import LATEST
 
 try:
@@ -92,6 +93,7 @@ def parse(
         args = parse_and_validate_args(prepare)
         checks.check_schedule(args)
     checks.check_vocabulary(args, get_tokenizer())
+    check_data(args)
     return args
 
 

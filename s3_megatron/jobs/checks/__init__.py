@@ -10,7 +10,7 @@ from rich.table import Table
 
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs import memory, throughput
-from s3_megatron.jobs.checks import engines, numbers, places, resources
+from s3_megatron.jobs.checks import data, engines, numbers, places, resources
 from s3_megatron.jobs.checks.finding import ERROR, OK, WARNING, Finding
 from s3_megatron.jobs.job import Job
 
@@ -48,7 +48,7 @@ def check(job: Job, run: Path | None = None) -> Report:
         slow = [pool.submit(_collected, look, job, run) for look in (engines.tokenizer, engines.parser)]
         quick = [
             finding
-            for look in (numbers.check, engines.deepspeed, resources.check, places.check)
+            for look in (numbers.check, engines.deepspeed, resources.check, places.check, data.check)
             for finding in _collected(look, job, run)
         ]
         findings = [*quick, *(finding for future in slow for finding in future.result())]
