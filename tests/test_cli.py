@@ -72,6 +72,8 @@ def test_text_to_dataset_to_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "2 documents" in result.stdout
     places = ", ".join(f"{source}:{line}" for line in range(2, 7))
     assert f"skipped 7 with broken JSON: {places}, ...\n" in result.stdout
+    assert "2 documents are too few for Megatron's default --split 969, 30, 1" in result.stdout
+    assert ".jsonl" in result.stderr, "what is read"
     # To be pasted: on one line however narrow the terminal, and quoted.
     assert result.stdout.endswith(
         f"  --tokenizer-type SentencePieceTokenizer --tokenizer-model '{prefix}.model' "

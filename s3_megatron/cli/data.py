@@ -120,6 +120,8 @@ def _print_inputs(found: "Inputs") -> None:
 
 
 def _print_report(report: "PrepareReport") -> None:
+    from s3_megatron.data.splits import DEFAULT_SPLIT, left_out
+
     line(
         f"wrote {report.prefix}.bin and .idx: {report.documents:,} documents, {report.tokens:,} tokens "
         f"({report.dtype}), {report.text_bytes:,} bytes of text, {report.text_bytes / report.tokens:.2f} a "
@@ -133,6 +135,11 @@ def _print_report(report: "PrepareReport") -> None:
     if without:
         more = ", ..." if len(without) > NAMED else ""
         line(f"{len(without):,} of {len(report.files):,} files gave no document: {', '.join(without[:NAMED])}{more}")
+    if names := left_out(report.documents):
+        line(
+            f"note: {report.documents:,} documents are too few for Megatron's default --split {DEFAULT_SPLIT}, which "
+            f"leaves {' and '.join(names)} none: add --split 100,0,0 --eval-iters 0, or give each split data of its own"
+        )
     line("flags for Megatron:")
     line(f"  {shlex.join(report.megatron_flags)}")
 

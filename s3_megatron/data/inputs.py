@@ -1,5 +1,6 @@
 """Which files are taken as text, by one rule for a file, a folder and a glob, and why the others are not."""
 
+import errno
 import glob
 import os
 import stat
@@ -48,7 +49,7 @@ def find_inputs(inputs: Iterable[str | Path]) -> Inputs:
             if not reason and seen.setdefault(identity, path) is not path:
                 new = True
                 if seen[identity] != path:
-                    found.passed.append((path, f"the same file as {shown(seen[identity])}"))
+                    found.passed.append((path, "another name of a file that is taken"))
             elif reason:
                 found.passed.append((path, reason))
             else:
@@ -68,8 +69,12 @@ def _nothing(passed: list[tuple[Path, str]]) -> str:
 
 
 def _files(name: str, found: Inputs) -> Iterator[Path]:
-    matches = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
-    for match in map(Path, matches):
+    matches = [name] if os.path.lexists(name) else glob.glob(name, recursive=True)
+    # "**" goes forty times around a link that leads upwards: of one entry's paths the shortest counts.
+    shortest: dict[str, Path] = {}
+    for match in sorted(map(Path, matches), key=lambda path: len(path.parts)):
+        shortest.setdefault(os.path.join(os.path.realpath(match.parent), match.name), match)
+    for match in sorted(shortest.values()):
         if match.is_dir():
             yield from _walk(match, found)
         else:
@@ -92,7 +97,7 @@ def _walk(folder: Path, found: Inputs) -> Iterator[Path]:
                 found.passed.append((path, "a hidden folder"))
                 folders.remove(name)
             elif (real := os.path.realpath(path)) in entered:
-                found.passed.append((path, f"the same folder as {shown(real)}"))
+                found.passed.append((path, "another name of a folder that is searched"))
                 folders.remove(name)
             else:
                 entered.add(real)
@@ -109,8 +114,10 @@ def _reason(path: Path) -> tuple[str | None, tuple[int, int]]:
     """Why a file is passed over (None: it is taken), and its device and inode."""
     try:
         status = path.stat()
-    except FileNotFoundError:
-        return "a link to nothing", (0, 0)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return "a link to nothing", (0, 0)
+        raise
     identity = status.st_dev, status.st_ino
     kind = kind_of(path)
     if not stat.S_ISREG(status.st_mode):

@@ -77,6 +77,16 @@ def bounds(split: str) -> list[Share | None]:
     return [(start, end) if end > start else None for start, end in pairwise(ends)]
 
 
+def left_out(documents: int) -> list[str]:
+    """The splits that get none of so many documents where --split is not given."""
+    shares = [share for share in bounds(DEFAULT_SPLIT) if share is not None]
+    return [
+        name
+        for name, (start, end) in zip(NAMES, shares, strict=True)
+        if round(start * float(documents)) == round(end * float(documents))
+    ]
+
+
 def parts(request: Request) -> Iterator[Part]:
     """Every split of every data set that Megatron's builder will build, with the samples it will ask for."""
     if request.blend is not None:

@@ -1,5 +1,6 @@
 """`data inspect` against Megatron's own reader, and against damage."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -72,4 +73,62 @@ def test_a_tokenizer_of_another_size_is_named(tmp_path: Path, model: Path) -> No
     with writer.new_dataset(tmp_path / "a", 40_000) as builder:
         builder.add_document([3999], [1])
     with pytest.raises(S3Error, match=r"token 3999 .* only 1000: it was written with another tokenizer"):
+        inspect(tmp_path / "a", tokenizer_model=model)
+
+
+def test_a_first_document_without_tokens_is_no_traceback(tmp_path: Path, model: Path) -> None:
+    """Megatron reads such a file, and inspect took the largest of no ids."""
+    with writer.new_dataset(tmp_path / "a", 100) as builder:
+        builder.add_document([], [0])
+        builder.add_document([5, 6], [2])
+    report = inspect(tmp_path / "a", tokenizer_model=model)
+    assert (report.documents, report.shortest, report.sample_ids) == (2, 0, [5, 6])
+    with writer.new_dataset(tmp_path / "b", 100) as builder:
+        builder.add_document([], [0])
+    with pytest.raises(S3Error, match="holds no token in 1 documents"):
+        inspect(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"])
+def test_every_dtype_of_megatrons_is_read(tmp_path: Path, model: Path, name: str) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{tmp_path}/a.bin", dtype=getattr(np, name), multimodal=True)
+    builder.add_document(np.array([1, 2, 120]), [3], [0])
+    builder.finalize(f"{tmp_path}/a.idx")
+    assert inspect(tmp_path / "a").sample_ids == [1, 2, 120]
+    if name.startswith("float"):
+        with pytest.raises(S3Error, match=f"holds {name}, which no tokenizer decodes"):
+            inspect(tmp_path / "a", tokenizer_model=model)
+    else:
+        assert inspect(tmp_path / "a", tokenizer_model=model).sample_text is not None
+
+
+def test_what_is_no_dataset_is_one_line(tmp_path: Path, prefix: Path) -> None:
+    good = Path(f"{prefix}.idx").read_bytes()
+    count = struct.unpack_from("<Q", good, 18)[0]
+    ends = len(good) - 8
+    for content, message in [
+        (b"", "no index of Megatron's, or is cut off"),
+        (b"TNTIDX\x00\x00" + bytes(50), "format of 2019"),
+        (good[:34] + struct.pack("<i", -5) + good[38:], "damaged"),
+        (good[:ends] + struct.pack("<q", count + 1), "damaged"),
+        (good[:18] + struct.pack("<Q", 1 << 62) + good[26:], "cut off"),
+    ]:
+        Path(f"{prefix}.idx").write_bytes(content)
+        with pytest.raises(S3Error, match=message) as error:
+            inspect(prefix)
+        assert "\n" not in str(error.value)
+    Path(f"{prefix}.idx").unlink()
+    Path(f"{prefix}.idx").mkdir()
+    with pytest.raises(S3Error, match=r"a\.idx is no file"):
+        inspect(prefix)
+    with pytest.raises(S3Error, match="cannot be read: File name too long"):
+        inspect(tmp_path / ("x" * 300))
+
+
+def test_a_negative_token_is_no_traceback(tmp_path: Path, model: Path) -> None:
+    with writer.new_dataset(tmp_path / "a", 70_000) as builder:
+        builder.add_document([-1], [1])
+    with pytest.raises(S3Error, match="token -1 "):
         inspect(tmp_path / "a", tokenizer_model=model)

@@ -2,12 +2,14 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from s3_megatron.data import encoding, inspect, prepare, writer
@@ -103,6 +105,9 @@ def test_a_stop_between_the_two_renames_is_no_dataset(
     with pytest.raises(S3Error, match=r"a\.idx is missing"):
         inspect(tmp_path / "a")
     monkeypatch.undo()
+    with pytest.raises(S3Error, match=r"a\.bin exists without its \.idx"):
+        prepare([corpus], tmp_path / "a", tokenizer_model=model, workers=1)
+    (tmp_path / "a.bin").unlink()
     report = prepare([corpus / "json_tool.txt"], tmp_path / "a", tokenizer_model=model, workers=1)
     assert inspect(tmp_path / "a").tokens == report.tokens
 
@@ -130,3 +135,29 @@ def test_a_dead_worker_ends_the_run(model: Path, tmp_path: Path) -> None:
     settings = encoding.Settings("sentencepiece", model, "text", False)
     with pytest.raises(S3Error, match=r"of 2 worker processes died.*smaller --workers"):
         list(encoding.encode_documents(documents(), settings, 2))
+
+
+def test_a_run_that_ended_meanwhile_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two runs had looked before the first was done, and replaced what that had written."""
+    with writer.new_dataset(tmp_path / "a", 100) as builder:
+        builder.add_document([1], [1])
+    with pytest.raises(S3Error, match=r"a\.idx exists"), writer.new_dataset(tmp_path / "a", 100):
+        pass
+    assert inspect(tmp_path / "a").tokens == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+
+
+def test_a_disk_that_is_full_at_the_last_write_leaves_nothing(tmp_path: Path) -> None:
+    """The builder's buffer fails again as it is closed, and the half-written file stayed.
+
+    RLIMIT_FSIZE is the nearest to a full disk that a test can have: write(2) fails with EFBIG instead of ENOSPC.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(S3Error, match="cannot be written: File too large"):
+            with writer.new_dataset(tmp_path / "a", 100) as builder:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+                builder.add_document(np.zeros(600, np.int32), [600])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())

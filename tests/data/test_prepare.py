@@ -183,3 +183,86 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
         builder.add_document(np.array([1], np.int32), [1])
         fail()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def swallowing(tmp_path: Path) -> Path:
+    """A model with SentencePiece's default normalisation, as most published ones have: it drops a zero-width space."""
+    from sentencepiece import SentencePieceTrainer
+
+    path = tmp_path / "nmt.model"
+    with open(path, "wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(["ab cd ef"] * 50),
+            model_writer=file,
+            model_type="unigram",
+            vocab_size=20,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    return path
+
+
+def test_documents_that_become_no_tokens_are_counted(tmp_path: Path, swallowing: Path) -> None:
+    """They were written as documents of no tokens, after which inspect, or the report itself, ended in a traceback."""
+    some, none = write_jsonl(tmp_path / "a.jsonl", ["\u200b", "ab cd"]), write_jsonl(tmp_path / "b.jsonl", ["\u200b"])
+    report = prepare([some, none], tmp_path / "out", tokenizer_model=swallowing, append_eod=True, workers=1)
+    assert (report.documents, report.skipped) == (1, {"no tokens": 2})
+    assert report.files == {str(some): 1, str(none): 0}
+    assert len(documents_of(tmp_path / "out")) == 1
+    with pytest.raises(S3Error, match=r"no usable document \(1 with no tokens, first .*b\.jsonl:1\)"):
+        prepare([none], tmp_path / "none", tokenizer_model=swallowing, append_eod=True, workers=1)
+    with pytest.raises(S3Error, match=r"a\.jsonl:1: no tokens"):
+        prepare([some], tmp_path / "none", tokenizer_model=swallowing, workers=1, strict=True)
+    assert not list(tmp_path.glob("none*"))
+
+
+@pytest.mark.parametrize(("vocab_size", "wrong"), [(100, 65_536), (100, -1), (65_499, 70_000), (65_500, 1 << 31)])
+def test_an_id_that_does_not_fit_stops_the_run(tmp_path: Path, vocab_size: int, wrong: int) -> None:
+    """Megatron's builder wrote 65,536 as 0, without a word."""
+    with (
+        pytest.raises(S3Error, match=f"token {wrong} does not fit (uint16|int32)"),
+        writer.new_dataset(tmp_path / "a", vocab_size) as builder,
+    ):
+        builder.add_document(np.array([1, wrong], np.int64), [2])
+    assert not list(tmp_path.iterdir())
+
+
+def test_ids_beyond_the_tokenizers_own_size_stop_the_run(hf_folder: Path, tmp_path: Path) -> None:
+    """A vocabulary with holes: len() counts its tokens, and its largest id is beyond Megatron's embedding."""
+    import shutil
+
+    folder = shutil.copytree(hf_folder, tmp_path / "holes")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["x"] = 70_000
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    source = write_jsonl(tmp_path / "a.jsonl", ["fine", "x"])
+    for workers in (1, 2):
+        with pytest.raises(S3Error, match=r"a\.jsonl:2: tokenizer hf:.* makes token 70000 .* it has 600") as error:
+            prepare([source], tmp_path / "out", tokenizer=f"hf:{folder}", workers=workers)
+        assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_files_are_named_before_any_is_read(tmp_path: Path, model: Path) -> None:
+    """What a glob or a folder leaves out must be seen before hours of tokenizing, not after."""
+    source = write_jsonl(tmp_path / "a.jsonl", ["a document"])
+    (tmp_path / "b.parquet").touch()
+
+    def stop(found: object) -> None:
+        assert (found.taken, [path.name for path, _ in found.passed]) == ([source], ["b.parquet"])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare([tmp_path], tmp_path / "out", train_vocab_size=300, on_inputs=stop)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.parquet"]
+
+
+@pytest.mark.parametrize("output", ["", ".", "..", "folder/"])
+def test_an_output_without_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    """`folder/` made folder/.bin, which nothing shows."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", ["a"])
+    with pytest.raises(S3Error, match="is a folder: give the files' name too"):
+        prepare(["a.jsonl"], output)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

@@ -83,3 +83,20 @@ def test_wrong_names_and_files_say_what_to_do(tmp_path: Path, model: Path) -> No
     ]:
         with pytest.raises(S3Error, match=message):
             load_tokenizer(*arguments)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "hf"])
+def test_a_special_token_in_the_text_is_text(kind: str, model: Path, hf_folder: Path) -> None:
+    """A page that writes <|endoftext|> or </s> out must not end a document where it does.
+
+    The control is the tokenizer itself, which makes one id of it.
+    """
+    ours = load_tokenizer("sentencepiece", model) if kind == "sentencepiece" else load_tokenizer(f"hf:{hf_folder}")
+    text = "a </s> b <s> <unk> <pad> <|endoftext|> c"
+    ids = ours.encode(text)
+    assert not {0, 1, 2, 3, ours.eod} & set(ids) if kind == "sentencepiece" else ours.eod not in ids
+    assert ours.decode(ids) == text
+    if kind == "hf":
+        from transformers import AutoTokenizer
+
+        assert ours.eod in AutoTokenizer.from_pretrained(hf_folder)(text).input_ids

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -110,13 +111,23 @@ def test_a_shipped_recipe_has_no_mistake_but_that_its_files_are_not_here(recipe:
         assert not found
 
 
+# Ten documents of 2,000 tokens each (uint16), as Megatron's IndexedDatasetBuilder writes them, without its import.
+DATASET = {
+    ".bin": bytes(2 * 2000 * 10),
+    ".idx": struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, 10, 11)
+    + struct.pack("<10i", *[2000] * 10)
+    + struct.pack("<10q", *range(0, 40_000, 4000))
+    + struct.pack("<11q", *range(11)),
+}
+
+
 def here(tmp_path: Path, *settings: str, shared: str = "") -> Job:
     """345M on two nodes, with everything that it names under ``tmp_path``."""
     for name in ("train", "validation"):
         for end in (".bin", ".idx"):
             file = tmp_path / "data/openwebtext" / f"{name}_text_document{end}"
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.touch()
+            file.write_bytes(DATASET[end])
     interpreter = tmp_path / "venv/bin/python"
     interpreter.parent.mkdir(parents=True)
     interpreter.symlink_to("/bin/sh")
@@ -280,3 +291,20 @@ def test_deepspeeds_schema_is_asked(tmp_path: Path) -> None:
     (finding,) = engines.parser(job, tmp_path)
     assert finding.state == ERROR
     assert "stage3_max_live_parameters" in finding.found and "batch" not in finding.found
+
+
+def test_too_little_data_and_stale_caches_are_named(tmp_path: Path) -> None:
+    """Megatron's index builder counts for ever where a data set has nothing, with every rank behind it."""
+    job = here(tmp_path)
+    folder = tmp_path / "data/openwebtext"
+    report = checks.check(job, tmp_path / "runs/a")
+    (found,) = [finding for finding in report.findings if finding.name == "data.train tokens"]
+    assert (found.state, found.found.split(";")[0]) == (checks.OK, "20,000 tokens in 10 documents")
+    empty = struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, 1, 2) + struct.pack("<iqqq", 0, 0, 0, 1)
+    (folder / "train_text_document.idx").write_bytes(empty)
+    (folder / "train_text_document.bin").write_bytes(b"")
+    (folder / "validation_text_document.bin").write_bytes(bytes(7))
+    found = {finding.name: finding for finding in checks.check(job, tmp_path / "runs/a").errors}
+    assert "has no token in 1 documents" in found["data.train tokens"].found
+    assert found["data.train tokens"].fix == "prepare it again"
+    assert "7 bytes where its .idx promises 40000" in found["data.validation tokens"].found

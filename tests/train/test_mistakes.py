@@ -181,3 +181,25 @@ def test_a_mistake_that_rank_1_alone_sees_is_said_and_nobody_hangs(tmp_path: Pat
     assert run.returncode != 0
     assert run.stderr.count("s3_megatron: error: seen by rank 1 alone") == 1
     assert "exitcode  : 2" in run.stderr
+
+
+def test_too_little_data_and_a_stale_cache_are_named(
+    gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Megatron's index builder counts for ever where a split has no document, and every other rank waits for it."""
+    from s3_megatron.data import splits, writer
+
+    def dataset(documents: int) -> None:
+        splits._ends.cache_clear()
+        with writer.new_dataset(tmp_path / "a", 255) as builder:
+            for _ in range(documents):
+                builder.add_document([5] * 200, [200])
+
+    dataset(10)
+    flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "255", "--data-path", str(tmp_path / "a")]
+    assert "split valid of" in refusal(gpt, monkeypatch, *flags)
+    assert "split test of" in refusal(gpt, monkeypatch, *flags, "--split", "60,40,0.1", "--eval-iters", "0")
+    assert "has no validation data" in refusal(gpt, monkeypatch, *flags, "--split", "100,0,0")
+    per_split = [*flags[:4], "--train-data-path", str(tmp_path / "a")]
+    assert "has no validation data" in refusal(gpt, monkeypatch, *per_split)
+    assert "has no validation data" in refusal(gpt, monkeypatch, *per_split, "--full-validation")
