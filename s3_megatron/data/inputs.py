@@ -74,17 +74,17 @@ def _files(name: str, found: Inputs) -> Iterator[Path]:
     shortest: dict[str, Path] = {}
     for match in sorted(map(Path, matches), key=lambda path: len(path.parts)):
         shortest.setdefault(os.path.join(os.path.realpath(match.parent), match.name), match)
+    searched = {os.path.realpath(match): match for match in shortest.values() if match.is_dir()}
     for match in sorted(shortest.values()):
         if match.is_dir():
-            yield from _walk(match, found)
+            yield from _walk(match, found, searched)
         else:
             yield match
 
 
-def _walk(folder: Path, found: Inputs) -> Iterator[Path]:
-    """Files of a folder in depth, by name; a folder that leads back to itself or was seen is not entered again."""
+def _walk(folder: Path, found: Inputs, searched: dict[str, Path]) -> Iterator[Path]:
+    """Files of a folder in depth, by name; folders that are ``searched`` by another path are not entered again."""
     files: list[Path] = []
-    entered = {os.path.realpath(folder)}
 
     def refuse(error: OSError) -> None:
         raise S3Error(f"input {shown(error.filename)} cannot be read: {error.strerror}") from error
@@ -96,11 +96,10 @@ def _walk(folder: Path, found: Inputs) -> Iterator[Path]:
             if name.startswith("."):
                 found.passed.append((path, "a hidden folder"))
                 folders.remove(name)
-            elif (real := os.path.realpath(path)) in entered:
-                found.passed.append((path, "another name of a folder that is searched"))
+            elif (first := searched.setdefault(os.path.realpath(path), path)) is not path:
+                if first != path:
+                    found.passed.append((path, "another name of a folder that is searched"))
                 folders.remove(name)
-            else:
-                entered.add(real)
         for name in names:
             path = Path(parent, name)
             if name.startswith("."):

@@ -295,7 +295,7 @@ def test_deepspeeds_schema_is_asked(tmp_path: Path) -> None:
 
 def test_too_little_data_and_stale_caches_are_named(tmp_path: Path) -> None:
     """Megatron's index builder counts for ever where a data set has nothing, with every rank behind it."""
-    job = here(tmp_path)
+    job = here(tmp_path, "schedule.train_iters=100")
     folder = tmp_path / "data/openwebtext"
     report = checks.check(job, tmp_path / "runs/a")
     (found,) = [finding for finding in report.findings if finding.name == "data.train tokens"]
