@@ -17,7 +17,10 @@ _OLD_MAGIC = b"TNTIDX\x00\x00"  # Megatron-LM before 2020, and fairseq
 
 
 class Index(NamedTuple):
-    """The dtype of the tokens, the lengths of the sequences (int32), the first sequence of each document (int64)."""
+    """The dtype of the tokens, the lengths of the sequences (int32), the first sequence of each document (int64).
+
+    Both arrays are maps of the file: a data set may have a billion of them.
+    """
 
     dtype: np.dtype
     lengths: np.ndarray
@@ -62,9 +65,12 @@ def _read(path: Path) -> Index:
         body = path.stat().st_size - HEADER.size
         if body < sequences * (4 + 8) + documents * 8:
             raise S3Error(f"{path} is cut off: {body} bytes of {sequences * 12 + documents * 8}; prepare it again")
-        lengths = np.fromfile(file, np.int32, sequences)
-        file.seek(sequences * 8, 1)
-        starts = np.fromfile(file, np.int64, documents)
-    if (lengths < 0).any() or (starts < 0).any() or (starts > sequences).any() or (np.diff(starts) < 0).any():
+    lengths = _mapped(path, np.int32, HEADER.size, sequences)
+    starts = _mapped(path, np.int64, HEADER.size + sequences * 12, documents)
+    if min(lengths.min(initial=0), starts.min(initial=0)) < 0 or starts.max(initial=0) > sequences:
         raise S3Error(f"{path} is damaged: its lengths or documents are no such numbers; prepare it again")
     return Index(np.dtype(DTYPES[code]), lengths, starts)
+
+
+def _mapped(path: Path, dtype: type, offset: int, count: int) -> np.ndarray:
+    return np.memmap(path, dtype, "r", offset, (count,)) if count else np.empty(0, dtype)

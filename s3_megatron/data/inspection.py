@@ -40,6 +40,8 @@ def inspect(
         raise S3Error(f"{path} lists no document: prepare it again")
     ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[documents]
     sizes = np.diff(ends)
+    if sizes.min() < 0:
+        raise S3Error(f"{path} is damaged: a document begins before the one before it; prepare it again")
     if not sizes.any():
         raise S3Error(f"{data} holds no token in {len(sizes)} documents: prepare it again")
     try:

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -124,15 +123,9 @@ def tokens(part: Part) -> tuple[int, int, int]:
 
     Raises S3Error where the data set cannot be read.
     """
-    ends = _ends(part.prefix)
-    count = len(ends) - 1
-    first, last = (round(share * float(count)) for share in part.bounds)
-    return last - first, int(ends[last] - ends[first]), count
-
-
-@cache
-def _ends(prefix: str) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(read_index(prefix).lengths, dtype=np.int64)])
+    lengths = read_index(part.prefix).lengths
+    first, last = (round(share * float(len(lengths))) for share in part.bounds)
+    return last - first, int(lengths[first:last].sum(dtype=np.int64)), len(lengths)
 
 
 def shortages(request: Request) -> Iterator[str]:

@@ -23,7 +23,6 @@ def dataset(tmp_path: Path) -> Dataset:
     """Writes a data set of documents of these lengths; returns its prefix."""
 
     def write(lengths: list[int], name: str = "data") -> str:
-        splits._ends.cache_clear()  # a process knows a data set for as long as it looks at one run
         with writer.new_dataset(tmp_path / name, 255) as builder:
             for length in lengths:
                 builder.add_document(np.arange(length) % 250, [length])
