@@ -1,6 +1,8 @@
 """S3 as a ``torch.optim.Optimizer``."""
 
+import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any, overload
@@ -11,6 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels.op import IMPLEMENTATIONS, Implementation, step_
+
+logger = logging.getLogger(__name__)
 
 # Megatron-LM and DeepSpeed find optimizer state in their checkpoints by Adam's two names, so S3 goes by them:
 # m in the first, the root r = s^(1/p) in the second.
@@ -169,6 +173,7 @@ class S3(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
+        _check_betas(group["betas"])
         seed = group["rounding_seed"]
         for params, grads, exp_avgs, exp_avg_roots, models in self._buckets(group):
             device = params[0].device
@@ -283,3 +288,32 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
         raise S3Error(f"p is {p}: it must be a finite number >= 1; 3 is the paper's")
     if not 0 <= weight_decay < math.inf:
         raise S3Error(f"weight_decay is {weight_decay}: it must be a finite number >= 0")
+
+
+def _check_betas(betas: tuple[float, float]) -> None:
+    """Look at what a step is taken with: schedulers and callbacks write into the groups, and checkpoints bring theirs.
+
+    Raises:
+        S3Error: a decay is out of range.
+    """
+    beta1, beta2 = betas
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise S3Error(f"a param group's betas are {(beta1, beta2)}: both must lie in [0, 1); keep schedulers from them")
+    if beta1 != beta2:
+        _warn_of_two_betas(beta1, beta2)
+
+
+_has_warned = False
+
+
+@torch.compiler.assume_constant_result  # called while a step is compiled, and no part of what is compiled
+def _warn_of_two_betas(beta1: float, beta2: float) -> None:
+    """Say once a process, on rank 0, that the bound does not hold."""
+    global _has_warned
+    if not _has_warned and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            f"S3 steps with two betas, {beta1:g} and {beta2:g}: |update| <= 1 holds for one alone (Theorem 2), and a weight can move by "
+            "more than lr. If this was not meant, keep what wrote them from S3's param groups: OneCycleLR and CyclicLR "
+            "take cycle_momentum=False"
+        )
+    _has_warned = True

@@ -1,13 +1,11 @@
 """What every entry point shares: the rehearsal's switch, S3's installation, and how a run ends."""
 
 import ctypes
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +14,7 @@ import torch.distributed
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from s3_megatron import rehearsal
+from s3_megatron.engines.imports import AfterImport
 from s3_megatron.errors import S3Error
 
 
@@ -59,31 +58,21 @@ def skip_helper_build() -> None:
         utils.compile_helpers = lambda: None
 
 
-class RegisterWithDeepSpeed(importlib.abc.MetaPathFinder):
+class RegisterWithDeepSpeed(AfterImport):
     """On ``sys.meta_path``, registers S3 as soon as somebody imports DeepSpeed.
 
     Whoever trains without it is spared its import, which takes seconds, and fails where its CUDA is not in order.
     """
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """Find ``deepspeed`` as the others do, with the registration behind its import."""
-        if name != "deepspeed":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+    def __init__(self) -> None:
+        """Wait for DeepSpeed."""
+        super().__init__("deepspeed", _register)
 
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
-                from s3_megatron.engines.deepspeed import register
 
-                register()
+def _register(_: ModuleType) -> None:
+    from s3_megatron.engines.deepspeed import register
 
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
+    register()
 
 
 @contextmanager

@@ -50,5 +50,5 @@ def test_deepspeed_is_not_imported_for_those_who_do_without(monkeypatch: pytest.
     assert "deepspeed" not in sys.modules
     spec = importlib.util.find_spec("deepspeed")
     assert spec is not None and spec.loader is not None
-    assert spec.loader.exec_module.__name__ == "execute_and_register"
+    assert spec.loader.exec_module.__name__ == "execute_and_call"
     assert finder not in sys.meta_path and "deepspeed" not in sys.modules

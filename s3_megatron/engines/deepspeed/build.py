@@ -5,6 +5,7 @@ Every host symbol named here was read in deepspeed 0.19.8, runtime/engine.py unl
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +14,10 @@ import deepspeed
 import deepspeed.runtime.zero.stage3 as stage3
 import deepspeed.runtime.zero.stage_1_and_2 as stage_1_and_2
 import torch
+from deepspeed.utils import log_dist
 
-from s3_megatron.engines.deepspeed import checkpoint, loss_scale, stepping
-from s3_megatron.engines.deepspeed.layout import is_flat
+from s3_megatron.engines.deepspeed import checkpoint, gradients, loss_scale, stepping
+from s3_megatron.engines.deepspeed.layout import is_flat, is_stage3
 from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import S3
@@ -24,6 +26,7 @@ from s3_megatron.optim.s3 import STATE_MARK
 # What "params" may hold: S3's own arguments, without those that DeepSpeed gives or that do nothing under it.
 _FROM_ADAM = "s3_from_adam"
 _KNOWN = sorted({*inspect.signature(S3).parameters} - {"params", "capturable"} | {_FROM_ADAM})
+_FROM_TRAINER = ("lr", "weight_decay")  # what transformers and accelerate fill in for any optimizer
 _IS_0_17 = deepspeed.__version__.startswith("0.17.")  # 0.17.6 is the oldest that S3 works with
 _STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -67,15 +70,24 @@ def make_s3(params: Any, settings: dict[str, Any], *, bf16_states: bool) -> S3:
     """Build S3 from the configuration's ``params``; ``bf16_states`` is DeepSpeed's ``bf16_optimizer_states``.
 
     Raises:
-        S3Error: an unknown name, or a value that S3 does not take.
+        S3Error: an unknown name, a value that S3 does not take, or "auto" for what only a Trainer knows.
     """
     unknown = sorted(set(settings) - set(_KNOWN))
     if unknown:
+        # betas is for ablations, and whoever comes from Adam has a pair that does not fit: beta is what to see here.
         raise S3Error(
             f"the DeepSpeed configuration gives optimizer S3 the params {', '.join(map(repr, unknown))}, which it does "
-            f"not have; it has {', '.join(_KNOWN)}"
+            f"not have: take them out; it has {', '.join(name for name in _KNOWN if name != 'betas')}"
         )
-    arguments = {name: value for name, value in settings.items() if name != _FROM_ADAM}
+    auto = sorted(name for name, value in settings.items() if isinstance(value, str) and value == "auto")
+    if missing := [name for name in _FROM_TRAINER if name in auto]:
+        raise S3Error(
+            f'optimizer S3 has "auto" for {", ".join(missing)} and no transformers or accelerate put its own value '
+            "there: write a number"
+        )
+    if defaults := [name for name in auto if name != "implementation"]:  # which has an "auto" of its own
+        log_dist(f'"auto" for S3\'s {", ".join(defaults)} is S3\'s own default', ranks=[0], level=logging.WARNING)
+    arguments = {name: value for name, value in settings.items() if name not in {_FROM_ADAM, *defaults}}
     name = arguments.pop("state_dtype", "bfloat16" if bf16_states else "float32")
     if name not in _STATE_DTYPES:
         raise S3Error(f"S3's state_dtype is {name!r}: it must be one of {', '.join(map(repr, _STATE_DTYPES))}")
@@ -115,10 +127,12 @@ def configure_optimizer(original: Callable[..., None]) -> Callable[..., None]:
                 f"DeepSpeed built {type(optimizer).__name__} in {type(self.optimizer).__name__} where S3 was asked "
                 "for: report this version"
             )
-        from_adam = configured and bool((self.optimizer_params() or {}).get(_FROM_ADAM, False))
+        from_adam = configured and (self.optimizer_params() or {}).get(_FROM_ADAM, False) not in (False, None, "auto")
         checkpoint.guard_s3(optimizer, self.optimizer, from_adam=from_adam)
         if _IS_0_17 and is_flat(self.optimizer):
             loss_scale.look_on_every_rank(self.optimizer)
+        if is_stage3(self.optimizer):
+            gradients.forget_after_the_step(self.optimizer)
         if self.fp16_enabled():
             loss_scale.grow_after_the_step(self.optimizer)
         stepping.start(self)

@@ -13,7 +13,7 @@ import torch
 from deepspeed.utils import logger
 
 from s3_megatron.engines import versions
-from s3_megatron.engines.deepspeed.layout import is_flat, is_sharded, masters
+from s3_megatron.engines.deepspeed.layout import is_flat, is_sharded, is_stage3, masters
 from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import EXP_AVG_ROOT, S3, from_adam_state, is_s3_state
@@ -27,17 +27,31 @@ _HYPERPARAMETERS = ("betas", "p", "nesterov", "maximize", "weight_decay")
 def guard_other(optimizer: Any, wrapper: Any) -> None:
     """Make an optimizer that is not S3 refuse S3's state, which has Adam's names and another meaning."""
 
-    def refuse(groups: Groups) -> None:
+    def refuse(groups: Groups, universal: bool) -> None:
         if groups and is_s3_state(groups):
             raise S3Error(
                 f"the checkpoint's optimizer state was written by S3 and cannot be loaded into "
-                f"{type(optimizer).__name__}: go on with S3, or load the weights alone (load_module_only=True)"
+                f"{type(optimizer).__name__}: go on with S3, or load the weights alone: "
+                f"{_weights_alone(wrapper, universal)}"
             )
 
     if isinstance(optimizer, torch.optim.Optimizer):
-        optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: refuse(state_dict["param_groups"]))
+        optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: refuse(state_dict["param_groups"], False))
     if is_sharded(wrapper):
-        _see_universal_groups(wrapper, refuse)
+        _see_universal_groups(wrapper, lambda groups: refuse(groups, True))
+
+
+def _weights_alone(wrapper: Any, universal: bool) -> str:
+    """Say what loads a checkpoint's weights without the optimizer's state: DeepSpeed's other ways load nothing."""
+    if is_stage3(wrapper):
+        latest = "" if universal else ", which takes the checkpoint that the file latest names"
+        return f"load_checkpoint(..., load_optimizer_states=False){latest}"
+    if universal:
+        return (
+            "load_checkpoint(..., load_module_only=True) of the ordinary checkpoint that this one was made from, "
+            "without load_universal"
+        )
+    return "load_checkpoint(..., load_module_only=True)"
 
 
 def guard_s3(optimizer: S3, wrapper: Any, *, from_adam: bool) -> None:
@@ -46,7 +60,7 @@ def guard_s3(optimizer: S3, wrapper: Any, *, from_adam: bool) -> None:
     Allocates S3's state, and keeps it as ``safe_get_full_optimizer_state`` and universal checkpoints want it.
     """
     optimizer.load_state_dict = functools.partial(  # type: ignore[method-assign]
-        _load_state_dict, optimizer, optimizer.load_state_dict, from_adam
+        _load_state_dict, optimizer, optimizer.load_state_dict, wrapper, from_adam
     )
     if not is_sharded(wrapper):
         return
@@ -57,17 +71,19 @@ def guard_s3(optimizer: S3, wrapper: Any, *, from_adam: bool) -> None:
 
 
 def _load_state_dict(
-    optimizer: S3, load: Callable[[dict[str, Any]], None], from_adam: bool, state_dict: dict[str, Any]
+    optimizer: S3, load: Callable[[dict[str, Any]], None], wrapper: Any, from_adam: bool, state_dict: dict[str, Any]
 ) -> None:
     """Load one rank's state of an ordinary checkpoint."""
     state_dict = dict(state_dict)
-    if _accept(state_dict["param_groups"], optimizer, from_adam):
+    if _accept(state_dict["param_groups"], optimizer, from_adam, _weights_alone(wrapper, False)):
         state_dict = from_adam_state(state_dict, optimizer)
     load(state_dict)
 
 
-def _accept(saved: Groups, optimizer: S3, from_adam: bool) -> bool:
+def _accept(saved: Groups, optimizer: S3, from_adam: bool, weights_alone: str) -> bool:
     """Check saved param groups; says whether their state must be converted from Adam's.
+
+    ``weights_alone`` is the advice how to load no state.
 
     Raises:
         S3Error: they are not S3's, and conversion was not asked for; or there are more or fewer than this run's.
@@ -82,8 +98,8 @@ def _accept(saved: Groups, optimizer: S3, from_adam: bool) -> bool:
         if not from_adam:
             raise S3Error(
                 "the checkpoint's optimizer state was not written by S3: to go on from Adam's (m as it is, r = "
-                'sqrt(v)) add "s3_from_adam": true to the params of optimizer S3; or load the weights alone '
-                "(load_optimizer_states=False)"
+                f'sqrt(v)) add "s3_from_adam": true to the params of optimizer S3; or load the weights alone: '
+                f"{weights_alone}"
             )
         return True
     changed = sorted(
@@ -160,7 +176,7 @@ def _guard_universal(optimizer: S3, wrapper: Any, from_adam: bool) -> None:
 
     def look(saved: Groups) -> None:
         nonlocal found, converting
-        converting = _accept(saved, optimizer, from_adam)
+        converting = _accept(saved, optimizer, from_adam, _weights_alone(wrapper, True))
         if converting:
             for old, new in zip(saved, optimizer.param_groups, strict=True):
                 params = old["params"]

@@ -33,3 +33,9 @@ def masters(wrapper: Any) -> list[Tensor]:
     if is_stage3(wrapper):
         return list(wrapper.fp32_partitioned_groups_flat)
     return [param for group in wrapper.param_groups for param in group["params"] if param.requires_grad]
+
+
+def model_groups(wrapper: Any) -> list[list[Tensor]]:
+    """Give the model's parameters that ZeRO's ``wrapper`` trains, group by group."""
+    names = ("fp16_groups",) if is_stage3(wrapper) else ("bf16_groups", "bit16_groups")
+    return next(getattr(wrapper, name) for name in names if hasattr(wrapper, name))

@@ -3,10 +3,12 @@
 import sys
 
 from s3_megatron.engines import versions
+from s3_megatron.engines.deepspeed.hugging_face import TrainerConfig
 from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.errors import S3Error
 
 _swap = SymbolSwap("this DeepSpeed")
+_trainer = TrainerConfig()
 
 
 def register() -> None:
@@ -26,22 +28,26 @@ def register() -> None:
     versions.check(versions.DEEPSPEED, version)
     import deepspeed.runtime.engine as host
 
-    from s3_megatron.engines.deepspeed import build, stepping
+    from s3_megatron.engines.deepspeed import build, loading, schedule, stepping
 
     engine = host.DeepSpeedEngine
     _swap.replace(engine, "_is_supported_optimizer", build.is_supported_optimizer)
     _swap.replace(engine, "_configure_basic_optimizer", build.configure_basic_optimizer)
     _swap.replace(engine, "_configure_optimizer", build.configure_optimizer)
     _swap.replace(host, "is_zero_supported_optimizer", build.is_zero_supported_optimizer)
+    _swap.replace(engine, "_configure_lr_scheduler", schedule.configure_lr_scheduler)
     _swap.replace(engine, "_take_model_step", stepping.take_model_step)
+    _swap.replace(engine, "load_checkpoint", loading.load_checkpoint)
     # Importing accelerate takes seconds, so it is left alone where nobody has; build.py stops what then slips by.
     accelerate = sys.modules.get("accelerate.accelerator")
     if accelerate is not None:
         _swap.replace(accelerate, "map_pytorch_optim_to_deepspeed", build.keep_s3)
+    _trainer.watch()
 
 
 def unregister() -> None:
     """Put DeepSpeed's own functions back."""
+    _trainer.leave()
     _swap.undo()
 
 

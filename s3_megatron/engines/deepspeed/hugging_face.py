@@ -1,0 +1,65 @@
+"""transformers fills "auto" in a DeepSpeed configuration with what its Trainer has for Adam."""
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from s3_megatron.engines.imports import AfterImport
+from s3_megatron.engines.swap import SymbolSwap
+
+logger = logging.getLogger(__name__)
+
+_MODULE = "transformers.integrations.deepspeed"
+_BETAS = "optimizer.params.betas"
+_OF_ADAM = [0.9, 0.999]  # TrainingArguments' adam_beta1 and adam_beta2 (transformers 5.23), where no one sets them
+
+
+class TrainerConfig:
+    """Keeps the betas of transformers' Trainer out of S3's params, from now on or from transformers' import on."""
+
+    def __init__(self) -> None:
+        """Replace nothing yet."""
+        self._swap = SymbolSwap("this transformers")
+        self._waiting = AfterImport(_MODULE, self._replace)
+
+    def watch(self) -> None:
+        """Start."""
+        module = sys.modules.get(_MODULE)
+        if module is None:
+            sys.meta_path.insert(0, self._waiting)
+        else:
+            self._replace(module)
+
+    def leave(self) -> None:
+        """Put back what was replaced."""
+        self._swap.undo()
+        if self._waiting in sys.meta_path:
+            sys.meta_path.remove(self._waiting)
+
+    def _replace(self, module: ModuleType) -> None:
+        self._swap.replace(module.HfTrainerDeepSpeedConfig, "fill_match", fill_match)
+
+
+def fill_match(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``HfTrainerDeepSpeedConfig.fill_match`` (transformers 5.23, integrations/deepspeed.py).
+
+    It fills an "auto", or notes that a value is another than the Trainer's, which ends the run later. Of S3's betas it
+    does neither: "auto" becomes S3's default unless ``adam_beta1`` or ``adam_beta2`` is set, and a pair stays.
+    """
+
+    @functools.wraps(original)
+    def fill_match(self: Any, ds_key_long: str, hf_val: Any, *args: Any, **kwargs: Any) -> None:
+        is_s3 = str(self.get_value("optimizer.type")).lower() == "s3"
+        if ds_key_long != _BETAS or not is_s3 or (self.is_auto(_BETAS) and list(hf_val) != _OF_ADAM):
+            original(self, ds_key_long, hf_val, *args, **kwargs)
+        elif self.is_auto(_BETAS):
+            params, name = self.find_config_node(_BETAS)
+            del params[name]
+            if os.environ.get("RANK", "0") == "0":
+                logger.warning('"auto" for the betas of S3 is its own default: the Trainer has those of Adam, 0.9 and 0.999')
+
+    return fill_match

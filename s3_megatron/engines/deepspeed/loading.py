@@ -1,0 +1,64 @@
+"""Loading checkpoints into an engine with S3 where DeepSpeed leaves weights out, or takes them from elsewhere.
+
+Every host symbol named here was read in deepspeed 0.19.8, runtime/engine.py.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from s3_megatron.engines.deepspeed import untrained
+from s3_megatron.errors import S3Error
+from s3_megatron.optim import S3
+
+
+def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``DeepSpeedEngine.load_checkpoint``.
+
+    Raises:
+        S3Error: the engine has S3, and DeepSpeed would load no weights, or those of another checkpoint.
+    """
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(getattr(self, "basic_optimizer", None), S3):
+            return original(self, *args, **kwargs)
+        call = signature.bind(self, *args, **kwargs)
+        call.apply_defaults()
+        universal = self.load_universal_checkpoint()
+        if self.zero_optimization_partition_weights() and not universal and not self.has_moe_layers:
+            _check_zero_3(call.arguments)
+        loaded = original(self, *args, **kwargs)
+        if universal and loaded[0] is not None:
+            untrained.load(self, _folder(call.arguments, "latest_universal"))
+        return loaded
+
+    return load_checkpoint
+
+
+def _folder(asked: dict[str, Any], latest: str) -> Path:
+    """Give the folder of the checkpoint that a call of ``load_checkpoint`` asks for."""
+    folder = Path(asked["load_dir"])
+    return folder / (asked["tag"] or (folder / latest).read_text().strip())
+
+
+def _check_zero_3(asked: dict[str, Any]) -> None:
+    """Raise S3Error where ``_load_checkpoint`` in ZeRO-3 would not load the weights of the checkpoint asked for."""
+    if asked["load_optimizer_states"]:
+        if asked["load_module_only"]:
+            raise S3Error(
+                "load_module_only=True loads no weights in ZeRO-3, with any optimizer: give "
+                "load_optimizer_states=False instead"
+            )
+        return
+    latest = Path(asked["load_dir"]) / "latest"
+    named = latest.read_text().strip() if latest.is_file() else None
+    if named is None or asked["tag"] not in (None, named):
+        raise S3Error(
+            f"without optimizer states ZeRO-3 takes the weights of the checkpoint that {latest} names "
+            f"({named or 'there is no such file'}), whatever the tag, with any optimizer: write "
+            f"{asked['tag'] or 'the tag'} into that file"
+        )
