@@ -312,8 +312,8 @@ def _warn_of_two_betas(beta1: float, beta2: float) -> None:
     global _has_warned
     if not _has_warned and os.environ.get("RANK", "0") == "0":
         logger.warning(
-            f"S3 steps with two betas, {beta1:g} and {beta2:g}: |update| <= 1 holds for one alone (Theorem 2), and a weight can move by "
-            "more than lr. If this was not meant, keep what wrote them from S3's param groups: OneCycleLR and CyclicLR "
-            "take cycle_momentum=False"
+            f"S3 steps with two betas, {beta1:g} and {beta2:g}: |update| <= 1 holds for one alone (Theorem 2), and a "
+            "weight can move by more than lr. If this was not meant, keep what wrote them from S3's param groups: "
+            "OneCycleLR and CyclicLR take cycle_momentum=False"
         )
     _has_warned = True

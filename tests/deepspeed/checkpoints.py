@@ -4,11 +4,14 @@ The run on 2 ranks leaves universal checkpoints behind, which those on 1 and on 
 """
 
 import functools
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
@@ -16,17 +19,20 @@ from deepspeed.utils import logger
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from s3_megatron.engines.deepspeed import activity
+from s3_megatron.errors import S3Error
 from tests.checks import refuses, shared_folder
 from tests.deepspeed.harness import (
     ALONE,
     DECAY,
     FLOAT32_ACCUMULATION,
     STATES,
+    Net,
     Reference,
     Run,
     close,
     equal,
     gradients,
+    said,
     same,
 )
 from tests.deepspeed.window import OLD, ZERO_OF_16_BIT
@@ -34,6 +40,8 @@ from tests.deepspeed.window import OLD, ZERO_OF_16_BIT
 BEFORE, AFTER = 4, 3  # steps before a checkpoint, and after it
 ADAM = {"optimizer": "AdamW", "params": {"torch_adam": True}}
 ZERO_OF_ADAM = (1,) if OLD else (1, 3)  # of universal checkpoints, which ZeRO-3 of 0.17.6 cannot convert (limits.py)
+# A weight that came through the model's own bfloat16, of which the largest here is below 2.
+BIT16 = {"fp32": 0.0, "bf16": 2**-8}
 # By name: stage, precision, and what else makes the run.
 KINDS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "stage1": (1, "fp32", {}),
@@ -45,6 +53,7 @@ KINDS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "stage3": (3, "fp32", {"zero": {"sub_group_size": 400}}),
     "stage3-bf16": (3, "bf16", {"params": {"state_dtype": "bfloat16"}}),
 }
+LACKING = [name for name in ("stage2", "stage3") if not OLD or KINDS[name][0] < 3]
 UNIVERSAL = [name for name in KINDS if not OLD or KINDS[name][0] < 3]
 
 
@@ -65,6 +74,22 @@ def load(run: Run, folder: Path, **how: Any) -> None:
 
 def hyperparameters(run: Run) -> list[dict[str, Any]]:
     return [{name: value for name, value in group.items() if name != "params"} for group in run.s3.param_groups]
+
+
+def refusal(run: Run, folder: Path) -> str:
+    """The line with which loading ends."""
+    try:
+        load(run, folder)
+    except S3Error as error:
+        assert "\n" not in str(error)
+        return str(error)
+    raise AssertionError("loaded")
+
+
+def advice(text: str) -> dict[str, bool]:
+    """The arguments of load_checkpoint that an error's line advises."""
+    (found,) = re.findall(r"(load_module_only|load_optimizer_states)=(True|False)", text)
+    return {found[0]: found[1] == "True"}
 
 
 def train(run: Run, first: int, last: int) -> list[float]:
@@ -115,8 +140,11 @@ def check_an_adam_checkpoint_is_refused_or_converted(_: Path) -> None:
         before = Run(stage, precision)
         train(before, 0, 1)
         held = before.everything()
-        refuses(functools.partial(load, before, folder), "not written by S3", '"s3_from_adam": true')
+        text = refusal(before, folder)
+        assert "not written by S3" in text and '"s3_from_adam": true' in text
         equal(before.everything()[len(held) // 3 :], held[len(held) // 3 :])  # m and r
+        load(before, folder, **advice(text))
+        close(before.weights(), adam.weights(), rtol=0.0, atol=BIT16[precision])
 
         converted = Run(stage, precision, params={"s3_from_adam": True})
         ours = hyperparameters(converted)
@@ -131,8 +159,39 @@ def check_an_adam_checkpoint_is_refused_or_converted(_: Path) -> None:
         folder = shared_folder()
         save(converted, folder)
         load(Run(stage, precision), folder)  # it is S3's own now
-        refuses(functools.partial(load, Run(stage, precision, **ADAM), folder), "written by S3", "AdamW")
-        load(Run(stage, precision, **ADAM), folder, load_optimizer_states=False)
+        other = Run(stage, precision, **ADAM)
+        train(other, 20, 21)
+        text = refusal(other, folder)
+        assert "written by S3" in text and "AdamW" in text
+        load(other, folder, **advice(text))
+        close(other.weights(), converted.weights(), rtol=0.0, atol=BIT16[precision])
+
+
+def check_zero_3_loads_the_weights_that_are_asked_for(_: Path) -> None:
+    """load_module_only loaded nothing there, without a word, and AdamW advised it; load_optimizer_states=False took the
+    weights of the checkpoint that ``latest`` names, whatever the tag (DeepSpeed issue 8499)."""
+    folder, run = shared_folder(), Run(3)
+    train(run, 0, 1)
+    save(run, folder)
+    weights = run.weights()
+    train(run, 1, 2)
+    run.engine.save_checkpoint(str(folder), tag="later")
+    other = Run(3)
+    before = other.everything()
+    refuses(functools.partial(load, other, folder, load_module_only=True), "no weights in ZeRO-3", "load_optimizer_st")
+    weights_alone = functools.partial(load, other, folder, load_optimizer_states=False)
+    refuses(weights_alone, "(later)", "write saved into that file")
+    equal(other.everything(), before)
+    (folder / "latest").unlink(missing_ok=True)
+    dist.barrier()
+    refuses(weights_alone, "there is no such file", "write saved into that file")
+    dist.barrier()
+    (folder / "latest").write_text("saved")
+    dist.barrier()
+    weights_alone()
+    close(other.weights(), weights, rtol=0.0, atol=0.0)
+    assert not any(state.any() for name in STATES for state in other.state(name).values())
+    other.step(gradients(3))
 
 
 def check_a_checkpoints_hyperparameters_are_said(_: Path) -> None:
@@ -160,6 +219,7 @@ def check_universal_checkpoints_go_on_with_other_ranks(folder: Path) -> None:
     for name in UNIVERSAL:
         run = make(name, checkpoint={"load_universal": True})
         train(run, 20, 21)
+        spoil(run.net)
         load(run, folder / name / "universal")
         saved = torch.load(folder / f"{name}.pt", weights_only=True)
         close(run.weights(), saved["weights"], rtol=0.0, atol=0.0)
@@ -178,6 +238,41 @@ def check_universal_checkpoints_go_on_with_other_ranks(folder: Path) -> None:
             same(run, reference)
 
 
+def spoil(net: Net) -> None:
+    """Give what is not trained other values."""
+    with deepspeed.zero.GatheredParameters([net.frozen], modifier_rank=0):
+        net.frozen.data.fill_(7.0)
+    net.seen.fill_(7.0)
+
+
+def check_universal_checkpoints_bring_what_is_not_trained(folder: Path) -> None:
+    """Frozen weights and buffers stayed as the new process had made them, without a word (AdamW's still do)."""
+    for name in UNIVERSAL:
+        for kind, lacking in (("universal", False), ("lacking", True)):
+            if lacking and name not in LACKING:
+                continue
+            run = make(name, checkpoint={"load_universal": True})
+            spoil(run.net)
+            with said() as lines:
+                load(run, folder / name / kind)
+            with deepspeed.zero.GatheredParameters([run.net.frozen]):
+                values = {*run.net.frozen.tolist(), *run.net.seen.tolist()}
+            assert values == ({7.0} if lacking else {1.0, 2.0, 4.0}), (name, values)
+            named = [line for line in lines if "lacks frozen, seen, not trained here" in line]
+            assert len(named) == (lacking and dist.get_rank() == 0), (name, lines)
+
+
+def take_out_what_is_not_trained(folder: Path, name: str) -> None:
+    """Copy a universal checkpoint without frozen weights and buffers, as exclude_frozen_parameters=True saves it."""
+    copy = folder / name / "lacking"
+    shutil.copytree(folder / name / "universal", copy)
+    for file in copy.glob("saved/*model_states.pt"):
+        state = torch.load(file, weights_only=False)
+        state["module"] = {key: value for key, value in state["module"].items() if key not in ("frozen", "seen")}
+        state["frozen_param_shapes"] = state["frozen_param_fragments"] = None
+        torch.save(state, file)
+
+
 def write_universal(folder: Path) -> None:
     """Train every kind, save it, and convert what was saved as a person does."""
     adams = {f"adam{stage}": functools.partial(Run, stage, **ADAM) for stage in ZERO_OF_ADAM}
@@ -188,6 +283,8 @@ def write_universal(folder: Path) -> None:
         whole = {"weights": run.weights(), **{states: run.state(states) for states in STATES}}
         if dist.get_rank() == 0:
             convert(folder / name)
+            if name in LACKING:
+                take_out_what_is_not_trained(folder, name)
             torch.save(whole, folder / f"{name}.pt")
         dist.barrier()
 
@@ -207,7 +304,10 @@ def check_universal_checkpoints_of_adam_are_refused_or_converted(folder: Path) -
     for stage in ZERO_OF_ADAM:
         universal = {"checkpoint": {"load_universal": True}}
         source = folder / f"adam{stage}" / "universal"
-        refuses(functools.partial(load, Run(stage, **universal), source), "not written by S3", '"s3_from_adam": true')
+        plain = Run(stage, **universal)
+        text = refusal(plain, source)
+        assert "not written by S3" in text and '"s3_from_adam": true' in text
+        follow(plain, text, folder / f"adam{stage}")
         run = Run(stage, params={"s3_from_adam": True}, **universal)
         ours = hyperparameters(run)
         load(run, source)
@@ -218,7 +318,21 @@ def check_universal_checkpoints_of_adam_are_refused_or_converted(folder: Path) -
         assert hyperparameters(run) == ours
         train(run, BEFORE, BEFORE + AFTER)
         source = folder / f"stage{stage}" / "universal"
-        refuses(functools.partial(load, Run(stage, **ADAM, **universal), source), "written by S3", "AdamW")
+        adam = Run(stage, **ADAM, **universal)
+        text = refusal(adam, source)
+        assert "written by S3" in text and "AdamW" in text
+        follow(adam, text, folder / f"stage{stage}")
+
+
+def follow(run: Run, text: str, folder: Path) -> None:
+    """Do what a refusal of the universal checkpoint in ``folder`` advises: the weights alone are the saved ones."""
+    kind = "universal"
+    if "without load_universal" in text:
+        run, kind = Run(int(run.engine.zero_optimization_stage()), optimizer=type(run.s3).__name__), "."
+        train(run, 20, 21)
+    load(run, folder / kind, **advice(text))
+    saved = torch.load(folder.with_suffix(".pt"), weights_only=True)
+    close(run.weights(), saved["weights"], rtol=0.0, atol=0.0)
 
 
 def checks(folder: Path) -> dict[str, Callable[[], None]]:

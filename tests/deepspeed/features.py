@@ -1,5 +1,6 @@
 """The worker's checks of what DeepSpeed can do besides: offload, 16-bit masters, experts, zero.Init."""
 
+from typing import Any
 from unittest import SkipTest
 
 import deepspeed
@@ -11,6 +12,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 from torch import nn
+from torch.optim import lr_scheduler as schedules
 
 from s3_megatron.engines.deepspeed import activity, decay_groups
 from s3_megatron.engines.deepspeed.layout import masters
@@ -18,6 +20,7 @@ from s3_megatron.optim import S3
 from tests.checks import refuses
 from tests.deepspeed.harness import (
     DECAY,
+    FLOAT32_ACCUMULATION,
     LR,
     STATES,
     STEPS_SHORT,
@@ -29,8 +32,21 @@ from tests.deepspeed.harness import (
     equal,
     gradients,
     groups,
+    same,
 )
 from tests.deepspeed.window import OLD, ZERO_OF_16_BIT
+
+# Where a step does not use every parameter: stage, precision, and what else makes the run.
+UNUSED: list[tuple[int, str, dict[str, Any]]] = [
+    (1, "fp32", {}),
+    (1, "bf16", {"offload": True}),
+    (1, "bf16", FLOAT32_ACCUMULATION),
+    (2, "fp32", {}),
+    (2, "bf16", {"offload": True}),
+    (3, "fp32", {}),
+    (3, "bf16", {"zero": {"sub_group_size": 400}}),
+    (3, "fp32", {"offload": True}),
+]
 
 
 def check_offload_equals_no_offload() -> None:
@@ -167,3 +183,74 @@ def check_safe_get_and_set_reach_every_group() -> None:
                 safe_set_full_optimizer_state(p, torch.full(p.shape, 0.5), name)
                 assert (safe_get_full_optimizer_state(p, name) == 0.5).all()
         assert {float(run.s3.state[m][name].max()) for m in masters(run.wrapper) for name in STATES} <= {0.0, 0.5}
+
+
+def check_a_gradient_is_used_once() -> None:
+    """ZeRO-3 kept the gradient of a parameter that a step does not use, and applied it in every step after it, with
+    AdamW too; in an accumulation the first gradient of a parameter that a later micro-batch reaches was added to it.
+    As under ZeRO 1 and 2 it is zero: m, r and the weight of such a parameter go on without it.
+    """
+    used = [  # the parameters that each micro-batch of a step reaches
+        (("embedding", "linear", "bias", "scale"),) * 2,
+        (("embedding", "bias"),) * 2,
+        (("embedding",), ("embedding", "linear")),
+        (("bias", "scale"), ("bias",)),
+        (("linear",),) * 2,
+    ]
+    for stage, precision, settings in UNUSED:
+        run, reference = Run(stage, precision, accumulate=2, **settings), Reference()
+        for step, batches in enumerate(used):
+            every, total = gradients(step), {name: torch.zeros_like(g) for name, g in gradients(step).items()}
+            for names in batches:
+                run.engine.backward(run.engine({name: every[name] for name in names}))
+                run.engine.step()
+                for name in names:
+                    total[name] += every[name] / 2
+            assert run.engine.was_step_applied()
+            reference.step(total)
+        try:
+            same(run, reference)
+        except AssertionError as error:
+            raise AssertionError(f"ZeRO {stage} {precision} {settings}") from error
+    run, reference = Run(3), Reference()
+    run.engine.backward(run.engine(gradients(0)))
+    run.wrapper.zero_grad()  # thrown away, as after a bad batch
+    few = {name: grad for name, grad in gradients(1).items() if name != "linear"}
+    run.step(few)
+    reference.step({"linear": torch.zeros_like(gradients(1)["linear"]), **few})
+    same(run, reference)
+
+
+def check_schedulers_keep_to_the_rate() -> None:
+    """DeepSpeed's OneCycle wrote betas of 0.8 to 0.9 and 0.99 into S3's groups, and weights moved by 1.7 rates."""
+    one = {"cycle_min_lr": LR / 10, "cycle_max_lr": LR, "cycle_first_step_size": 4}
+    two = {"max_lr": LR, "total_steps": 20}
+    three = {"base_lr": LR / 10, "max_lr": LR, "step_size_up": 4}
+    advice = ("has cycle_momentum on", "cycle_momentum=False")
+    for kind, params in (("OneCycle", one), ("OneCycleLR", two), ("CyclicLR", three)):
+        refuses(lambda kind=kind, params=params: Run(1, scheduler={"type": kind, "params": params}), kind, *advice)
+        run = Run(1, scheduler={"type": kind, "params": {**params, "cycle_momentum": False}})
+        stays_in_bounds(run)
+    client = S3(groups(net := Net()), lr=LR, weight_decay=DECAY)
+    of_client = schedules.OneCycleLR(client, **two)
+    refuses(lambda: Run(1, client=client, net=net, schedule=of_client), "OneCycleLR", *advice)
+
+    def nested(optimizer: torch.optim.Optimizer) -> schedules.SequentialLR:
+        parts = [schedules.ConstantLR(optimizer), schedules.CyclicLR(optimizer, **three)]
+        return schedules.SequentialLR(optimizer, parts, milestones=[2])
+
+    for stage in (0, 3):
+        refuses(lambda stage=stage: Run(stage, schedule=nested), "CyclicLR", *advice)
+    run = Run(2, schedule=lambda optimizer: schedules.LambdaLR(optimizer, lambda step: 1 / (1 + step)))
+    stays_in_bounds(run)
+    assert run.s3.param_groups[0]["lr"] < LR
+    Run(1, optimizer="AdamW", params={"torch_adam": True}, scheduler={"type": "OneCycle", "params": one})
+
+
+def stays_in_bounds(run: Run) -> None:
+    """Five steps in which no weight moves by more than its rate; the decays stay S3's."""
+    activity(run.engine).watch()
+    for step in range(5):
+        run.step(gradients(step))
+        assert 0 < float(activity(run.engine).statistics[1]) <= 1
+    assert {group["betas"] for group in run.s3.param_groups} == {(0.95, 0.95)}

@@ -5,11 +5,14 @@ every rank, and the average over 2 or 4 ranks and micro-batches is exact, so tha
 unsharded one by S3's own arithmetic alone, and the tolerance can be that of float32.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from deepspeed.utils import logger, safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
 from s3_megatron.engines.deepspeed import activity, register
@@ -40,12 +43,13 @@ class Net(nn.Module):
         self.embedding, self.linear = weight(101, 13), weight(27, 13)
         self.bias, self.scale = weight(27), weight(1)
         self.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
+        self.register_buffer("seen", torch.tensor([2.0, 4.0]))
         if empty:
             self.empty = weight(0, 3)
 
     def forward(self, gradients: dict[str, Tensor]) -> Tensor:
-        """The loss whose gradients these are."""
-        params = {name: param for name, param in self.named_parameters() if param.requires_grad}
+        """The loss whose gradients these are; it does not use the parameters of which there is none."""
+        params = {name: p for name, p in self.named_parameters() if p.requires_grad and name in gradients}
         return torch.stack([(param * gradients[name].to(param.dtype)).sum() for name, param in params.items()]).sum()
 
 
@@ -86,6 +90,7 @@ class Run:
         client: Any = None,
         net: Net | None = None,
         alone: bool = ALONE,
+        schedule: Any = None,
         **config: Any,
     ) -> None:
         self.net = net or Net()
@@ -104,7 +109,11 @@ class Run:
         if client is None:
             settings["optimizer"] = {"type": optimizer, "params": {"lr": LR, "weight_decay": DECAY, **(params or {})}}
         self.engine, *_ = deepspeed.initialize(
-            model=self.net, model_parameters=groups(self.net, alone=alone), optimizer=client, config=settings
+            model=self.net,
+            model_parameters=groups(self.net, alone=alone),
+            optimizer=client,
+            lr_scheduler=schedule,
+            config=settings,
         )
 
     @property
@@ -226,3 +235,16 @@ def equal(found: list[Tensor], wanted: list[Tensor]) -> None:
     assert len(found) == len(wanted)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@contextmanager
+def said() -> Iterator[list[str]]:
+    """What DeepSpeed's logger says on this rank."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)

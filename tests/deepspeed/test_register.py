@@ -1,5 +1,6 @@
 """register() and unregister(), in this process, without ranks."""
 
+import importlib
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,8 @@ import deepspeed.runtime.engine as host
 import pytest
 import torch
 from accelerate import accelerator
+from deepspeed.utils import logger
+from transformers.integrations import deepspeed as hugging_face
 
 from s3_megatron.engines import versions
 from s3_megatron.engines.deepspeed import register, unregister
@@ -23,9 +26,12 @@ TOUCHED = [
     (host.DeepSpeedEngine, "_is_supported_optimizer"),
     (host.DeepSpeedEngine, "_configure_basic_optimizer"),
     (host.DeepSpeedEngine, "_configure_optimizer"),
+    (host.DeepSpeedEngine, "_configure_lr_scheduler"),
     (host.DeepSpeedEngine, "_take_model_step"),
+    (host.DeepSpeedEngine, "load_checkpoint"),
     (host, "is_zero_supported_optimizer"),
     (accelerator, "map_pytorch_optim_to_deepspeed"),
+    (hugging_face.HfTrainerDeepSpeedConfig, "fill_match"),
 ]
 
 
@@ -47,7 +53,7 @@ def test_twice_is_once_and_unregister_leaves_nothing() -> None:
     assert [getattr(owner, name) for owner, name in TOUCHED] == before
 
 
-@pytest.mark.parametrize("moved", range(5))
+@pytest.mark.parametrize("moved", range(7))
 def test_a_moved_symbol_is_named_and_nothing_stays_replaced(moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
     before = [getattr(owner, name, None) for owner, name in TOUCHED]
     owner, name = TOUCHED[moved]
@@ -128,3 +134,80 @@ def test_s3_that_arrives_as_another_optimizer_stops_the_run() -> None:
     engine = SimpleNamespace(basic_optimizer=swapped, optimizer=swapped)  # all of an engine that is looked at there
     with pytest.raises(S3Error, match=r"was S3 and arrived in DeepSpeed as AdamW .*import accelerate before"):
         configure_optimizer(lambda *_: None)(engine, swapped, None)
+
+
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What DeepSpeed's logger says from here on."""
+    lines: list[str] = []
+    monkeypatch.setattr(logger, "log", lambda level, line: lines.append(line))
+    return lines
+
+
+def test_auto_for_what_s3_has_is_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reached S3 as four letters, and was refused as a pair of the wrong length."""
+    lines = said(monkeypatch)
+    names = ("beta", "betas", "p", "nesterov", "maximize", "rounding_seed", "state_dtype", "implementation")
+    for name in (*names, "s3_from_adam"):
+        optimizer = make_s3([torch.ones(3)], {"lr": 3e-3, name: "auto"}, bf16_states=name == "state_dtype")
+        assert {**optimizer.param_groups[0], "params": []} == {
+            **S3([torch.ones(3)], lr=3e-3).param_groups[0],
+            "params": [],
+        }
+        assert optimizer.state_dtype == (torch.bfloat16 if name == "state_dtype" else torch.float32)
+    assert len(lines) == len(names) and all("auto" in line and "own default" in line for line in lines)
+    assert not any("implementation" in line for line in lines)  # its "auto" is S3's
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_auto_that_only_a_trainer_knows_is_refused(name: str) -> None:
+    with pytest.raises(S3Error, match=f'"auto" for {name} .*write a number'):
+        make_s3([torch.ones(3)], {"lr": 3e-3, name: "auto"}, bf16_states=False)
+
+
+@pytest.mark.parametrize("name", ["eps", "torch_adam", "adam_w_mode", "bias_correction"])
+def test_a_param_of_adam_is_refused_and_the_list_does_not_lead_to_betas(name: str) -> None:
+    """Who took out eps and kept "betas": "auto" trained with Adam's, and weights moved by three rates."""
+    for value in ("auto", 1e-8):
+        with pytest.raises(
+            S3Error, match=f"'{name}', which it does not have: take them out; it has beta, impl"
+        ) as found:
+            make_s3([torch.ones(3)], {"lr": 3e-3, name: value}, bf16_states=False)
+        assert "betas" not in str(found.value)
+
+
+def filled(betas: Any, trainer: list[float], kind: str = "S3") -> tuple[Any, list[str]]:
+    """What transformers makes of the "betas" of a file, where its Trainer has ``trainer``; and what it complains of."""
+    config = hugging_face.HfTrainerDeepSpeedConfig(
+        {"optimizer": {"type": kind, "params": {"lr": 1e-3, "betas": betas}}}
+    )
+    config.fill_match("optimizer.params.betas", trainer, "adam_beta1+adam_beta2")
+    config.fill_match("optimizer.params.lr", 1e-3, "learning_rate")
+    return config.get_value("optimizer.params.betas"), config.mismatches
+
+
+def test_the_trainers_betas_of_adam_do_not_become_s3s(caplog: pytest.LogCaptureFixture) -> None:
+    """transformers put adam_beta1 and adam_beta2, (0.9, 0.999), where a file has "auto"; |u| reached 3."""
+    register()
+    for kind in ("S3", "s3"):
+        assert filled("auto", [0.9, 0.999], kind) == (None, [])
+        assert filled("auto", [0.95, 0.95], kind) == ([0.95, 0.95], [])  # of whoever sets them
+        assert filled([0.9, 0.95], [0.9, 0.999], kind) == ([0.9, 0.95], [])
+    assert [record.getMessage() for record in caplog.records] == [caplog.messages[0]] * 2
+    assert '"auto" for the betas of S3 is its own default' in caplog.messages[0]
+    assert filled("auto", [0.9, 0.999], "AdamW") == ([0.9, 0.999], [])
+    assert len(filled([0.9, 0.95], [0.9, 0.999], "AdamW")[1]) == 1
+    unregister()
+    assert filled("auto", [0.9, 0.999])[0] == [0.9, 0.999]
+
+
+def test_transformers_that_is_imported_after_register_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = list(sys.meta_path)
+    monkeypatch.delitem(sys.modules, "transformers.integrations.deepspeed")
+    register()
+    (finder,) = [each for each in sys.meta_path if each not in before]
+    unregister()
+    assert sys.meta_path == before
+    register()
+    module = importlib.import_module("transformers.integrations.deepspeed")
+    assert finder not in sys.meta_path and sys.meta_path == before
+    assert module is not hugging_face and hasattr(module.HfTrainerDeepSpeedConfig.fill_match, "__wrapped__")

@@ -4,7 +4,6 @@ A check is a function whose name starts with ``check_``, and one test there; tes
 """
 
 import gc
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import logger
 
 from s3_megatron.engines.deepspeed import activity, register, unregister, use_gloo
 from s3_megatron.engines.deepspeed.layout import masters
@@ -32,6 +30,7 @@ from tests.deepspeed.harness import (
     equal,
     gradients,
     groups,
+    said,
     same,
 )
 from tests.deepspeed.window import OLD, ZERO_OF_16_BIT
@@ -47,19 +46,6 @@ def float16_allowed() -> Iterator[None]:
         yield
     finally:
         accelerator.is_fp16_supported = original
-
-
-@contextmanager
-def said() -> Iterator[list[str]]:
-    """What DeepSpeed's logger says on this rank."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger.addHandler(handler)
-    try:
-        yield lines
-    finally:
-        logger.removeHandler(handler)
 
 
 def check_float32_at_every_stage_equals_the_unsharded_run() -> None:
@@ -183,7 +169,7 @@ def check_state_is_partitioned_and_nothing_else_is_kept() -> None:
 
 
 def check_what_s3_cannot_do_is_refused() -> None:
-    refuses(lambda: Run(1, params={"eps": 1e-8, "adam_w_mode": True}), "'adam_w_mode', 'eps'", "betas, implementation")
+    refuses(lambda: Run(1, params={"eps": 1e-8, "adam_w_mode": True}), "'adam_w_mode', 'eps'", "it has beta, impl")
     refuses(lambda: Run(1, params={"beta": 1.5}), "beta is 1.5")
     refuses(lambda: Run(1, params={"state_dtype": "float16"}), "'float16'", "'float32', 'bfloat16'")
     nvme = {"offload_optimizer": {"device": "nvme", "nvme_path": "nowhere"}}

@@ -86,7 +86,7 @@ def make_s3(params: Any, settings: dict[str, Any], *, bf16_states: bool) -> S3:
             "there: write a number"
         )
     if defaults := [name for name in auto if name != "implementation"]:  # which has an "auto" of its own
-        log_dist(f'"auto" for S3\'s {", ".join(defaults)} is S3\'s own default', ranks=[0], level=logging.WARNING)
+        log_dist(f'"auto" for {", ".join(defaults)} of S3 is its own default', ranks=[0], level=logging.WARNING)
     arguments = {name: value for name, value in settings.items() if name not in {_FROM_ADAM, *defaults}}
     name = arguments.pop("state_dtype", "bfloat16" if bf16_states else "float32")
     if name not in _STATE_DTYPES:

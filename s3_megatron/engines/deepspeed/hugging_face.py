@@ -60,6 +60,6 @@ def fill_match(original: Callable[..., None]) -> Callable[..., None]:
             params, name = self.find_config_node(_BETAS)
             del params[name]
             if os.environ.get("RANK", "0") == "0":
-                logger.warning('"auto" for the betas of S3 is its own default: the Trainer has those of Adam, 0.9 and 0.999')
+                logger.warning('"auto" for the betas of S3 is its own default: the Trainer has those of Adam')
 
     return fill_match
