@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
@@ -95,17 +96,52 @@ def with_accelerate(zero: dict, *, client: bool, clip: float) -> tuple[list[floa
     return losses, activity(model).steps
 
 
+def largest_update(params: dict, **arguments: float) -> list:
+    """The betas of S3 after a Trainer has filled in ``params``, and the largest |u| of some steps."""
+
+    class Largest(TrainerCallback):
+        seen = 0.0
+
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            activity(trainer.model_wrapped).watch()
+
+        def on_optimizer_step(self, *_: object, **__: object) -> None:
+            self.seen = max(self.seen, float(activity(trainer.model_wrapped).statistics[1]))
+
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "S3", "params": {"lr": "auto", "weight_decay": "auto", **params}},
+    }
+    with TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder, deepspeed=config, max_steps=10, per_device_train_batch_size=4, learning_rate=LR,
+            weight_decay=DECAY, lr_scheduler_type="constant", save_strategy="no", report_to=[], disable_tqdm=True,
+            **arguments,
+        )  # fmt: skip
+        trainer = Trainer(gpt2(), args, train_dataset=Counting(), callbacks=[largest := Largest()])
+        trainer.train()
+    (group, *_) = trainer.deepspeed.basic_optimizer.param_groups
+    return [*group["betas"], largest.seen]
+
+
 def main() -> None:
     register()
     use_gloo()
     output, folder = Path(sys.argv[1]), Path(sys.argv[2])
     found = {f"trainer {name}": with_trainer(CONFIGS / f"{name}.json", folder) for name in ("zero1", "zero3")}
+    betas = {
+        "auto": largest_update({"betas": "auto"}),
+        "set": largest_update({"betas": "auto"}, adam_beta1=0.9, adam_beta2=0.9),
+        "pair": largest_update({"betas": [0.9, 0.99]}),
+    }
     offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     for kind, clip in (("", 0.0), (" clipped", 1.0)):
         found[f"accelerate config{kind}"] = with_accelerate({"stage": 2}, client=False, clip=clip)
         found[f"accelerate object{kind}"] = with_accelerate(offload, client=True, clip=clip)
     if dist.get_rank() == 0:
         output.write_text(json.dumps(found))
+        output.with_name("betas.json").write_text(json.dumps(betas))
     dist.destroy_process_group()
 
 

@@ -1,6 +1,7 @@
 """transformers.Trainer and accelerate with S3 in DeepSpeed, on 2 ranks (what runs is in hugging_face.py)."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,9 +11,13 @@ Found = dict[str, tuple[list[float], int]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hugging-face")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Found:
     """Losses and S3's own count of its steps, from one launch."""
-    folder = tmp_path_factory.mktemp("hugging-face")
     output = folder / "found.json"
     run = torchrun(["-m", "tests.deepspeed.hugging_face", str(output), str(folder)], nproc=2, timeout=280)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
@@ -47,3 +52,16 @@ def test_accelerate_keeps_an_s3_object_under_offload(found: Found) -> None:
     (losses, _), (clipped, _) = found["accelerate config"], found["accelerate config clipped"]
     assert clipped != losses, "there is something to clip"
     assert found["accelerate object clipped"][0] == pytest.approx(clipped, rel=2e-6)
+
+
+@pytest.mark.distributed
+def test_the_trainers_betas_of_adam_do_not_reach_s3(found: Found, folder: Path) -> None:
+    """The setting "auto" for betas became (0.9, 0.999), and a weight moved by three rates. A pair of the file or of the Trainer's
+    own arguments stays."""
+    betas = json.loads((folder / "betas.json").read_text())
+    assert {name: values[:2] for name, values in betas.items()} == {
+        "auto": [0.95, 0.95],
+        "set": [0.9, 0.9],
+        "pair": [0.9, 0.99],
+    }
+    assert 0 < betas["auto"][2] <= 1 and 0 < betas["set"][2] <= 1 < betas["pair"][2]

@@ -44,7 +44,7 @@ CYCLING = {
 
 @pytest.mark.parametrize("name", CYCLING)
 def test_a_scheduler_that_cycles_momentum_is_said_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It writes the first beta as Adam's momentum, 0.85 to 0.95: a weight moved by more than lr, and no line said so."""
+    """It writes the first beta as Adam's momentum, 0.85 to 0.95: a weight moved by more than lr, in silence."""
     optimizer, param = made(beta=0.99)
     scheduler = CYCLING[name](optimizer)
     assert largest_update(optimizer, param, scheduler.step) > 1
