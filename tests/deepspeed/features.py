@@ -38,6 +38,7 @@ from tests.deepspeed.window import OLD, ZERO_OF_16_BIT
 
 # Where a step does not use every parameter: stage, precision, and what else makes the run.
 UNUSED: list[tuple[int, str, dict[str, Any]]] = [
+    (0, "fp32", {}),
     (1, "fp32", {}),
     (1, "bf16", {"offload": True}),
     (1, "bf16", FLOAT32_ACCUMULATION),
