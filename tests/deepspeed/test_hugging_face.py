@@ -56,8 +56,8 @@ def test_accelerate_keeps_an_s3_object_under_offload(found: Found) -> None:
 
 @pytest.mark.distributed
 def test_the_trainers_betas_of_adam_do_not_reach_s3(found: Found, folder: Path) -> None:
-    """The setting "auto" for betas became (0.9, 0.999), and a weight moved by three rates. A pair of the file or of the Trainer's
-    own arguments stays."""
+    """The setting "auto" for betas became (0.9, 0.999), and a weight moved by three rates. A pair of the file, or of
+    the Trainer's own arguments, stays."""
     betas = json.loads((folder / "betas.json").read_text())
     assert {name: values[:2] for name, values in betas.items()} == {
         "auto": [0.95, 0.95],
