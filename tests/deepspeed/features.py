@@ -1,5 +1,6 @@
 """The worker's checks of what DeepSpeed can do besides: offload, 16-bit masters, experts, zero.Init."""
 
+import functools
 from typing import Any
 from unittest import SkipTest
 
@@ -48,6 +49,8 @@ UNUSED: list[tuple[int, str, dict[str, Any]]] = [
     (3, "bf16", {"zero": {"sub_group_size": 400}}),
     (3, "fp32", {"offload": True}),
 ]
+if OLD:  # two micro-batches are refused there (limits.py)
+    UNUSED = [case for case in UNUSED if case[2] != FLOAT32_ACCUMULATION and (case[0] != 2 or "offload" in case[2])]
 
 
 def check_offload_equals_no_offload() -> None:
@@ -228,10 +231,11 @@ def check_schedulers_keep_to_the_rate() -> None:
     two = {"max_lr": LR, "total_steps": 20}
     three = {"base_lr": LR / 10, "max_lr": LR, "step_size_up": 4}
     advice = ("has cycle_momentum on", "cycle_momentum=False")
-    for kind, params in (("OneCycle", one), ("OneCycleLR", two), ("CyclicLR", three)):
-        refuses(lambda kind=kind, params=params: Run(1, scheduler={"type": kind, "params": params}), kind, *advice)
-        run = Run(1, scheduler={"type": kind, "params": {**params, "cycle_momentum": False}})
-        stays_in_bounds(run)
+    # By their names DeepSpeed gives torch's schedulers its own wrapper, which they take at stage 0 in float32 alone.
+    for kind, stage, params in (("OneCycle", 1, one), ("OneCycleLR", 0, two), ("CyclicLR", 0, three)):
+        made = functools.partial(Run, stage)
+        refuses(functools.partial(made, scheduler={"type": kind, "params": params}), kind, *advice)
+        stays_in_bounds(made(scheduler={"type": kind, "params": {**params, "cycle_momentum": False}}))
     client = S3(groups(net := Net()), lr=LR, weight_decay=DECAY)
     of_client = schedules.OneCycleLR(client, **two)
     refuses(lambda: Run(1, client=client, net=net, schedule=of_client), "OneCycleLR", *advice)
