@@ -190,7 +190,7 @@ def check_safe_get_and_set_reach_every_group() -> None:
 
 
 def check_a_gradient_is_used_once() -> None:
-    """ZeRO-3 kept the gradient of a parameter that a step does not use, and applied it in every step after it, with
+    """ZeRO-3, and all of ZeRO under offload, kept the gradient of a parameter that a step does not use, and applied it in every step after it, with
     AdamW too; in an accumulation the first gradient of a parameter that a later micro-batch reaches was added to it.
     As under ZeRO 1 and 2 it is zero: m, r and the weight of such a parameter go on without it.
     """

@@ -17,7 +17,7 @@ import torch
 from deepspeed.utils import log_dist
 
 from s3_megatron.engines.deepspeed import checkpoint, gradients, loss_scale, stepping
-from s3_megatron.engines.deepspeed.layout import is_flat, is_stage3
+from s3_megatron.engines.deepspeed.layout import is_flat
 from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import S3
@@ -131,8 +131,7 @@ def configure_optimizer(original: Callable[..., None]) -> Callable[..., None]:
         checkpoint.guard_s3(optimizer, self.optimizer, from_adam=from_adam)
         if _IS_0_17 and is_flat(self.optimizer):
             loss_scale.look_on_every_rank(self.optimizer)
-        if is_stage3(self.optimizer):
-            gradients.forget_after_the_step(self.optimizer)
+        gradients.forget_after_the_step(self.optimizer)
         if self.fp16_enabled():
             loss_scale.grow_after_the_step(self.optimizer)
         stepping.start(self)

@@ -43,15 +43,13 @@ def guard_other(optimizer: Any, wrapper: Any) -> None:
 
 def _weights_alone(wrapper: Any, universal: bool) -> str:
     """Say what loads a checkpoint's weights without the optimizer's state: DeepSpeed's other ways load nothing."""
-    if is_stage3(wrapper):
-        latest = "" if universal else ", which takes the checkpoint that the file latest names"
-        return f"load_checkpoint(..., load_optimizer_states=False){latest}"
-    if universal:
-        return (
-            "load_checkpoint(..., load_module_only=True) of the ordinary checkpoint that this one was made from, "
-            "without load_universal"
-        )
-    return "load_checkpoint(..., load_module_only=True)"
+    source = " of the ordinary checkpoint that this one was made from, without load_universal" if universal else ""
+    if not is_stage3(wrapper):
+        return f"load_checkpoint(..., load_module_only=True){source}"
+    return (
+        f"load_checkpoint(..., load_optimizer_states=False){source}, on as many ranks, which takes the checkpoint that "
+        "the file latest names"
+    )
 
 
 def guard_s3(optimizer: S3, wrapper: Any, *, from_adam: bool) -> None:
