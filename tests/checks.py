@@ -1,31 +1,52 @@
-"""Running many checks on ranks that are already there: starting ranks is slow, so one launch runs them all."""
+"""Running many checks on ranks that are already there: one launch runs all that a session has selected."""
 
 import json
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import SkipTest
 
 import torch.distributed as dist
 
 from s3_megatron.errors import S3Error
+from tests.ranks import ranks
+
+if TYPE_CHECKING:
+    import pytest  # the ranks do without
 
 _SKIPPED = "skipped: "
 
 
-def run(checks: Mapping[str, Callable[[], object]], output: Path) -> None:
-    """Run every check on every rank; rank 0 writes to ``output``, as JSON, what went wrong in each, or "".
+def selected(request: "pytest.FixtureRequest", **params: object) -> list[str]:
+    """The checks that this session runs in the fixture's file, of tests with ``params``: one can be run alone."""
+    calls = [item.callspec.params for item in request.session.items if item.path == request.path]
+    return list(dict.fromkeys(call["check"] for call in calls if call.items() >= params.items()))
+
+
+def launch(worker: str, names: Sequence[str], nproc: int, folder: Path) -> dict[str, str]:
+    """What each of the checks ``names`` of a module said on ``nproc`` ranks, which share ``folder``."""
+    if not names:
+        return {}
+    output = folder / f"results-{nproc}.json"
+    done = ranks(["-m", worker, str(output), str(folder), *names], nproc, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads(output.read_text())
+
+
+def run(checks: Mapping[str, Callable[[], object]], names: Sequence[str], output: Path) -> None:
+    """Run the checks ``names`` on every rank; rank 0 writes to ``output``, as JSON, what went wrong in each, or "".
 
     A check raises on every rank or on none; SkipTest where it does not apply to the host's version.
     """
     mine: dict[str, str] = {}
-    for name, check in checks.items():
+    for name in names:
         started = time.monotonic()
         try:
-            check()
+            checks[name]()
             mine[name] = ""
         except SkipTest as reason:
             mine[name] = f"{_SKIPPED}{reason}"

@@ -1,34 +1,43 @@
 """Starting ranks as a person does, and reading what Megatron prints."""
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
+from s3_megatron.jobs.node import processes, watchdog
+
 ROOT = Path(__file__).parents[1]
+
+
+def settings(env: Mapping[str, str] | None) -> dict[str, str]:
+    """The environment of a rank without GPUs and with one thread; ``env`` comes on top."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
 
 
 def torchrun(
     args: Sequence[str], nproc: int, timeout: float, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``torchrun --nproc_per_node nproc args`` on a free port, without GPUs, one thread a rank.
+    """Run ``torchrun --nproc_per_node nproc args`` on a free port. Where only ranks are wanted, tests/ranks.py is fast.
 
     Raises:
-        subprocess.TimeoutExpired: after ``timeout`` seconds; every rank is killed, and what was printed is in it.
+        subprocess.TimeoutExpired: after ``timeout`` seconds; every rank is killed. What was printed is in it, and
+            where every rank was.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc), *args]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    settings = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env={**os.environ, **settings}, stdout=pipe, stderr=pipe, text=True) as agent:
+    with subprocess.Popen(command, env=settings(env), stdout=pipe, stderr=pipe, text=True) as agent:
         try:
             stdout, stderr = agent.communicate(timeout=timeout)
         except BaseException as stop:
-            _kill_tree(agent.pid)
+            stop.add_note(where(processes.ranks(agent.pid)))
+            kill_tree(agent.pid)
             if isinstance(stop, subprocess.TimeoutExpired):
                 stop.output, stop.stderr = agent.communicate()
                 stop.add_note(f"last lines:\n{stop.output[-2000:]}\n{stop.stderr[-4000:]}")
@@ -36,11 +45,18 @@ def torchrun(
     return subprocess.CompletedProcess(command, agent.returncode, stdout, stderr)
 
 
-def _kill_tree(pid: int) -> None:
+def where(ranks: Iterable[processes.Rank]) -> str:
+    """Where every rank stands: pytest-timeout shows the test's own process alone."""
+    return "\n".join(f"rank {rank.rank}: {watchdog.dump(rank)}" for rank in ranks) or "no rank is left"
+
+
+def kill_tree(pid: int) -> None:
     """Kill a process and its descendants: torchrun gives every rank a session, so no process group holds them all."""
-    agent = psutil.Process(pid)
-    for process in (*agent.children(recursive=True), agent):
-        process.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        for process in (*root.children(recursive=True), root):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 _LINE = re.compile(r"iteration +(\d+)/ *\d+ \|(?:.*? lm loss: ([^ ]+) \|)?")

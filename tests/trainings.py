@@ -14,8 +14,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from s3_megatron.train.entry import prepare
-from tests.launcher import torchrun
 from tests.megatron.gpt import HAS_ENTRY, SCRIPT
+from tests.ranks import ranks
 
 Job = tuple[str, list[str]]  # "megatron" or "deepspeed", and the entry's flags
 
@@ -23,7 +23,7 @@ Job = tuple[str, list[str]]  # "megatron" or "deepspeed", and the entry's flags
 def train_all(jobs: Sequence[Job], nproc: int, folder: Path) -> None:
     """Train one job after the other on ``nproc`` ranks."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = torchrun(["-m", "tests.trainings", str(folder / "jobs.json")], nproc=nproc, timeout=280)
+    done = ranks(["-m", "tests.trainings", str(folder / "jobs.json")], nproc=nproc, timeout=280)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 

@@ -341,8 +341,6 @@ def follow(run: Run, text: str, folder: Path) -> None:
 
 
 def checks(folder: Path) -> dict[str, Callable[[], None]]:
-    """The checks of this file; on one rank only those of loading what two ranks wrote."""
+    """The checks of this file."""
     found = {name: check for name, check in globals().items() if name.startswith("check_")}
-    if dist.get_world_size() == 1:
-        found = {name: check for name, check in found.items() if "universal" in name}
     return {name: functools.partial(check, folder) for name, check in found.items()}

@@ -1,14 +1,12 @@
 """S3 inside the real DeepSpeed on 2, 4 and 1 gloo ranks (what is checked is in the files below)."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
-from tests.checks import passed
+from tests import checks
 from tests.deepspeed.window import OLD
-from tests.launcher import torchrun
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -16,14 +14,15 @@ NAMES = ("worker.py", "features.py", "checkpoints.py", *(("limits.py",) if OLD e
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 CHECKS = [check for file in SOURCES for check in re.findall(r"^def (check_\w+)", file.read_text(), flags=re.MULTILINE)]
 UNIVERSAL = [check for check in CHECKS if "universal" in check]
+Results = dict[str, str]
 
 
-def launch(nproc: int, folder: Path) -> dict[str, str]:
-    """What every check said, from one launch."""
-    output = folder / f"results-{nproc}.json"
-    run = torchrun(["-m", "tests.deepspeed.worker", str(output), str(folder)], nproc=nproc, timeout=400)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    return json.loads(output.read_text())
+def launch(request: pytest.FixtureRequest, nproc: int, folder: Path) -> Results:
+    """What every selected check said, from one launch."""
+    names = checks.selected(request, nproc=nproc)
+    if nproc == 2 and any("universal" in name for name in checks.selected(request)):
+        names += [UNIVERSAL[0]] if UNIVERSAL[0] not in names else []  # it writes the checkpoints that all others load
+    return checks.launch("tests.deepspeed.worker", sorted(names, key=CHECKS.index), nproc, folder)
 
 
 @pytest.fixture(scope="module")
@@ -32,31 +31,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def on_two(folder: Path) -> dict[str, str]:
-    """Comes first: it leaves the universal checkpoints that the others load."""
-    return launch(2, folder)
+def on_two(request: pytest.FixtureRequest, folder: Path) -> Results:
+    return launch(request, 2, folder)
 
 
 @pytest.fixture(scope="module")
-def on_four(folder: Path, on_two: dict[str, str]) -> dict[str, str]:
-    return launch(4, folder)
+def on_four(request: pytest.FixtureRequest, folder: Path, on_two: Results) -> Results:
+    return launch(request, 4, folder)
 
 
 @pytest.fixture(scope="module")
-def on_one(folder: Path, on_two: dict[str, str]) -> dict[str, str]:
-    return launch(1, folder)
+def on_one(request: pytest.FixtureRequest, folder: Path, on_two: Results) -> Results:
+    return launch(request, 1, folder)
 
 
+@pytest.mark.parametrize("nproc", [2])
 @pytest.mark.parametrize("check", CHECKS)
-def test_on_two_ranks(on_two: dict[str, str], check: str) -> None:
-    passed(on_two[check])
+def test_on_two_ranks(on_two: Results, nproc: int, check: str) -> None:
+    checks.passed(on_two[check])
 
 
+@pytest.mark.parametrize("nproc", [4])
 @pytest.mark.parametrize("check", CHECKS)
-def test_on_four_ranks(on_four: dict[str, str], check: str) -> None:
-    passed(on_four[check])
+def test_on_four_ranks(on_four: Results, nproc: int, check: str) -> None:
+    checks.passed(on_four[check])
 
 
+@pytest.mark.parametrize("nproc", [1])
 @pytest.mark.parametrize("check", UNIVERSAL)
-def test_on_one_rank(on_one: dict[str, str], check: str) -> None:
-    passed(on_one[check])
+def test_on_one_rank(on_one: Results, nproc: int, check: str) -> None:
+    checks.passed(on_one[check])

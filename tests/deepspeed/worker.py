@@ -1,4 +1,4 @@
-"""Runs under torchrun: the checks of test_engine.py that need several ranks and the real DeepSpeed.
+"""Runs on ranks: the checks of test_engine.py that need several ranks and the real DeepSpeed.
 
 A check is a function whose name starts with ``check_``, and one test there; tests/checks.py runs them.
 """
@@ -251,16 +251,15 @@ def check_stock_adam_is_bit_identical_with_and_without_s3() -> None:
     compare(Run(1), steps=1)
 
 
-def main(output: Path, folder: Path) -> None:
+def main(output: Path, folder: Path, names: list[str]) -> None:
     use_gloo()
     deepspeed.init_distributed("gloo", verbose=False)
     # DeepSpeed collects garbage for every engine: a quarter of a second, unless it passes over what was imported.
     gc.freeze()
     several = {**globals(), **vars(features), **(vars(limits) if OLD else {})}
-    mine = checks.named(several) if dist.get_world_size() > 1 else {}
-    checks.run({**mine, **checkpoints.checks(folder)}, output)
+    checks.run({**checks.named(several), **checkpoints.checks(folder)}, names, output)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

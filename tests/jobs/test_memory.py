@@ -12,7 +12,8 @@ from s3_megatron.jobs import compose, memory, throughput
 from s3_megatron.jobs.flags import deepspeed_file, megatron_flags
 from s3_megatron.jobs.job import Job
 from s3_megatron.watch.metrics import read_metrics
-from tests.launcher import ROOT, torchrun
+from tests.launcher import ROOT
+from tests.ranks import ranks
 
 # One launch for nine short runs, before the first test that reads them.
 pytestmark = pytest.mark.timeout(600)
@@ -179,7 +180,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         del words[save : save + 2]  # nothing to go on from
         started.append((job.recipe.engine, str(run), words))
     (folder / "jobs.json").write_text(json.dumps(started))
-    done = torchrun([str(ROOT / "tests/jobs/measure.py"), str(folder / "jobs.json")], nproc=2, timeout=560)
+    done = ranks([str(ROOT / "tests/jobs/measure.py"), str(folder / "jobs.json")], nproc=2, timeout=560)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return folder
 

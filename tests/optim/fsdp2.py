@@ -1,4 +1,4 @@
-"""Runs under torchrun: S3 in plain PyTorch's FSDP2 (``fully_shard``), against the unsharded run.
+"""Runs on ranks: S3 in plain PyTorch's FSDP2 (``fully_shard``), against the unsharded run.
 
 A check is a function whose name starts with ``check_``, and one test in test_fsdp2.py; tests/checks.py runs them.
 """
@@ -21,7 +21,7 @@ from tests.checks import refuses, shared_folder
 
 STEPS = 10
 LR, DECAY = 3e-3, 0.1
-SHARED = Path(sys.argv[2])
+SHARED = Path(sys.argv[2]) / "saved"
 
 
 class Net(nn.Module):
@@ -189,5 +189,5 @@ def load(run: Run, folder: Path) -> None:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    checks.run(checks.named(globals()), Path(sys.argv[1]))
+    checks.run(checks.named(globals()), sys.argv[3:], Path(sys.argv[1]))
     dist.destroy_process_group()

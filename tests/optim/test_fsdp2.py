@@ -1,33 +1,26 @@
 """S3 in PyTorch's FSDP2 on 2 gloo ranks, and on 4 and 1 with what those have saved (the checks are in fsdp2.py)."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
-from tests.checks import passed
-from tests.launcher import torchrun
+from tests import checks
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 CHECKS = re.findall(r"^def (check_\w+)", Path(__file__).with_name("fsdp2.py").read_text(), flags=re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str]]:
-    """What every check said, by number of ranks; the first two leave the checkpoint that the others load."""
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str]]:
+    """What every selected check said, by number of ranks; the first two leave the checkpoint that the others load."""
     folder = tmp_path_factory.mktemp("fsdp2")
-    found = {}
-    for nproc in (2, 4, 1):
-        output = folder / f"{nproc}.json"
-        run = torchrun(["-m", "tests.optim.fsdp2", str(output), str(folder / "saved")], nproc=nproc, timeout=100)
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-        found[nproc] = json.loads(output.read_text())
-    return found
+    names = {2: checks.selected(request)} | {nproc: checks.selected(request, nproc=nproc) for nproc in (4, 1)}
+    return {nproc: checks.launch("tests.optim.fsdp2", some, nproc, folder) for nproc, some in names.items()}
 
 
 @pytest.mark.parametrize("nproc", [2, 4, 1])
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_ranks(found: dict[int, dict[str, str]], check: str, nproc: int) -> None:
-    passed(found[nproc][check])
+    checks.passed(found[nproc][check])

@@ -52,7 +52,7 @@ def dump_ranks(torchrun: int, attempt: Path) -> int:
     """
     folder, found = attempt / "hang", ranks(torchrun)
     with ThreadPoolExecutor(max_workers=max(len(found), 1)) as pool:
-        for rank, text in zip(found, pool.map(_dump, found), strict=True):
+        for rank, text in zip(found, pool.map(dump, found), strict=True):
             write_file(folder / f"{node_name()}-rank{rank.rank}.txt", text.encode())
     write_file(folder / f"{node_name()}.dumped", b"")
     end = time.monotonic() + _WAIT_FOR_OTHERS_SECONDS
@@ -62,8 +62,8 @@ def dump_ranks(torchrun: int, attempt: Path) -> int:
     return len(found)
 
 
-def _dump(rank: Rank) -> str:
-    """Describe what ``rank`` does: its state in the kernel and its Python stacks."""
+def dump(rank: Rank) -> str:
+    """Describe what ``rank`` does: its state in the kernel and its Python stacks, or why py-spy gives none."""
     try:
         status = rank.process.status()
     except psutil.Error:
