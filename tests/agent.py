@@ -24,7 +24,7 @@ def start(
     return subprocess.Popen([*agent, *command], env=settings, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
-def end(run: Path, agent: subprocess.Popen[str], timeout: float = 40) -> tuple[int, dict[str, Any], str]:
+def end(run: Path, agent: subprocess.Popen[str], timeout: float = 200) -> tuple[int, dict[str, Any], str]:
     """Wait for the agent; returns its exit code, its verdict, and what was printed."""
     try:
         said, _ = agent.communicate(timeout=timeout)
@@ -34,7 +34,7 @@ def end(run: Path, agent: subprocess.Popen[str], timeout: float = 40) -> tuple[i
     return agent.returncode, json.loads((run / "attempts/1-0/node1.json").read_text()), said
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 100) -> Any:
     limit = time.monotonic() + seconds
     while not (seen := condition()):
         assert time.monotonic() < limit, "waited in vain"

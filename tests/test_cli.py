@@ -133,6 +133,7 @@ def test_ctrl_c_says_that_nothing_was_written(
     assert "interrupted: no dataset was written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_doctor_finds_this_environment_fit() -> None:
     result = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, ["doctor"])
     assert result.exit_code == 0, result.output
@@ -153,6 +154,7 @@ def fake_package(folder: Path, name: str, body: str, version: str = "") -> None:
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
+@pytest.mark.slow
 def test_doctor_reports_broken_packages_and_never_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packages that raise, print, abort the process or never come back are rows of the table."""
     fake_package(tmp_path, "deepspeed", "print('noise'); raise RuntimeError('op_builder [bad] failed')", "0.19.8")

@@ -11,6 +11,7 @@ from s3_megatron.bench import step as bench
 from s3_megatron.bench.contenders import ADAMW
 
 
+@pytest.mark.slow
 def test_every_contender_takes_its_steps_and_is_compared_with_fused_adamw(tmp_path):
     target = tmp_path / "step.json"
     command = ["bench", "step", "--parameters", "20011", "--threads", "1", "--repeats", "2", "--json", str(target)]

@@ -54,17 +54,23 @@ if OLD:  # two micro-batches are refused there (limits.py)
 
 
 def check_offload_equals_no_offload() -> None:
-    """To the bit on a CPU, where both use the same kernel; a GPU's Triton kernel may differ by 1e-6."""
-    clip = 0.0 if OLD else 0.5  # 0.17.6 sums the norm under offload in another order
+    """To the bit on a CPU, where both use the same kernel; a GPU's Triton kernel may differ by 1e-6.
+
+    With clipping to rounding: DeepSpeed sums the norm under offload in another order, and on a CPU without AVX-512 its
+    last bits differed (4.1714873 and 4.1714869 of a GPT-2). The tolerances are those of clipping without offload.
+    """
     for stage in (1, 2, 3):
         for precision in ("fp32", "bf16"):
-            plain, offloaded = Run(stage, precision, clip=clip), Run(stage, precision, clip=clip, offload=True)
+            plain, offloaded = Run(stage, precision), Run(stage, precision, offload=True)
             for step in range(STEPS_SHORT):
                 assert plain.step(gradients(step)) and offloaded.step(gradients(step))
             equal([*offloaded.weights().values()], [*plain.weights().values()])
             for name in STATES:
                 equal([*offloaded.state(name).values()], [*plain.state(name).values()])
             assert {tensor.device.type for tensor in offloaded.everything()} == {"cpu"}
+        if not OLD:
+            compare(Run(stage, clip=0.5, offload=True), clip=0.5)
+            compare(Run(stage, "bf16", clip=0.5, offload=True), clip=0.5, tolerance=1e-5)
     compare(Run(3, "bf16", offload=True, zero={"offload_param": {"device": "cpu"}, "sub_group_size": 400}))
 
 

@@ -7,32 +7,36 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import deepspeed
-import deepspeed.runtime.engine as host
 import pytest
 import torch
-from accelerate import accelerator
-from deepspeed.utils import logger
-from transformers.integrations import deepspeed as hugging_face
 
 from s3_megatron.engines import versions
 from s3_megatron.engines.deepspeed import register, unregister
-from s3_megatron.engines.deepspeed.build import configure_optimizer, make_s3
 from s3_megatron.engines.versions import DEEPSPEED
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import S3
 
-TOUCHED = [
-    (host.DeepSpeedEngine, "_is_supported_optimizer"),
-    (host.DeepSpeedEngine, "_configure_basic_optimizer"),
-    (host.DeepSpeedEngine, "_configure_optimizer"),
-    (host.DeepSpeedEngine, "_configure_lr_scheduler"),
-    (host.DeepSpeedEngine, "_take_model_step"),
-    (host.DeepSpeedEngine, "load_checkpoint"),
-    (host, "is_zero_supported_optimizer"),
-    (accelerator, "map_pytorch_optim_to_deepspeed"),
-    (hugging_face.HfTrainerDeepSpeedConfig, "fill_match"),
-]
+Touched = list[tuple[Any, str]]
+
+
+@pytest.fixture
+def touched() -> Touched:
+    """What register() replaces; imported when a test runs, so that whoever only collects this file is spared it."""
+    import deepspeed.runtime.engine as host
+    from accelerate import accelerator
+    from transformers.integrations import deepspeed as hugging_face
+
+    return [
+        (host.DeepSpeedEngine, "_is_supported_optimizer"),
+        (host.DeepSpeedEngine, "_configure_basic_optimizer"),
+        (host.DeepSpeedEngine, "_configure_optimizer"),
+        (host.DeepSpeedEngine, "_configure_lr_scheduler"),
+        (host.DeepSpeedEngine, "_take_model_step"),
+        (host.DeepSpeedEngine, "load_checkpoint"),
+        (host, "is_zero_supported_optimizer"),
+        (accelerator, "map_pytorch_optim_to_deepspeed"),
+        (hugging_face.HfTrainerDeepSpeedConfig, "fill_match"),
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -42,26 +46,28 @@ def unregistered() -> Any:
     unregister()
 
 
-def test_twice_is_once_and_unregister_leaves_nothing() -> None:
-    before = [getattr(owner, name) for owner, name in TOUCHED]
+def test_twice_is_once_and_unregister_leaves_nothing(touched: Touched) -> None:
+    before = [getattr(owner, name) for owner, name in touched]
     register()
-    once = [getattr(owner, name) for owner, name in TOUCHED]
+    once = [getattr(owner, name) for owner, name in touched]
     assert all(now is not original for now, original in zip(once, before, strict=True))
     register()
-    assert [getattr(owner, name) for owner, name in TOUCHED] == once
+    assert [getattr(owner, name) for owner, name in touched] == once
     unregister()
-    assert [getattr(owner, name) for owner, name in TOUCHED] == before
+    assert [getattr(owner, name) for owner, name in touched] == before
 
 
 @pytest.mark.parametrize("moved", range(7))
-def test_a_moved_symbol_is_named_and_nothing_stays_replaced(moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = [getattr(owner, name, None) for owner, name in TOUCHED]
-    owner, name = TOUCHED[moved]
+def test_a_moved_symbol_is_named_and_nothing_stays_replaced(
+    touched: Touched, moved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [getattr(owner, name, None) for owner, name in touched]
+    owner, name = touched[moved]
     monkeypatch.delattr(owner, name)
     with pytest.raises(S3Error, match=f"this DeepSpeed has no .*{name}"):
         register()
     monkeypatch.undo()
-    assert [getattr(owner, name) for owner, name in TOUCHED] == before
+    assert [getattr(owner, name) for owner, name in touched] == before
 
 
 def test_an_unlisted_version_warns_and_names_the_window(
@@ -70,7 +76,7 @@ def test_an_unlisted_version_warns_and_names_the_window(
     register()
     assert not caplog.records
     unregister()
-    monkeypatch.setattr(deepspeed, "__version__", "0.20.1")
+    monkeypatch.setattr("deepspeed.__version__", "0.20.1")
     register()
     (record,) = caplog.records
     assert "deepspeed 0.20.1" in record.getMessage() and ", ".join(DEEPSPEED.tested) in record.getMessage()
@@ -80,7 +86,7 @@ def test_an_unlisted_version_warns_and_names_the_window(
 
 def test_a_version_known_not_to_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "DEEPSPEED", replace(DEEPSPEED, broken={"0.20": "it moves nothing"}))
-    monkeypatch.setattr(deepspeed, "__version__", "0.20.1")
+    monkeypatch.setattr("deepspeed.__version__", "0.20.1")
     with pytest.raises(S3Error, match=r"deepspeed 0\.20\.1 does not work with S3: it moves nothing; .*install one"):
         register()
 
@@ -99,9 +105,10 @@ assert not hasattr(DeepSpeedEngine._take_model_step, "__wrapped__"), "unregister
 """
 
 
+@pytest.mark.slow
 def test_a_deepspeed_that_registers_s3_at_its_own_import_is_registered_once() -> None:
     """As a patched one does: S3's half-imported modules failed there, and later every wrapper was there twice."""
-    run = subprocess.run([sys.executable, "-c", _REGISTERS_AT_ITS_IMPORT], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", _REGISTERS_AT_ITS_IMPORT], capture_output=True, text=True, timeout=250)
     assert run.returncode == 0, run.stderr
 
 
@@ -112,6 +119,8 @@ def test_no_deepspeed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_params_of_the_configuration_are_s3s_arguments() -> None:
+    from s3_megatron.engines.deepspeed.build import make_s3
+
     settings = {"lr": 3e-3, "beta": 0.9, "p": 2, "weight_decay": 0.01, "nesterov": False, "state_dtype": "bfloat16"}
     optimizer = make_s3([torch.ones(3)], settings, bf16_states=False)
     (group,) = optimizer.param_groups
@@ -123,6 +132,8 @@ def test_params_of_the_configuration_are_s3s_arguments() -> None:
 
 def test_accelerate_leaves_an_s3_object_alone_under_offload() -> None:
     """It makes a DeepSpeedCPUAdam of every optimizer that it does not know (accelerate 1.15)."""
+    from accelerate import accelerator
+
     register()
     optimizer = S3([torch.ones(3)])
     assert accelerator.map_pytorch_optim_to_deepspeed(optimizer) is optimizer
@@ -130,6 +141,8 @@ def test_accelerate_leaves_an_s3_object_alone_under_offload() -> None:
 
 def test_s3_that_arrives_as_another_optimizer_stops_the_run() -> None:
     """As accelerate does, where it was imported after register(): Adam over S3's param groups."""
+    from s3_megatron.engines.deepspeed.build import configure_optimizer
+
     swapped = torch.optim.AdamW(S3([torch.ones(3)]).param_groups)
     engine = SimpleNamespace(basic_optimizer=swapped, optimizer=swapped)  # all of an engine that is looked at there
     with pytest.raises(S3Error, match=r"was S3 and arrived in DeepSpeed as AdamW .*import accelerate before"):
@@ -138,6 +151,8 @@ def test_s3_that_arrives_as_another_optimizer_stops_the_run() -> None:
 
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What DeepSpeed's logger says from here on."""
+    from deepspeed.utils import logger
+
     lines: list[str] = []
     monkeypatch.setattr(logger, "log", lambda level, line: lines.append(line))
     return lines
@@ -177,9 +192,9 @@ def test_a_param_of_adam_is_refused_and_the_list_does_not_lead_to_betas(name: st
 
 def filled(betas: Any, trainer: list[float], kind: str = "S3") -> tuple[Any, list[str]]:
     """What transformers makes of the "betas" of a file, where its Trainer has ``trainer``; and what it complains of."""
-    config = hugging_face.HfTrainerDeepSpeedConfig(
-        {"optimizer": {"type": kind, "params": {"lr": 1e-3, "betas": betas}}}
-    )
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    config = HfTrainerDeepSpeedConfig({"optimizer": {"type": kind, "params": {"lr": 1e-3, "betas": betas}}})
     config.fill_match("optimizer.params.betas", trainer, "adam_beta1+adam_beta2")
     config.fill_match("optimizer.params.lr", 1e-3, "learning_rate")
     return config.get_value("optimizer.params.betas"), config.mismatches
@@ -201,6 +216,8 @@ def test_the_trainers_betas_of_adam_do_not_become_s3s(caplog: pytest.LogCaptureF
 
 
 def test_transformers_that_is_imported_after_register_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers.integrations.deepspeed as hugging_face
+
     before = list(sys.meta_path)
     monkeypatch.delitem(sys.modules, "transformers.integrations.deepspeed")
     register()

@@ -250,6 +250,7 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_sentencepiece([text], folder / "small", 400)
 
 
+@pytest.mark.slow
 def test_everything_wrong_is_one_list_and_one_table(tmp_path: Path, sentences: Path) -> None:
     """Numbers, files, the tokenizer and Megatron's own verdict, of which none hides another."""
     settings = [
@@ -269,6 +270,7 @@ def test_everything_wrong_is_one_list_and_one_table(tmp_path: Path, sentences: P
     assert all(finding.found[:40] in text and finding.fix[:20] in text for finding in report.findings)
 
 
+@pytest.mark.slow
 def test_a_gpu_job_is_accepted_on_a_machine_without_one(tmp_path: Path) -> None:
     """Tensor and sequence parallelism on Transformer Engine: Megatron asks for neither GPUs nor that package before
     it builds the model. The finding says what was left out."""
@@ -282,6 +284,7 @@ def test_a_gpu_job_is_accepted_on_a_machine_without_one(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "it writes nothing"
 
 
+@pytest.mark.slow
 def test_deepspeeds_schema_is_asked(tmp_path: Path) -> None:
     """Without a process group DeepSpeed takes the world for one rank, and once refused every batch on 16."""
     shipped = json.loads((catalog.CONFIGS / "deepspeed/zero3.json").read_text())

@@ -166,19 +166,19 @@ def test_a_hang_is_found_dumped_and_ended_even_where_a_rank_is_stopped(tmp_path:
     """Rank 1 is SIGSTOPped: py-spy of its own would stop it first, and wait for ever for that."""
     rank = "\ndef waits_in_vain():\n import time; time.sleep(600)\nwaits_in_vain()"
     (tmp_path / "watch").mkdir()
-    agent = start(tmp_path, torchrun(tmp_path, rank), hang_minutes=1 / 60)
+    agent = start(tmp_path, torchrun(tmp_path, rank), hang_minutes=3 / 60)
     first, second = pids(tmp_path)
     os.kill(second, signal.SIGSTOP)
     started = time.monotonic()
     with (tmp_path / "watch/metrics.jsonl").open("a") as heartbeat:
-        for _ in range(4):  # alive for longer than --hang-minutes
+        for _ in range(7):  # alive for longer than --hang-minutes, which a loaded machine keeps between two lines
             heartbeat.write('{"event": "train", "iteration": 3}\n')
             heartbeat.flush()
             time.sleep(0.5)
     assert agent.poll() is None
     code, told, said = end(tmp_path, agent)
     assert (code, told["verdict"], told["iteration"]) == (75, "hang", 3)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 100
     assert "no iteration for" in said and "stacks of 2 ranks" in said
     for number in (0, 1):
         dump = (tmp_path / f"attempts/1-0/hang/node1-rank{number}.txt").read_text()

@@ -176,4 +176,4 @@ def test_a_run_folder_that_cannot_be_written_is_said_on_the_log(tmp_path: Path) 
     assert done.returncode == 3
     assert "cannot be written from here" in done.stdout and "cannot leave its findings" in done.stderr
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 100

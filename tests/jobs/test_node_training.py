@@ -16,7 +16,7 @@ from tests.agent import end, start, wait_for
 from tests.train.tiny import FLAGS, MOCK
 
 # Three launches; beside other work they have taken 200 s.
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -36,18 +36,18 @@ def test_a_run_saves_when_asked_to_goes_on_and_saves_when_it_must_end(
 ) -> None:
     agent = train(tmp_path, "--train-iters", "1000000")
     request.addfinalizer(agent.terminate)  # it ends the ranks
-    wait_for(lambda: agent.poll() is not None or read_metrics(tmp_path / "watch").train, 120)
+    wait_for(lambda: agent.poll() is not None or read_metrics(tmp_path / "watch").train, 300)
     (tmp_path / "SAVE").touch()
-    wait_for(lambda: agent.poll() is not None or not (tmp_path / "SAVE").exists(), 60)
+    wait_for(lambda: agent.poll() is not None or not (tmp_path / "SAVE").exists(), 200)
     assert agent.poll() is None, agent.communicate()[0][-4000:]
     saved = newest(tmp_path / "checkpoints").iteration
     assert saved is not None
-    wait_for(lambda: agent.poll() is not None or max(read_metrics(tmp_path / "watch").train) > saved + 2, 60)
+    wait_for(lambda: agent.poll() is not None or max(read_metrics(tmp_path / "watch").train) > saved + 2, 200)
 
     # As SLURM does it: to every process of the step, torchrun too.
     for process in (psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)):
         os.kill(process.pid, signal.SIGTERM)
-    code, told, said = end(tmp_path, agent, timeout=90)
+    code, told, said = end(tmp_path, agent, timeout=200)
     assert (code, told["verdict"], told["error"]) == (0, "saved", None), said[-4000:]
     last = newest(tmp_path / "checkpoints").iteration
     assert last is not None and last > saved and told["iteration"] == last
@@ -65,7 +65,7 @@ def test_a_run_saves_when_asked_to_goes_on_and_saves_when_it_must_end(
 
     # The rest of the training starts from the one before, and comes to its end.
     steps = ("--train-iters", str(saved + 2), "--override-opt-param-scheduler", "--exit-on-missing-checkpoint")
-    code, told, said = end(tmp_path, train(tmp_path, *steps), timeout=150)
+    code, told, said = end(tmp_path, train(tmp_path, *steps), timeout=300)
     assert (code, told["verdict"], told["iteration"]) == (0, "finished", saved + 2), said[-4000:]
     assert f"names '{last}', which is not whole (it could not be loaded (" in said
     assert f": it now names iteration {saved}, the newest whole checkpoint" in said
@@ -74,7 +74,7 @@ def test_a_run_saves_when_asked_to_goes_on_and_saves_when_it_must_end(
 
 def test_flags_that_megatron_refuses_end_the_chain(tmp_path: Path) -> None:
     """Megatron's own answer is an AssertionError, as of a bug, which would be tried again and again."""
-    code, told, said = end(tmp_path, train(tmp_path, "--train-iters", "2", "--global-batch-size", "7"), timeout=150)
+    code, told, said = end(tmp_path, train(tmp_path, "--train-iters", "2", "--global-batch-size", "7"), timeout=300)
     assert (code, told["verdict"]) == (2, "configuration"), said[-4000:]
     assert told["error"]["message"].startswith("Megatron refuses the flags: ")
     assert (tmp_path / "ENDED").read_text() == f"configuration error: {told['error']['message']}\n"

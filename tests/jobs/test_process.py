@@ -36,7 +36,7 @@ end()
 
 def start(folder: Path, *args: str) -> tuple[Training, list[psutil.Process]]:
     training = Training([sys.executable, "-c", STAND_IN, *args], folder, os.environ)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 150
     while training.log.read_text().count("up") < 2:
         assert time.monotonic() < deadline, training.log.read_text()
         time.sleep(0.05)

@@ -55,7 +55,7 @@ def named(arguments: list[str]) -> set[str]:
 
 def test_hadolint_finds_nothing_and_no_rule_is_off_for_the_whole_file() -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
-    found = subprocess.run([hadolint, "--no-color", ROOT / "Dockerfile"], capture_output=True, text=True, timeout=60)
+    found = subprocess.run([hadolint, "--no-color", ROOT / "Dockerfile"], capture_output=True, text=True, timeout=250)
     assert (found.returncode, found.stdout) == (0, ""), found.stdout + found.stderr
     assert not list(ROOT.glob(".hadolint.y*ml")) and "global ignore" not in (ROOT / "Dockerfile").read_text()
 
@@ -101,7 +101,7 @@ def test_gpu_build_stops_where_a_package_of_the_container_changed(tmp_path: Path
     for after, code in ((same, 0), (before.replace("2.9.0a0+5", "2.9.1"), 1), (before.replace("apex==0.1\n", ""), 1)):
         (tmp_path / "container.txt").write_text(before)
         (tmp_path / "now.txt").write_text(after)
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", line], cwd=tmp_path, capture_output=True, timeout=20)
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", line], cwd=tmp_path, capture_output=True, timeout=100)
         assert done.returncode == code, (after, done)
 
 
@@ -127,7 +127,7 @@ def test_what_is_copied_installs(tmp_path: Path) -> None:
         ".",
         "./context",
     ]
-    subprocess.run(command, cwd=tmp_path, env=env, check=True, timeout=120)
+    subprocess.run(command, cwd=tmp_path, env=env, check=True, timeout=250)
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "s3_megatron").rglob("*.py")}

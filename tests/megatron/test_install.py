@@ -7,34 +7,41 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-import megatron.core.optimizer.optimizer
-import megatron.core.package_info
-import megatron.training.argument_utils
-import megatron.training.arguments
-import megatron.training.training
 import pytest
 
-from s3_megatron.engines.megatron import S3OptimizerConfig, install, uninstall
 from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.engines.versions import MEGATRON
 from s3_megatron.errors import S3Error
 
 REPLACED = [
-    (megatron.training.arguments, "_add_training_args"),
-    (megatron.training.arguments, "validate_args"),
-    (megatron.training.training, "get_megatron_optimizer_config"),
-    (megatron.training.training, "get_megatron_optimizer"),
-    (megatron.training.training, "training_log"),
-    (megatron.training.training, "evaluate"),
-    (megatron.training.training, "evaluate_and_print_results"),
-    (megatron.core.optimizer, "get_megatron_optimizer"),
-    (megatron.core.optimizer.optimizer, "clip_grad_by_total_norm_fp32"),
-    (megatron.core.optimizer.optimizer, "get_grad_norm_fp32"),
+    "megatron.training.arguments._add_training_args",
+    "megatron.training.arguments.validate_args",
+    "megatron.training.training.get_megatron_optimizer_config",
+    "megatron.training.training.get_megatron_optimizer",
+    "megatron.training.training.training_log",
+    "megatron.training.training.evaluate",
+    "megatron.training.training.evaluate_and_print_results",
+    "megatron.core.optimizer.get_megatron_optimizer",
+    "megatron.core.optimizer.optimizer.clip_grad_by_total_norm_fp32",
+    "megatron.core.optimizer.optimizer.get_grad_norm_fp32",
 ]
 
 
-def symbols() -> list[object]:
-    return [getattr(owner, name) for owner, name in REPLACED]
+def host(module: str) -> Any:
+    """A module of Megatron, or the engine, imported when a test runs: whoever only collects this file is spared it."""
+    return importlib.import_module(module)
+
+
+def install() -> None:
+    host("s3_megatron.engines.megatron").install()
+
+
+def uninstall() -> None:
+    host("s3_megatron.engines.megatron").uninstall()
+
+
+def symbols() -> list[Any]:
+    return [getattr(host(module), name) for module, _, name in (symbol.rpartition(".") for symbol in REPLACED)]
 
 
 def test_install_is_idempotent_and_undone_to_the_original() -> None:
@@ -52,9 +59,11 @@ def test_install_is_idempotent_and_undone_to_the_original() -> None:
 
 def test_a_megatron_known_not_to_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     before = symbols()
-    monkeypatch.setattr(megatron.core.package_info, "__version__", "0.3.1")
+    monkeypatch.setattr("megatron.core.package_info.__version__", "0.3.1")
     monkeypatch.setattr(
-        sys.modules[install.__module__], "MEGATRON", replace(MEGATRON, broken={"0.3": "it has no fourth dimension"})
+        host("s3_megatron.engines.megatron.install"),
+        "MEGATRON",
+        replace(MEGATRON, broken={"0.3": "it has no fourth dimension"}),
     )
     with pytest.raises(S3Error, match=r"megatron-core 0\.3\.1 does not work with S3: it has no fourth dimension; "):
         install()
@@ -64,7 +73,7 @@ def test_a_megatron_known_not_to_work_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_a_megatron_never_run_is_warned_about_and_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(megatron.core.package_info, "__version__", "0.99.0")
+    monkeypatch.setattr("megatron.core.package_info.__version__", "0.99.0")
     install()
     uninstall()
     install()
@@ -86,7 +95,7 @@ def test_a_wheel_without_megatron_training_is_named(monkeypatch: pytest.MonkeyPa
 
 def test_the_gpt_entry_refuses_a_megatron_without_its_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
     """0.17 and 0.18 lack more; whatever else the entry imports, they have."""
-    monkeypatch.delattr(megatron.training.argument_utils, "gpt_config_from_args", raising=False)
+    monkeypatch.delattr("megatron.training.argument_utils.gpt_config_from_args", raising=False)
     monkeypatch.delitem(sys.modules, "s3_megatron.train.gpt", raising=False)
     with pytest.raises(S3Error, match=r"needs megatron-core 0\.19: .*-m s3_megatron\.train\.run SCRIPT") as refused:
         importlib.import_module("s3_megatron.train.gpt")
@@ -116,7 +125,7 @@ def test_a_patched_megatron_may_install_while_install_imports_it(monkeypatch: py
 
 def test_a_moved_symbol_is_loud_and_nothing_stays_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     before = symbols()
-    monkeypatch.delattr(megatron.training.training, "training_log")
+    monkeypatch.delattr("megatron.training.training.training_log")
     with pytest.raises(S3Error, match=r"has no megatron\.training\.training\.training_log"):
         install()
     monkeypatch.undo()
@@ -138,7 +147,8 @@ def parse(monkeypatch: pytest.MonkeyPatch):
     """Megatron's own parser and validation over a minimal command line, with S3 installed."""
     install()
     # One CPU process has no CUDA device to ask; validation only wants its generation.
-    monkeypatch.setattr(megatron.training.arguments, "get_device_arch_version", lambda: 10)
+    arguments = host("megatron.training.arguments")
+    monkeypatch.setattr(arguments, "get_device_arch_version", lambda: 10)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
     def run(*extra: str) -> argparse.Namespace:
@@ -148,8 +158,8 @@ def parse(monkeypatch: pytest.MonkeyPatch):
             "--transformer-impl local --optimizer s3"
         )
         monkeypatch.setattr("sys.argv", [*command.split(), *extra])
-        args = megatron.training.arguments.parse_args()
-        megatron.training.arguments.validate_args(args)
+        args = arguments.parse_args()
+        arguments.validate_args(args)
         return args
 
     yield run
@@ -160,19 +170,19 @@ def test_flags_reach_the_config(parse) -> None:
     args = parse("--s3-beta", "0.9", "--s3-p", "2", "--s3-no-nesterov", "--use-distributed-optimizer")
     assert args.optimizer == "s3" and args.use_distributed_optimizer
     assert not getattr(args, "use_layer_wise_distributed_optimizer", False), "0.17 has none"
-    config, _ = megatron.training.training.get_megatron_optimizer_config(args)
-    assert isinstance(config, S3OptimizerConfig) and config.optimizer == "s3"
+    config, _ = host("megatron.training.training").get_megatron_optimizer_config(args)
+    assert isinstance(config, host("s3_megatron.engines.megatron").S3OptimizerConfig) and config.optimizer == "s3"
     assert (config.s3_beta, config.s3_p, config.s3_nesterov, config.s3_betas) == (0.9, 2.0, False, None)
     assert config.lr == 1e-3 and config.use_distributed_optimizer
 
 
 def test_defaults_are_the_papers(parse) -> None:
-    config, _ = megatron.training.training.get_megatron_optimizer_config(parse())
+    config, _ = host("megatron.training.training").get_megatron_optimizer_config(parse())
     assert (config.s3_beta, config.s3_p, config.s3_nesterov) == (0.95, 3.0, True)
 
 
 def test_adam_gets_megatrons_own_config(parse) -> None:
-    config, _ = megatron.training.training.get_megatron_optimizer_config(parse("--optimizer", "adam"))
+    config, _ = host("megatron.training.training").get_megatron_optimizer_config(parse("--optimizer", "adam"))
     assert type(config).__module__ == "megatron.core.optimizer.optimizer_config"  # 0.17 has one for Adam
 
 
@@ -208,6 +218,7 @@ def test_an_unknown_optimizer_is_told_what_there_is(parse, capsys: pytest.Captur
 def test_one_wrapper_serves_both_names() -> None:
     install()
     try:
-        assert megatron.core.optimizer.get_megatron_optimizer is megatron.training.training.get_megatron_optimizer
+        one, other = (host(f"megatron.{module}") for module in ("core.optimizer", "training.training"))
+        assert one.get_megatron_optimizer is other.get_megatron_optimizer
     finally:
         uninstall()

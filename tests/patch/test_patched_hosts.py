@@ -17,6 +17,7 @@ import pytest
 from tests.launcher import ROOT, torchrun
 from tests.megatron.gpt import SCRIPT, flags
 from tests.patch.hosts import apply, copy_whole, patched_hosts, revert, unlike_record
+from tests.ranks import ranks
 
 BARE = str(ROOT / "tests/megatron/bare.py")
 ITERATIONS = 20
@@ -41,6 +42,7 @@ def path_with(root: Path) -> str:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(900)
 def test_training_is_that_of_the_plugin(host: str, patched: Path, tmp_path: Path) -> None:
     train = train_megatron if host == "megatron-lm" else train_deepspeed
     # The first on PYTHONPATH wins over what is installed.
@@ -59,10 +61,11 @@ def train_megatron(patched: Path | None, folder: Path) -> list[dict[str, Any]]:
     """``megatron.training.pretrain`` from a script that knows nothing of this package; --watch-dir has every bit."""
     arguments = [*flags(iterations=ITERATIONS, precision="bf16"), "--watch-dir", str(folder)]
     if patched is None:
-        command, env = ["-m", "s3_megatron.train.run", str(SCRIPT)], {"S3_REHEARSAL": "1"}
+        plugin = ["-m", "s3_megatron.train.run", "--rehearsal", str(SCRIPT), *arguments]
+        run = ranks(plugin, nproc=2, timeout=280)
     else:
-        command, env = [BARE, str(SCRIPT)], {"PYTHONPATH": path_with(patched), "DS_ACCELERATOR": "cpu"}
-    run = torchrun([*command, *arguments], nproc=2, timeout=140, env=env)
+        env = {"PYTHONPATH": path_with(patched), "DS_ACCELERATOR": "cpu"}
+        run = torchrun([BARE, str(SCRIPT), *arguments], nproc=2, timeout=280, env=env)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     assert "S3 active in DistributedOptimizer" in run.stdout + run.stderr
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -74,9 +77,9 @@ def train_megatron(patched: Path | None, folder: Path) -> list[dict[str, Any]]:
 def train_deepspeed(patched: Path | None, folder: Path) -> list[str]:
     """``deepspeed.initialize`` with {"type": "S3"}."""
     if patched is None:
-        run = torchrun(["-m", "s3_megatron.train.run", *DEEPSPEED_SCRIPT], nproc=2, timeout=140)
+        run = torchrun(["-m", "s3_megatron.train.run", *DEEPSPEED_SCRIPT], nproc=2, timeout=280)
     else:
-        run = torchrun(DEEPSPEED_SCRIPT, nproc=2, timeout=140, env={"PYTHONPATH": path_with(patched)})
+        run = torchrun(DEEPSPEED_SCRIPT, nproc=2, timeout=280, env={"PYTHONPATH": path_with(patched)})
         assert f"host {patched / 'deepspeed'}" in run.stdout, run.stderr[-4000:]
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     assert "S3 active in DeepSpeedZeroOptimizer (ZeRO 1)" in run.stdout + run.stderr
@@ -91,6 +94,7 @@ REENTERED = {
 }
 
 
+@pytest.mark.slow
 def test_whoever_calls_install_too_gets_it_once(host: str, patched: Path) -> None:
     """Then the engine's own import of the host, half done, is where the patch calls back into the engine."""
     code = (
@@ -99,5 +103,5 @@ def test_whoever_calls_install_too_gets_it_once(host: str, patched: Path) -> Non
         "assert names and len(names) == len(set(names)), names; print('once')"
     )
     env = {**os.environ, "PYTHONPATH": path_with(patched), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0 and done.stdout.endswith("once\n"), done.stderr[-3000:]

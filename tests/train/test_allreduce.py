@@ -7,6 +7,7 @@ import pytest
 
 from s3_megatron.train import allreduce
 from tests.launcher import torchrun
+from tests.ranks import ranks
 
 
 @pytest.mark.parametrize("count", range(1, 10))
@@ -57,14 +58,14 @@ allreduce.main()
 def test_two_nodes_are_measured(tmp_path: Path) -> None:
     (tmp_path / "nodes.py").write_text(NODES)
     flags = ["--cpu", "--run-dir", str(tmp_path), "--attempt", "5-0", "--max-clock-skew", "40"]
-    good = torchrun([str(tmp_path / "nodes.py"), "right", *flags, "--floor-gbps", "0.001"], nproc=2, timeout=100)
+    good = ranks([str(tmp_path / "nodes.py"), "right", *flags, "--floor-gbps", "0.001"], nproc=2, timeout=250)
     assert good.returncode == 0, good.stderr[-3000:]
     assert "GB/s over 2 ranks, 8 MiB" in good.stdout and "GB/s  node0 - node1" in good.stdout
     assert not (tmp_path / "attempts").exists()
 
     # Nobody says which of two clocks is right: both are as far from the median.
     flags = [*flags[:-1], "20", "--floor-gbps", "1e6"]
-    bad = torchrun([str(tmp_path / "nodes.py"), "skewed", *flags], nproc=2, timeout=100)
+    bad = torchrun([str(tmp_path / "nodes.py"), "skewed", *flags], nproc=2, timeout=250)
     assert bad.returncode == 1 and "exitcode  : 3" in bad.stderr, bad.stderr[-3000:]
     lines = (tmp_path / "attempts/5-0/bad_nodes").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == ["node0", "node1"]

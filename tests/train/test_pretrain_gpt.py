@@ -9,7 +9,7 @@ from s3_megatron.rehearsal.products import VARIABLE
 from tests.launcher import losses, torchrun
 from tests.train.tiny import FLAGS, MOCK
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 ENTRY = ["-m", "s3_megatron.train.pretrain_gpt", "--rehearsal"]
 
@@ -21,11 +21,11 @@ def test_adam_resumes_from_torch_dist_where_it_was(tmp_path: Path) -> None:
     float32 on every CPU, as on those that are slow in bf16."""
     checkpoints = ["--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "5", "--train-iters", "10"]
     command = [*ENTRY, *FLAGS, *MOCK, *checkpoints, "--ckpt-format", "torch_dist"]
-    full = torchrun(command, nproc=2, timeout=140, env={VARIABLE: "float32"})
+    full = torchrun(command, nproc=2, timeout=280, env={VARIABLE: "float32"})
     assert full.returncode == 0, full.stderr[-4000:]
     shutil.rmtree(tmp_path / "iter_0000010")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
-    resumed = torchrun(command, nproc=2, timeout=140, env={VARIABLE: "float32"})
+    resumed = torchrun(command, nproc=2, timeout=280, env={VARIABLE: "float32"})
     assert resumed.returncode == 0, resumed.stderr[-4000:]
 
     uninterrupted, rest = losses(full.stdout), losses(resumed.stdout)

@@ -1,8 +1,6 @@
 """The DeepSpeed entry on real ranks: Megatron's losses, resumed runs, a killed rank, and what it refuses."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from s3_megatron.train import entry
 from s3_megatron.watch.metrics import FILE_NAME, Metrics, read_metrics
 from tests.launcher import ROOT
 from tests.megatron.gpt import flags
+from tests.ranks import ranks
 from tests.train import refusals
 from tests.trainings import Job, train_all
 
@@ -205,8 +204,8 @@ def test_on_4_ranks(metrics: dict[str, Metrics], folder: Path, tmp_path: Path) -
 
 
 def convert(source: Path, target: Path) -> None:
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source)]
-    done = subprocess.run([*command, "--output_folder", str(target)], capture_output=True, text=True, check=False)
+    command = ["-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source)]
+    done = ranks([*command, "--output_folder", str(target)], nproc=1, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 

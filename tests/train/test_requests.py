@@ -11,7 +11,7 @@ from tests.ranks import ranks
 
 @pytest.mark.distributed
 def test_stop_saves_and_ends_and_only_a_whole_run_is_finished(tmp_path: Path) -> None:
-    done = ranks(["-m", "tests.train.requests_worker", str(tmp_path)], nproc=2, timeout=200)
+    done = ranks(["-m", "tests.train.requests_worker", str(tmp_path)], nproc=2, timeout=280)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     for engine, pointer in (("megatron", "latest_checkpointed_iteration.txt"), ("deepspeed", "latest")):
         assert done.stdout.count(f"{engine} exits with 0") == 2, "both ranks, the first time"

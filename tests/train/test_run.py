@@ -20,7 +20,7 @@ def test_an_unmodified_script_trains_with_s3() -> None:
     assert "s3_megatron" not in SCRIPT.read_text()
     command = ["-m", "s3_megatron.train.run", str(SCRIPT), *FLAGS, "--mock-data", "--vocab-size", "255"]
     run = torchrun(
-        [*command, "--train-iters", "6", "--optimizer", "s3"], nproc=2, timeout=140, env={"S3_REHEARSAL": "1"}
+        [*command, "--train-iters", "6", "--optimizer", "s3"], nproc=2, timeout=280, env={"S3_REHEARSAL": "1"}
     )
     assert run.returncode == 0, run.stderr[-4000:]
     assert "stock script: found its own folder" in run.stdout
@@ -35,7 +35,7 @@ def test_an_unmodified_deepspeed_script_trains_with_s3() -> None:
     """Nobody calls register(): it happens when the script imports DeepSpeed."""
     script = SCRIPT.with_name("stock_deepspeed_script.py")
     assert "s3_megatron" not in script.read_text()
-    run = torchrun(["-m", "s3_megatron.train.run", str(script), "4", "5"], nproc=1, timeout=140)
+    run = torchrun(["-m", "s3_megatron.train.run", str(script), "4", "5"], nproc=1, timeout=280)
     assert run.returncode == 0, run.stderr[-4000:]
     assert "S3 active in DeepSpeedZeroOptimizer (ZeRO 1)" in run.stdout + run.stderr
     seen = [float(loss) for loss in re.findall(r"^loss \[(.*)\]$", run.stdout, flags=re.MULTILINE)]
