@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 def settings(env: Mapping[str, str] | None) -> dict[str, str]:
     """The environment of a rank without GPUs and with one thread; ``env`` comes on top."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+    threads = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", **threads, **(env or {})}
 
 
 def torchrun(

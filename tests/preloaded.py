@@ -1,16 +1,45 @@
 """What the fork server of tests/ranks.py imports once, so that no rank has to: 6 s of CPU for each, otherwise."""
 
 import gc
+import importlib
 import sys
 import warnings
+from contextlib import suppress
+
+import psutil
 
 PATH = list(sys.path)  # a rank's own, before multiprocessing gives it pytest's
 
+import torch._inductor.compile_fx  # noqa: E402  (what DeepSpeed's decorators import at their first call)
 import torch.distributed.checkpoint.state_dict  # noqa: E402
 import torch.distributed.fsdp  # noqa: E402
 import torch.utils.tensorboard  # noqa: F401, E402
 
 from s3_megatron import rehearsal  # noqa: E402
+
+# Imported by functions of the hosts, and not there in all of their versions.
+LATE = {
+    "megatron": (
+        "megatron.core.datasets.gpt_dataset",
+        "megatron.core.datasets.blended_megatron_dataset_builder",
+        "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
+        "megatron.core.models.mimo.optimizer",
+        "megatron.core.tokenizers.text.text_tokenizer",
+    ),
+    "deepspeed": (
+        "deepspeed.module_inject.auto_ep_layer",
+        "deepspeed.ops.op_builder.all_ops",
+        "deepspeed.runtime.superoffload.superoffload_stage3",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+    ),
+}
+
+
+def late(host: str) -> None:
+    for name in LATE[host]:
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(name)
+
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the hosts say of themselves, once here instead of in every rank
@@ -19,11 +48,15 @@ with warnings.catch_warnings():
     import megatron.core.models.gpt.gpt_layer_specs
     import megatron.training.training  # noqa: F401
 
+    late("megatron")
     rehearsal.deactivate()
     import deepspeed.checkpoint.ds_to_universal
     import deepspeed.moe.layer
     import deepspeed.utils.zero_to_fp32  # noqa: F401
 
+    late("deepspeed")
+
 # Neither S3 in the hosts, nor a module that binds what S3 replaces in them: both are a rank's own choice.
+assert psutil.Process().num_threads() == 1, "a fork has only the thread that forks; what the others held stays locked"
 gc.collect()
 gc.freeze()  # a rank's collections then pass over all of this
