@@ -1,5 +1,7 @@
 """What the fork server of tests/ranks.py imports once, so that no rank has to: 6 s of CPU for each, otherwise."""
 
+import argparse
+import functools
 import gc
 import importlib
 import sys
@@ -49,6 +51,14 @@ with warnings.catch_warnings():
     import megatron.training.training  # noqa: F401
 
     late("megatron")
+    from megatron.training import argument_utils, arguments
+
+    if hasattr(argument_utils, "ArgumentGroupFactory"):  # not in 0.17
+        # Megatron reads its own source for the texts of --help, 0.4 s of CPU a parse, and parses thrice a run.
+        factory = argument_utils.ArgumentGroupFactory
+        texts = functools.cache(functools.partial(factory._get_field_docstrings, factory.__new__(factory)))
+        factory._get_field_docstrings = lambda self, config: texts(config)
+        arguments.add_megatron_arguments(argparse.ArgumentParser())
     rehearsal.deactivate()
     import deepspeed.checkpoint.ds_to_universal
     import deepspeed.moe.layer

@@ -124,6 +124,7 @@ def _be_rank(args: list[str], environment: dict[str, str], output: Path) -> None
         os.dup2(os.open(output.with_suffix(f".{kind}"), os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.clear()
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # python's own for what the rank starts, not a fork server
     threading.Thread(target=_end_with_pytest, daemon=True).start()
     sys.path[:] = preloaded_path()
     if args[0] == "-m":

@@ -105,7 +105,7 @@ def test_a_rank_is_as_torchrun_makes_it_but_has_imported_its_hosts(
     """One thread, no GPU, this process's environment of now, and nothing of S3 in Megatron or DeepSpeed."""
     monkeypatch.setenv("SET_BY_A_TEST", "1")
     text = """
-import os, sys
+import multiprocessing, os, sys
 threads = len(os.listdir("/proc/self/task"))
 hosts = sorted({"megatron.training.training", "deepspeed"} & set(sys.modules))
 import json, torch, torch.distributed as dist
@@ -115,6 +115,7 @@ dist.init_process_group("gloo")
 mine = {
     "argv": sys.argv[1:], "hosts": hosts, "omp": torch.get_num_threads(), "path": sys.path[0], "threads": threads,
     "environment": [os.environ.get(name) for name in ("SET_BY_A_TEST", "GIVEN", "CUDA_VISIBLE_DEVICES", "RANK")],
+    "starts": multiprocessing.get_start_method() == multiprocessing.get_all_start_methods()[0],  # python's default
     "activated": rehearsal.activation._undo is not None,
     "s3": [name for name in sys.modules if name.startswith("s3_megatron.engines.")],
 }
@@ -131,6 +132,7 @@ dist.destroy_process_group()
             "path": str(tmp_path),
             "threads": 2,  # and the one that ends a rank whose pytest was killed
             "environment": ["1", "2", "", str(rank)],
+            "starts": True,
             "activated": False,
             "s3": ["s3_megatron.engines.swap"],
         }
