@@ -15,7 +15,7 @@ PATH = list(sys.path)  # a rank's own, before multiprocessing gives it pytest's
 import torch._inductor.compile_fx  # noqa: E402  (what DeepSpeed's decorators import at their first call)
 import torch.distributed.checkpoint.state_dict  # noqa: E402
 import torch.distributed.fsdp  # noqa: E402
-import torch.utils.tensorboard  # noqa: F401, E402
+import torch.utils.tensorboard  # noqa: E402
 
 from s3_megatron import rehearsal  # noqa: E402
 
@@ -48,7 +48,7 @@ with warnings.catch_warnings():
     rehearsal.activate()  # Megatron's torch.compile decorators stay out; a rank turns it on for itself if it wants it
     import megatron.core.dist_checkpointing
     import megatron.core.models.gpt.gpt_layer_specs
-    import megatron.training.training  # noqa: F401
+    import megatron.training.training
 
     late("megatron")
     from megatron.training import argument_utils, arguments
@@ -62,7 +62,7 @@ with warnings.catch_warnings():
     rehearsal.deactivate()
     import deepspeed.checkpoint.ds_to_universal
     import deepspeed.moe.layer
-    import deepspeed.utils.zero_to_fp32  # noqa: F401
+    import deepspeed.utils.zero_to_fp32
 
     late("deepspeed")
 

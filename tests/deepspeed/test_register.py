@@ -160,6 +160,8 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_auto_for_what_s3_has_is_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """It reached S3 as four letters, and was refused as a pair of the wrong length."""
+    from s3_megatron.engines.deepspeed.build import make_s3
+
     lines = said(monkeypatch)
     names = ("beta", "betas", "p", "nesterov", "maximize", "rounding_seed", "state_dtype", "implementation")
     for name in (*names, "s3_from_adam"):
@@ -175,6 +177,8 @@ def test_auto_for_what_s3_has_is_its_default(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
 def test_auto_that_only_a_trainer_knows_is_refused(name: str) -> None:
+    from s3_megatron.engines.deepspeed.build import make_s3
+
     with pytest.raises(S3Error, match=f'"auto" for {name} .*write a number'):
         make_s3([torch.ones(3)], {"lr": 3e-3, name: "auto"}, bf16_states=False)
 
@@ -182,6 +186,8 @@ def test_auto_that_only_a_trainer_knows_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["eps", "torch_adam", "adam_w_mode", "bias_correction"])
 def test_a_param_of_adam_is_refused_and_the_list_does_not_lead_to_betas(name: str) -> None:
     """Who took out eps and kept "betas": "auto" trained with Adam's, and weights moved by three rates."""
+    from s3_megatron.engines.deepspeed.build import make_s3
+
     for value in ("auto", 1e-8):
         with pytest.raises(
             S3Error, match=f"'{name}', which it does not have: take them out; it has beta, impl"
