@@ -58,13 +58,14 @@ def test_the_first_failure_of_the_ranks_is_the_verdicts(tmp_path: Path) -> None:
 
 def test_a_second_start_in_a_run_folder_leaves_the_first_alone(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     first = start(tmp_path, python("import time; print('trains', flush=True); time.sleep(600)"))
-    request.addfinalizer(first.terminate)
+    request.addfinalizer(lambda: end(tmp_path, first))
     wait_for(lambda: (tmp_path / "checkpoints/holder").exists())
     second = start(tmp_path, ["touch", str(tmp_path / "trained")])
     said, _ = second.communicate(timeout=60)
     assert second.returncode == 2 and f"process {first.pid} on" in said and "Traceback" not in said
     assert not (tmp_path / "trained").exists() and not (tmp_path / "ENDED").exists()
     assert first.poll() is None and not (tmp_path / "attempts/1-0/node1.json").exists()
+    first.send_signal(signal.SIGINT)
 
 
 def test_checkpoints_of_which_none_is_whole_end_the_chain(tmp_path: Path) -> None:
