@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from s3_megatron.kernels import formats
+from s3_megatron.kernels import formats, scalars
+from s3_megatron.kernels.rows import examine
 
 # What torch._foreach_* takes and gives.
 type Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -30,8 +31,19 @@ def s3_step_(
 ) -> None:
     """Move every parameter by one S3 step; for arguments and effects see ``kernels.op``.
 
-    The tensors of one kind may differ in dtype here, but for the states'.
+    The tensors of one kind may differ in dtype here, but for the states'. Any class of tensors will do.
+
+    Raises:
+        S3Error: the lists do not belong together, or a tensor cannot be written; nothing has been written.
     """
+    if not params:
+        return
+    examine([params, grads, exp_avgs, exp_avg_roots, *([model_params] if model_params else [])])
+    rate = lr if isinstance(lr, Tensor) else None
+    scalars.check(params[0], statistics, lr=rate, scale=scale, found_inf=found_inf, rounding_seed=rounding_seed)
+    # As a tensor of one dimension would make one of a number.
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
+    scale, found_inf = (None if x is None else x.reshape(()) for x in (scale, found_inf))
     old_m, old_r = [formats.read(x) for x in exp_avgs], [formats.read(x) for x in exp_avg_roots]
     dtype = old_m[0].dtype
     g = [grad.to(dtype) for grad in grads]

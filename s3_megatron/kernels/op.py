@@ -3,13 +3,14 @@
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels import cpu, foreach, triton
+from s3_megatron.kernels.rows import Columns, Unfit, examine, sort
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,10 @@ def step_(
     way: the dispatcher takes 6 us a tensor.
 
     The state is m and the root ``r = s^(1/p)`` (SPEC section 2). The arithmetic is float32 (float64 for float64
-    states); every tensor of one kind has one dtype, and all are on one device. Nothing waits for a GPU.
+    states); the tensors of a row have one shape and device. Nothing waits for a GPU.
+
+    Before anything is written, every tensor is looked at. A kernel that works on memory gets plain dense tensors only;
+    all others (subclasses with an own ``__torch_dispatch__``, the negative bit, several in one memory) go to foreach.
 
     Args:
         params: weights, float32, bfloat16, float16 or float64 (modified in place).
@@ -76,32 +80,59 @@ def step_(
         implementation: one of ``IMPLEMENTATIONS``.
 
     Raises:
-        S3Error: the implementation does not run here, or not for these dtypes.
+        S3Error: the implementation does not run here, or not for these tensors; or they do not belong together.
+            Nothing has been written.
     """
     if not params:
         return
-    # Kernels write past autograd, which must know that what it may have saved is no more.
-    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_roots, *model_params])
-    dtypes = {column[0].dtype for column in (params, grads, exp_avgs, model_params) if column}
-    kernel = choose(implementation, params[0].device.type, frozenset(dtypes))
-    _KERNELS[kernel].s3_step_(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_roots,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        p=p,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        maximize=maximize,
-        scale=scale,
-        found_inf=found_inf,
-        model_params=model_params,
-        statistics=statistics,
-        rounding_seed=rounding_seed,
-    )
+    columns: Columns = [params, grads, exp_avgs, exp_avg_roots, *([model_params] if model_params else [])]
+    settings = {
+        "lr": lr,
+        "beta1": beta1,
+        "beta2": beta2,
+        "p": p,
+        "weight_decay": weight_decay,
+        "nesterov": nesterov,
+        "maximize": maximize,
+        "scale": scale,
+        "found_inf": found_inf,
+        "statistics": statistics,
+        "rounding_seed": rounding_seed,
+    }
+    kernel = _kernel_for(columns, implementation)
+    if kernel != "foreach":
+        try:
+            _run(kernel, columns, settings)
+            return
+        except Unfit:
+            pass
+    # Several dtypes or devices, or tensors that not every kernel takes. Every row is looked at, and every part finds a
+    # kernel, before the first is moved.
+    examine(columns)
+    parts = sort(columns)
+    for kernel, part in zip([_kernel_for(part, implementation) for part in parts], parts, strict=True):
+        try:
+            _run(kernel, part, settings)
+        except Unfit as unfit:
+            if implementation != "auto":
+                raise S3Error(f"implementation={implementation!r} cannot run: {unfit}; 'auto' can") from None
+            _run("foreach", part, settings)
+
+
+def _kernel_for(columns: Columns, implementation: str) -> str:
+    """Choose by the first row."""
+    if not all(columns):
+        return "foreach"  # which refuses lists of several lengths
+    return choose(implementation, columns[0][0].device.type, frozenset([column[0].dtype for column in columns]))
+
+
+def _run(kernel: str, columns: Columns, settings: dict[str, Any]) -> None:
+    params, grads, exp_avgs, exp_avg_roots, *models = columns
+    model_params = models[0] if models else ()
+    _KERNELS[kernel].s3_step_(params, grads, exp_avgs, exp_avg_roots, model_params=model_params, **settings)
+    if kernel != "foreach":
+        # It writes past autograd, which must know that what it may have saved is no more.
+        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_roots, *model_params])
 
 
 _op = torch.library.custom_op(

@@ -1,23 +1,231 @@
-"""Tensors with strides, for kernels that know none."""
+"""What a kernel may touch: lists of tensors are examined before the first write, and their memory laid out for loops.
 
-from collections.abc import Sequence
+A row is one parameter's tensors; a column is a kind of them: weights, gradients, m, r and, at times, model weights.
+"""
+
+import functools
+from bisect import bisect_right
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from itertools import chain, cycle, pairwise
 
 import torch
 from torch import Tensor
 
+from s3_megatron.errors import S3Error
+from s3_megatron.kernels import formats
+
 type Columns = list[Sequence[Tensor]]
 
+NAMES = ("weight", "gradient", "m", "r", "model weight")
+GRADIENTS = 1
 
-def straighten(columns: Columns) -> Columns:
-    """Return the columns with contiguous tensors: a column itself, or one with copies of those that are not."""
-    # Unbound methods: a thousand small shards take longer to list than to move.
-    return [
-        column if all(map(Tensor.is_contiguous, column)) else [x.contiguous() for x in column] for column in columns
-    ]
+# The kinds of tensors that are their memory, of those met so far; and, by the address of a call's first weight, the
+# addresses and elements of what it writes and their dtypes, where shapes and storages were looked at. Numbers alone: no
+# tensor is kept alive.
+_plain: set[type] = {Tensor, torch.nn.Parameter}
+_known: dict[int, tuple[object, ...]] = {}
+_KNOWN_AT_MOST = 64
 
 
-def put_back(columns: Columns, straight: Columns) -> None:
-    """Copy what a kernel wrote to the copies (modifies the weights, states and model weights; not the gradients)."""
-    for index, (originals, used) in enumerate(zip(columns, straight, strict=True)):
-        if used is not originals and index != 1:
-            torch._foreach_copy_(list(originals), list(used))
+class Unfit(S3Error):
+    """A kernel that reads and writes memory cannot take a tensor; foreach may. Nothing has been written."""
+
+
+@dataclass(slots=True)
+class Rows:
+    """The memory of a call: its columns, with contiguous copies of what is not, the addresses of all, column by column,
+    and the elements of a row."""
+
+    columns: Columns
+    straight: Columns
+    addresses: list[int]
+    sizes: list[int]
+
+    def put_back(self) -> None:
+        """Copy what a kernel wrote to the copies (modifies weights, states and model weights)."""
+        for index, (originals, used) in enumerate(zip(self.columns, self.straight, strict=True)):
+            if used is not originals and index != GRADIENTS:
+                torch._foreach_copy_(list(originals), list(used))
+
+
+def examine(columns: Columns) -> None:
+    """Raise if the lists do not belong together, or a tensor cannot be written; reads no value.
+
+    Raises:
+        S3Error: lists of several lengths; a row of several shapes or devices; sparse, complex, integer tensors; states
+            of two dtypes; tensors longer than their storage; written ones with several elements in one place.
+    """
+    _same_lengths(columns)
+    for row in zip(*columns, strict=True):
+        weight = row[0]
+        for name, x in zip(NAMES, row, strict=False):
+            if x.layout is not torch.strided:
+                raise S3Error(
+                    f"S3 takes dense tensors, and a {name} of shape {list(x.shape)} is {x.layout}: build the embedding "
+                    "with sparse=False"
+                )
+            if x.shape != weight.shape:
+                raise S3Error(
+                    f"a weight of shape {list(weight.shape)} has a {name} of shape {list(x.shape)}: they must be equal"
+                )
+            if x.device != weight.device:
+                raise S3Error(f"a weight on {weight.device} has a {name} on {x.device}: they must be on one device")
+            if not x.is_floating_point():
+                raise S3Error(f"S3 takes real floating-point tensors, and a {name} is {x.dtype}")
+            if _exceeds_its_storage(x):
+                raise S3Error(f"a {name} of shape {list(x.shape)} is longer than its storage, which was resized")
+            if x is not row[GRADIENTS] and _meets_itself(x):
+                raise S3Error(
+                    f"a {name} of shape {list(x.shape)} and strides {list(x.stride())} has several elements in one "
+                    "place in memory and cannot be written: clone() it"
+                )
+        if row[2].dtype != row[3].dtype or row[2].dtype not in formats.FORMATS:
+            raise S3Error(
+                f"m is {row[2].dtype} and r is {row[3].dtype}: they must have one dtype, float32, bfloat16 or float64"
+            )
+
+
+def lay_out(columns: Columns, takes: Container[torch.dtype]) -> Rows:
+    """Return where the tensors of a call lie, once it is sure that a kernel for these dtypes touches no other place.
+
+    Every step looks at what can change from one to the next (addresses, elements, dtypes, devices, kinds); shapes and
+    storages are looked at when what is written is somewhere new.
+
+    Raises:
+        Unfit: a tensor whose memory is not its value (a wrapper, a negative bit, no storage), or that is not in the
+            dtype and place of its column; two that share memory.
+        S3Error: as ``examine``.
+    """
+    _same_lengths(columns)
+    every = list(chain.from_iterable(columns))
+    if not _plain.issuperset(map(type, every)):
+        _meet(set(map(type, every)))
+    dtypes = [column[0].dtype for column in columns]
+    for dtype, column in zip(dtypes, columns, strict=True):
+        found = {x.dtype for x in column}
+        if len(found) > 1 or dtype not in takes:
+            raise Unfit(f"it takes tensors of one dtype a kind, and not {', '.join(sorted(map(str, found)))}")
+    if dtypes[2] != dtypes[3] or dtypes[2] not in formats.FORMATS:
+        raise Unfit("m and r are stored otherwise")
+    # Inside vmap, grad and functionalize a Tensor is a wrapper that its type does not show.
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise Unfit("a transform of torch.func runs")
+    try:
+        return _lay_out(columns, every, dtypes)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # sparse, or without a storage
+        raise Unfit(str(error).split("\n")[0]) from None
+
+
+def sort(columns: Columns) -> list[Columns]:
+    """Return the rows sorted apart by device, dtypes and whether they are memory, in their order (no copies)."""
+    parts: dict[object, Columns] = {}
+    for row in zip(*columns, strict=True):
+        key = (row[0].device, tuple(x.dtype for x in row), all(_is_memory(type(x)) for x in row))  # type: ignore[arg-type]
+        for column, x in zip(parts.setdefault(key, [[] for _ in columns]), row, strict=True):
+            column.append(x)  # type: ignore[attr-defined]
+    return list(parts.values())
+
+
+def _lay_out(columns: Columns, every: list[Tensor], dtypes: list[torch.dtype]) -> Rows:
+    # Unbound methods over all columns at once: a thousand small shards take longer to list than to move.
+    count = len(columns[0])
+    straight = columns
+    if not all(map(Tensor.is_contiguous, every)) or any(map(Tensor.is_neg, columns[GRADIENTS])):
+        straight = [_straight(column, resolve=index == GRADIENTS) for index, column in enumerate(columns)]
+    sizes = list(map(Tensor.numel, every))
+    if len({*map(Tensor.get_device, every)}) > 1 or sizes != sizes[:count] * len(columns):
+        raise Unfit("the tensors of a row differ in size or place")
+    del sizes[count:]
+    addresses = list(map(Tensor.data_ptr, every if straight is columns else chain.from_iterable(straight)))
+    if 0 in addresses and any(size and not at for at, size in zip(addresses, cycle(sizes), strict=False)):
+        raise Unfit("a tensor has no memory")
+    seen = (addresses[:count], addresses[2 * count :], sizes, dtypes)
+    # Of copies the addresses tell nothing of what they are copied from, and to.
+    if straight is not columns or _known.get(addresses[0]) != seen:
+        _look_closely(columns, straight, addresses, sizes)
+        if len(_known) >= _KNOWN_AT_MOST:
+            _known.clear()
+        _known[addresses[0]] = seen
+    return Rows(columns, straight, addresses, sizes)
+
+
+def _straight(column: Sequence[Tensor], *, resolve: bool) -> Sequence[Tensor]:
+    if resolve and any(map(Tensor.is_neg, column)):
+        return [x.resolve_neg().contiguous() for x in column]
+    return column if all(map(Tensor.is_contiguous, column)) else [x.contiguous() for x in column]
+
+
+def _look_closely(columns: Columns, straight: Columns, addresses: list[int], sizes: list[int]) -> None:
+    """Raise where a tensor seen for the first time is not what it looks like."""
+    examine(columns)
+    written: list[tuple[int, int]] = []
+    read: list[tuple[int, int]] = []
+    for index, column in enumerate(straight):
+        if index != GRADIENTS and any(map(Tensor.is_neg, column)):
+            raise Unfit("a tensor has the negative bit")
+        width = column[0].element_size()
+        for at, size in zip(addresses[index * len(sizes) :], sizes, strict=False):
+            if size:
+                (read if index == GRADIENTS else written).append((at, at + size * width))
+    written.sort()
+    if any(end > begin for (_, end), (begin, _) in pairwise(written)):
+        raise Unfit("two tensors share memory")
+    ends = [end for _, end in written]
+    for begin, end in read:
+        # The first written tensor that ends behind the gradient's beginning must begin behind its end.
+        next_one = bisect_right(ends, begin)
+        if next_one < len(written) and written[next_one][0] < end:
+            raise Unfit("a gradient shares memory with what is written")
+
+
+def _same_lengths(columns: Columns) -> None:
+    lengths = [len(column) for column in columns]
+    if lengths.count(lengths[0]) != len(lengths):
+        shown = ", ".join(f"{count} of kind {name}" for name, count in zip(NAMES, lengths, strict=False))
+        raise S3Error(f"S3 takes lists of one length, and got {shown}")
+
+
+def _meet(kinds: set[type]) -> None:
+    for kind in kinds:
+        if not _is_memory(kind):
+            raise Unfit(f"{kind.__name__} is no plain tensor: its value is not its memory")
+        _plain.add(kind)
+
+
+@functools.cache
+def _is_memory(kind: type[Tensor]) -> bool:
+    """Whether tensors of this class are their memory: no class of its own decides what an operation does."""
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    usual = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)  # type: ignore[attr-defined]
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and function in usual
+
+
+def _exceeds_its_storage(x: Tensor) -> bool:
+    if not x.numel() or x.is_meta or not _is_memory(type(x)) or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    last = x.storage_offset() + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (last + 1) * x.element_size() > x.untyped_storage().nbytes()
+
+
+def _meets_itself(x: Tensor) -> bool:
+    """Whether two elements of a tensor are one in memory."""
+    if x.is_contiguous() or x.numel() < 2:
+        return False
+    # By rising stride, each must step over all that the smaller ones reach.
+    reach = 1
+    dims = sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1)
+    for stride, size in dims:
+        if stride < reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False
+    if dims[0][0] == 0:
+        return True
+    places = torch.zeros((), dtype=torch.int64)
+    for stride, size in dims:
+        places = places[..., None] + torch.arange(size) * stride
+    return places.unique().numel() < x.numel()

@@ -1,10 +1,7 @@
 """S3 as a ``torch.optim.Optimizer``."""
 
-import logging
-import math
-import os
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, overload
 
 import torch
@@ -13,17 +10,17 @@ from torch.distributed.tensor import DTensor
 
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels.op import IMPLEMENTATIONS, Implementation, step_
-
-logger = logging.getLogger(__name__)
-
-# Megatron-LM and DeepSpeed find optimizer state in their checkpoints by Adam's two names, so S3 goes by them:
-# m in the first, the root r = s^(1/p) in the second.
-EXP_AVG = "exp_avg"
-EXP_AVG_ROOT = "exp_avg_sq"
-
-# Adam's checkpoints use the same two names with another meaning; this entry of every param group tells them apart.
-STATE_MARK = "s3_state"
-STATE_FORMAT = "exp_avg=m, exp_avg_sq=s^(1/p)"
+from s3_megatron.optim.placement import localize
+from s3_megatron.optim.settings import check_betas, check_hyperparameters, names_what_it_takes
+from s3_megatron.optim.state import (
+    EXP_AVG,
+    EXP_AVG_ROOT,
+    NAMES,
+    STATE_FORMAT,
+    STATE_MARK,
+    check_entry,
+    check_groups,
+)
 
 
 class S3(torch.optim.Optimizer):
@@ -66,6 +63,7 @@ class S3(torch.optim.Optimizer):
     # Over the last step, if somebody put five float64 zeros here: see ``statistics`` in kernels.op.
     update_statistics: Tensor | None = None
 
+    @names_what_it_takes
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -101,7 +99,7 @@ class S3(torch.optim.Optimizer):
             "rounding_seed": rounding_seed,
             STATE_MARK: STATE_FORMAT,
         }
-        _check_hyperparameters(defaults)
+        check_hyperparameters(defaults)
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,7 +113,7 @@ class S3(torch.optim.Optimizer):
         if "beta" in group:
             beta = group.pop("beta")
             group["betas"] = (beta, beta)
-        _check_hyperparameters({**self.defaults, **group})
+        check_hyperparameters({**self.defaults, **group})
         super().add_param_group(group)
         added = self.param_groups[-1]
         for param in added["params"]:
@@ -128,11 +126,7 @@ class S3(torch.optim.Optimizer):
         if added["rounding_seed"] is not None:
             # Groups must not share their noise.
             added["rounding_seed"] += (len(self.param_groups) - 1) << 40
-        if self.capturable and added["params"]:
-            device = added["params"][0].device
-            for name, dtype in (("lr", torch.float32), ("rounding_seed", torch.int64)):
-                if added[name] is not None:
-                    added[name] = torch.as_tensor(added[name], dtype=dtype).to(device)
+        self._keep_on_device(added, {})
 
     def allocate_state(self) -> None:
         """Allocate zero state for every parameter that has none; ``step`` does so where there is a gradient.
@@ -142,12 +136,13 @@ class S3(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 state = self._state_of(param)
-                for name in (EXP_AVG, EXP_AVG_ROOT):
+                for name in NAMES:
                     state[name] = state[name].to(self._state_dtype(param))
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
-        for name in (EXP_AVG, EXP_AVG_ROOT):
+        check_entry(state, param.shape)
+        for name in NAMES:
             if name not in state:
                 state[name] = torch.zeros_like(param, dtype=self._state_dtype(param), requires_grad=False)
         return state
@@ -166,6 +161,8 @@ class S3(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # ZeroRedundancyOptimizer writes state and groups into the optimizer that it wraps, past every method.
+        check_groups(self.param_groups)
         if self.update_statistics is not None:
             self.update_statistics.zero_()
         for group in self.param_groups:
@@ -173,10 +170,10 @@ class S3(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        _check_betas(group["betas"])
-        seed = group["rounding_seed"]
-        for params, grads, exp_avgs, exp_avg_roots, models in self._buckets(group):
-            device = params[0].device
+        check_betas(group["betas"])
+        self._keep_on_device(group, {})
+        seed, lr = group["rounding_seed"], group["lr"]
+        for params, grads, exp_avgs, exp_avg_roots, models in self._rows(group):
             (torch.ops.s3.step_ if torch.compiler.is_compiling() else step_)(
                 params,
                 grads,
@@ -184,10 +181,11 @@ class S3(torch.optim.Optimizer):
                 exp_avg_roots,
                 models,
                 self.update_statistics,
-                torch.as_tensor(group["lr"], dtype=None if isinstance(group["lr"], Tensor) else torch.float64),
+                # Not as_tensor, for which torch's compiler takes a float as it is, and compiles again for the next.
+                lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device="cpu"),
                 self.grad_scale,
                 self.found_inf,
-                None if seed is None else torch.as_tensor(seed, device=device),
+                None if seed is None else torch.as_tensor(seed, device=params[0].device),
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 p=group["p"],
@@ -201,119 +199,95 @@ class S3(torch.optim.Optimizer):
         elif seed is not None:
             group["rounding_seed"] = seed + 1
 
-    def _buckets(self, group: dict[str, Any]) -> Iterable[tuple[list[Tensor], ...]]:
-        """Sort a group's tensors by device and dtypes: parameters, gradients, m, r and model parameters."""
-        # Shards come by the thousand, and a step of a small one takes a microsecond: what can be is looked up once.
-        buckets: dict[tuple[Any, ...], tuple[list[Tensor], ...]] = {}
-        models = self.model_params
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None:
-                continue
-            if grad.is_sparse:
-                raise S3Error("S3 does not take sparse gradients: build the embedding with sparse=False")
-            state = self._state_of(param)
-            m, r = state[EXP_AVG], state[EXP_AVG_ROOT]
-            model = models.get(param) if models else None
-            if isinstance(param, DTensor):
-                # FSDP2's: kernels move the shard that is here.
-                param, grad, m, r = (x.to_local() if isinstance(x, DTensor) else x for x in (param, grad, m, r))
-            key = (param.device, param.dtype, grad.dtype, m.dtype, None if model is None else model.dtype)
-            columns = buckets.get(key) or buckets.setdefault(key, ([], [], [], [], []))
-            columns[0].append(param)
-            columns[1].append(grad)
-            columns[2].append(m)
-            columns[3].append(r)
-            if model is not None:
-                columns[4].append(model)
-        return buckets.values()
+    def _rows(self, group: dict[str, Any]) -> list[list[list[Tensor]]]:
+        """List a group's parameters, gradients, m, r and model parameters, one device and kind of row at a time."""
+        # Shards come by the thousand, and a step of a small one takes a microsecond: loops are few and short here.
+        params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return []
+        grads = [param.grad for param in params]
+        entries = [self.state[param] for param in params]
+        if not all(len(entry) == 2 and EXP_AVG in entry and EXP_AVG_ROOT in entry for entry in entries):
+            entries = [self._state_of(param) for param in params]
+        columns = [params, grads, [entry[EXP_AVG] for entry in entries], [entry[EXP_AVG_ROOT] for entry in entries]]
+        models = [self.model_params.get(param) for param in params] if self.model_params else []
+        if any(issubclass(kind, DTensor) for kind in set(map(type, params))):
+            local = [localize(*row, NAMES) for row in zip(params, grads, entries, strict=True)]
+            columns = [list(column) for column in zip(*local, strict=True)]
+        if not models and len({param.get_device() for param in params}) == 1:
+            return [[*columns, []]]
+        parts: dict[tuple[torch.device, bool], list[list[Tensor]]] = {}
+        for *row, model in zip(*columns, models or repeat(None, len(params)), strict=True):
+            part = parts.setdefault((row[0].device, model is None), [[], [], [], [], []])
+            for column, x in zip(part, row if model is None else [*row, model], strict=model is not None):
+                column.append(x)
+        return list(parts.values())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load S3's own state, in this optimizer's ``state_dtype``; torch would cast it to the parameter's dtype.
 
+        Hooks come first, and what they return is what is looked at.
+
         Raises:
             S3Error: the state was not written by S3 (an Adam checkpoint has the same names and another meaning).
         """
-        if not is_s3_state(state_dict["param_groups"]):
-            raise S3Error(
-                "this optimizer state was not written by S3 (its param groups lack the mark "
-                f"{STATE_MARK!r}); an Adam state is turned into S3's by s3_megatron.optim.from_adam_state, or start "
-                "with fresh optimizer state"
-            )
-        super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for index, param in zip(saved, params, strict=True):
-            for name in (EXP_AVG, EXP_AVG_ROOT):
-                source = state_dict["state"].get(index, {}).get(name)
-                if source is not None and self.state[param][name].dtype != self._state_dtype(param):
-                    self.state[param][name] = source.to(device=param.device, dtype=self._state_dtype(param))
+        saved: dict[str, Any] = {}
 
+        def keep(_: torch.optim.Optimizer, hooked: dict[str, Any]) -> None:
+            check_groups(hooked["param_groups"])
+            saved.update(hooked)
 
-def is_s3_state(param_groups: Iterable[dict[str, Any]]) -> bool:
-    """Tell whether saved param groups carry S3's mark."""
-    return all(group.get(STATE_MARK) == STATE_FORMAT for group in param_groups)
+        # Last of the hooks: torch has looked at nothing yet.
+        handle = self.register_load_state_dict_pre_hook(keep)
+        self._uncast = saved
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            del self._uncast
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take state and param groups, which torch, pickle and copies bring here, once they are known to be S3's.
 
-def from_adam_state(state_dict: dict[str, Any], optimizer: S3) -> dict[str, Any]:
-    """Turn the state dict of an Adam(W) over the same parameters into one that ``optimizer`` loads.
+        Raises:
+            S3Error: they are another optimizer's, or a value is out of range; nothing has changed.
+        """
+        groups, entries = state["param_groups"], state["state"]
+        check_groups(groups)
+        here = self.__dict__.get("param_groups", groups)
+        for ours, group in zip(here, groups, strict=True):
+            # What an older S3 did not have yet.
+            for name, default in (self.__dict__ | state)["defaults"].items():
+                group.setdefault(name, ours.get(name, default))
+            check_hyperparameters(group)
+        for param, entry in entries.items():
+            if isinstance(param, Tensor):
+                check_entry(entry, param.shape, marked=True)
+                if isinstance(entry.get("step"), Tensor):
+                    del entry["step"]  # of an Adam whose state was converted, or of Megatron's own making
+        if "_uncast" in self.__dict__:
+            self._restore_dtypes(groups, entries)
+        super().__setstate__(state)
+        for ours, group in zip(here, groups, strict=True):
+            self._keep_on_device(group, ours)
 
-    m is taken as it is and r = sqrt(v); the learning rate, decay and betas become those of ``optimizer``.
-    Nothing is modified in place.
-    """
-    state = {
-        index: {EXP_AVG: entry[EXP_AVG], EXP_AVG_ROOT: entry[EXP_AVG_ROOT].sqrt()}
-        for index, entry in state_dict["state"].items()
-    }
-    groups = [
-        {**{k: v for k, v in ours.items() if k != "params"}, "params": saved["params"]}
-        for ours, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
-    ]
-    return {"state": state, "param_groups": groups}
+    def _restore_dtypes(self, groups: list[dict[str, Any]], entries: dict[Any, dict[str, Any]]) -> None:
+        """Replace states that torch has cast to their parameter's dtype by what was saved, in this optimizer's."""
+        indices = chain.from_iterable(group["params"] for group in self._uncast["param_groups"])
+        params = chain.from_iterable(group["params"] for group in groups)
+        for index, param in zip(indices, params, strict=True):
+            source, dtype = self._uncast["state"].get(index, {}), self._state_dtype(param)
+            for name in NAMES:
+                if name in source and entries[param][name].dtype != dtype:
+                    entries[param][name] = source[name].to(device=param.device, dtype=dtype)
 
-
-def _check_hyperparameters(group: dict[str, Any]) -> None:
-    """Raise S3Error for a value out of range."""
-    lr, p, weight_decay, betas = group["lr"], group["p"], group["weight_decay"], group["betas"]
-    # A learning rate on the GPU is not looked at: reading it would synchronise with the device.
-    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
-    if not on_device and not (0 <= lr < math.inf):
-        raise S3Error(f"lr is {lr}: it must be a finite number >= 0")
-    if len(betas) != 2:
-        raise S3Error(f"betas is {betas}: it must be a pair, the decays of m and of s")
-    if not all(0 <= beta < 1 for beta in betas):
-        shown = betas[0] if len(set(betas)) == 1 else betas
-        raise S3Error(f"beta is {shown}: every beta must lie in [0, 1); 0.95 is the paper's")
-    if not 1 <= p < math.inf:
-        raise S3Error(f"p is {p}: it must be a finite number >= 1; 3 is the paper's")
-    if not 0 <= weight_decay < math.inf:
-        raise S3Error(f"weight_decay is {weight_decay}: it must be a finite number >= 0")
-
-
-def _check_betas(betas: tuple[float, float]) -> None:
-    """Look at what a step is taken with: schedulers and callbacks write into the groups, and checkpoints bring theirs.
-
-    Raises:
-        S3Error: a decay is out of range.
-    """
-    beta1, beta2 = betas
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise S3Error(f"a param group's betas are {(beta1, beta2)}: both must lie in [0, 1); keep schedulers from them")
-    if beta1 != beta2:
-        _warn_of_two_betas(beta1, beta2)
-
-
-_has_warned = False
-
-
-@torch.compiler.assume_constant_result  # called while a step is compiled, and no part of what is compiled
-def _warn_of_two_betas(beta1: float, beta2: float) -> None:
-    """Say once a process, on rank 0, that the bound does not hold."""
-    global _has_warned
-    if not _has_warned and os.environ.get("RANK", "0") == "0":
-        logger.warning(
-            f"S3 steps with two betas, {beta1:g} and {beta2:g}: |update| <= 1 holds for one alone (Theorem 2), and a "
-            "weight can move by more than lr. If this was not meant, keep what wrote them from S3's param groups: "
-            "OneCycleLR and CyclicLR take cycle_momentum=False"
-        )
-    _has_warned = True
+    def _keep_on_device(self, group: dict[str, Any], before: dict[str, Any]) -> None:
+        """Where a step can be captured, hold lr and seed in tensors: those of ``before``, which graphs read."""
+        if not self.capturable or not group["params"]:
+            return
+        for name, dtype in (("lr", torch.float32), ("rounding_seed", torch.int64)):
+            value, held = group[name], before.get(name)
+            if value is None or (value is held and isinstance(value, Tensor)):
+                continue
+            value = torch.as_tensor(value, dtype=dtype).to(group["params"][0].device)
+            group[name] = held.copy_(value) if isinstance(held, Tensor) else value

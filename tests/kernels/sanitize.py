@@ -13,7 +13,7 @@ FLAGS = [
     *("-g1", "-O1", "-DS3_REGISTERS=1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "-fno-sanitize=null,alignment,object-size,pointer-overflow,bounds,vptr",
 ]
-TESTS = ["tests/kernels/test_single_pass.py", "tests/kernels/test_oracle.py", "tests/kernels/test_edges.py"]
+TESTS = [f"tests/kernels/test_{name}.py" for name in ("single_pass", "oracle", "edges", "fuzz")]
 # Ten thousand steps would take a quarter of an hour, and go where one goes; allocations are the sanitizer's own.
 LEFT_OUT = "not ten_thousand and not allocates"
 

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import s3_megatron.kernels.op as op
 from s3_megatron.errors import S3Error
@@ -61,6 +62,25 @@ def test_a_compiled_step_is_the_eager_step_and_no_rate_compiles_it_again():
         return param.detach()
 
     assert torch.equal(run(compiled=True), run(compiled=False))
+
+
+def test_a_compiled_step_takes_a_float_rate_as_adamw_does():
+    """Incident: every new float was another graph. torch makes it an input of the graph when it first changes."""
+
+    def graphs(kind: type[torch.optim.Optimizer]) -> int:
+        param = torch.nn.Parameter(torch.randn(65))
+        param.grad = torch.randn(65)
+        optimizer = kind([param], lr=0.1, weight_decay=0.1)
+        optimizer.step()
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        step = torch.compile(lambda: optimizer.step(), backend=counter)
+        for count in range(5):
+            optimizer.param_groups[0]["lr"] = 0.1 / (count + 1)
+            step()
+        return counter.frame_count
+
+    assert graphs(S3) <= graphs(torch.optim.AdamW) < 5
 
 
 def test_autograd_hears_of_a_step():

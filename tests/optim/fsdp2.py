@@ -3,17 +3,28 @@
 A check is a function whose name starts with ``check_``, and one test in test_fsdp2.py; tests/checks.py runs them.
 """
 
+import copy
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3, from_adam_state
 from tests import checks
@@ -173,6 +184,159 @@ def check_adams_state_is_refused_and_converted() -> None:
         assert torch.equal(before["exp_avg"].to_local(), after[EXP_AVG].to_local())
         assert torch.equal(before["exp_avg_sq"].to_local().sqrt(), after[EXP_AVG_ROOT].to_local())
     s3.train(range(3, 5))
+
+
+class Block(nn.Module):
+    """Sizes that 2 and 4 ranks divide, as torch's plans ask, and a scale outside every plan: a plain tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.out = nn.Linear(8, 12, bias=False)
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x + self.down(torch.tanh(self.up(self.norm(x))))).square().mean((1, 2)) @ self.scale
+
+
+PLAN = {
+    "norm": SequenceParallel(),
+    "up": ColwiseParallel(input_layouts=Shard(1)),
+    "down": RowwiseParallel(output_layouts=Shard(1)),
+    "out": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+}
+
+
+def plans() -> dict[str, DeviceMesh]:
+    """torch's ways to share a model out over this many ranks."""
+    ranks = dist.get_world_size()
+    meshes = {"TP": init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))}
+    if ranks > 1:
+        square = (ranks // 2, 2)
+        meshes["TP+FSDP2"] = init_device_mesh("cpu", square, mesh_dim_names=("dp", "tp"))
+        meshes["HSDP"] = init_device_mesh("cpu", square, mesh_dim_names=("replicate", "shard"))
+    return meshes
+
+
+def share_out(model: nn.Module, plan: str, mesh: DeviceMesh) -> None:
+    if plan.startswith("TP"):
+        parallelize_module(model, mesh["tp"], PLAN)
+    if plan == "TP+FSDP2":
+        fully_shard(model, mesh=mesh["dp"], ignored_params={model.scale})
+    if plan == "HSDP":
+        fully_shard(model, mesh=mesh)
+
+
+def check_torchs_plans_equal_the_unsharded_run() -> None:
+    """Incident: under SequenceParallel the gradient of a replicated norm is a sum still to be made. S3 took each rank's
+    summand, and after five steps the replicas of one weight were 3.2e-2 apart; AdamW's are equal to the bit."""
+    x = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1))
+    for plan, mesh in plans().items():
+        for kind, settings in ((S3, {}), (S3, {"implementation": "foreach"}), (torch.optim.AdamW, {})):
+            torch.manual_seed(0)
+            whole, part = Block(), Block()
+            part.load_state_dict(whole.state_dict())
+            share_out(part, plan, mesh)
+            own = x.chunk(mesh["tp"].size(), 1)[mesh["tp"].get_local_rank()] if plan.startswith("TP") else x
+            seen = set()
+            for model, data in ((whole, x), (part, own)):
+                optimizer = kind(model.parameters(), lr=LR, weight_decay=DECAY, **settings)
+                for _ in range(5):
+                    optimizer.zero_grad()
+                    model(data).sum().backward()
+                    seen |= {grad.placements for p in model.parameters() if isinstance(grad := p.grad, DTensor)}
+                    optimizer.step()
+            assert plan != "TP" or (Partial(),) in seen, seen
+            for (name, a), b in zip(part.named_parameters(), whole.parameters(), strict=True):
+                where = f"{plan}, {kind.__name__} {settings}: {name}"
+                full = a.full_tensor() if isinstance(a, DTensor) else a
+                torch.testing.assert_close(full, b, rtol=1e-6, atol=1e-6, msg=lambda m, w=where: f"{w}: {m}")
+                for dim in range(a.device_mesh.ndim if isinstance(a, DTensor) else 0):
+                    if a.placements[dim].is_replicate():
+                        mine = a.to_local().detach()
+                        others = [torch.empty_like(mine) for _ in range(a.device_mesh.size(dim))]
+                        dist.all_gather(others, mine, group=a.device_mesh.get_group(dim))
+                        assert all(torch.equal(mine, other) for other in others), f"{where}: replicas differ"
+
+
+def check_gradients_and_states_placed_otherwise_than_their_weight() -> None:
+    """Incident: a weight replicated and its gradient sharded: the C++ loop read past the gradient's end. Sizes that no
+    number of ranks divides, fewer elements than ranks, and a plain weight in the same list."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    ways = ([Replicate()], [Shard(0)], [Shard(1)], [Partial()])
+    for at, of_grad, of_state in itertools.product(ways[:3], ways, ways[:3]):
+        torch.manual_seed(0)
+        values = [torch.randn(7, 5), torch.randn(1, 3), torch.randn(5)]
+        whole = [nn.Parameter(x.clone()) for x in values]
+        parts = [nn.Parameter(distribute_tensor(x, mesh, at)) for x in values[:2]] + [nn.Parameter(values[2].clone())]
+        optimizers = [S3(params, lr=LR, weight_decay=DECAY) for params in (whole, parts)]
+        for step in range(3):
+            for p, q in zip(whole, parts, strict=True):
+                p.grad = torch.randn_like(p)
+                q.grad = distribute_tensor(p.grad, mesh, of_grad) if isinstance(q, DTensor) else p.grad.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+            if step == 0:  # as whoever loads a checkpoint by hand may leave it
+                for entry in list(optimizers[1].state.values())[:2]:
+                    for name, m in entry.items():
+                        entry[name] = m.redistribute(placements=of_state)
+        for p, q in zip(whole, parts, strict=True):
+            torch.testing.assert_close(q.full_tensor() if isinstance(q, DTensor) else q, p, rtol=1e-6, atol=1e-8)
+    pending = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
+    pending.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()])
+    refuses(lambda: S3([pending]).step(), "a sum still to be made")
+
+
+def check_zero_redundancy_keeps_s3s_state_and_refuses_adams() -> None:
+    """Incident: ZeroRedundancyOptimizer writes state and groups into the optimizer that it wraps, past load_state_dict:
+    Adam's state was taken for S3's in silence, with betas (0.9, 0.999) and v where r belongs."""
+
+    def run(kind: type, state: dict[str, Any] | None = None) -> tuple[list[Tensor], dict[str, Any]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=kind, lr=LR, weight_decay=DECAY)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        model(torch.ones(2, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.consolidate_state_dict(0)
+        box = [optimizer.state_dict() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(box, 0)
+        return list(model.parameters()), box[0]
+
+    refuses(lambda: run(S3, run(torch.optim.AdamW)[1]), "was not written by S3")
+    once, saved = run(S3)
+    twice, _ = run(S3, saved)
+    assert not any(torch.equal(a, b) for a, b in zip(once, twice, strict=True)), (
+        "the state that was saved had no effect"
+    )
+
+
+DOORS = {
+    "plain": {},
+    "full": {"full_state_dict": True},
+    "flat": {"flatten_optimizer_state_dict": True},
+}
+
+
+def check_options_of_torchs_checkpoint_functions() -> None:
+    """S3's groups hold a pair of betas, flags, None and a mark; AdamW, the control, has most of these too."""
+    for kind, (name, options) in itertools.product((torch.optim.AdamW, S3), DOORS.items()):
+        first, second = make(True, kind=kind), make(True, kind=kind)
+        first.train(range(3))
+        settings = StateDictOptions(**options)
+        # Copied, as by a file: torch's load keeps the very tensors that it gets, AdamW's too.
+        model, state = copy.deepcopy(get_state_dict(first.net, first.optimizer, options=settings))
+        try:
+            set_state_dict(
+                second.net, second.optimizer, model_state_dict=model, optim_state_dict=state, options=settings
+            )
+        except Exception as error:
+            raise AssertionError(f"{kind.__name__}, {name}: {error}") from error
+        for run in (first, second):
+            run.train(range(3, 5))
+        if kind is S3:
+            compare(first, second, tolerance=0.0)
 
 
 def save(run: Run, folder: Path) -> None:

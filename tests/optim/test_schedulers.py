@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.optim import lr_scheduler as schedulers
 
 from s3_megatron.errors import S3Error
-from s3_megatron.optim import S3, s3
+from s3_megatron.optim import S3, settings
 
 LR, DECAY, STEPS = 1e-3, 0.1, 30
 
 
 @pytest.fixture(autouse=True)
 def first_in_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "_has_warned", False)
+    monkeypatch.setattr(settings, "_has_warned", False)
 
 
 def largest_update(optimizer: S3, param: Tensor, after_step=lambda: None) -> float:
@@ -119,6 +119,6 @@ def test_a_beta_out_of_range_is_refused_in_the_step(betas: tuple[float, float]) 
 def test_a_compiled_step_says_it_too(caplog: pytest.LogCaptureFixture) -> None:
     optimizer, param = made(betas=(0.9, 0.99))
     param.grad = torch.ones_like(param)
-    with caplog.at_level(logging.WARNING, logger=s3.__name__):
+    with caplog.at_level(logging.WARNING, logger=settings.__name__):
         torch.compile(optimizer.step, backend="eager")()
     assert [line for line in caplog.messages if "two betas" in line]

@@ -189,6 +189,7 @@ def _guard_universal(optimizer: S3, wrapper: Any, from_adam: bool) -> None:
         if converting:
             for master in masters(wrapper):
                 optimizer.state[master][EXP_AVG_ROOT].sqrt_()
+                optimizer.state[master].pop("step", None)  # by which S3 knows Adam's
         if is_flat(wrapper):
             wrapper._link_all_hp_params()  # and settle: 0.17.6 left r linked in the weights' place
         else:

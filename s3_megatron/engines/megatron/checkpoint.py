@@ -9,7 +9,7 @@ from megatron.core.optimizer import DistributedOptimizer, FP32Optimizer, Megatro
 from s3_megatron.engines.megatron.config import S3OptimizerConfig
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import EXP_AVG_ROOT, is_s3_state
-from s3_megatron.optim.s3 import STATE_MARK
+from s3_megatron.optim.state import STATE_MARK
 
 _HYPERPARAMETERS = ("betas", "p", "nesterov")
 

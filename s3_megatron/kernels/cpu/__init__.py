@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from s3_megatron.errors import S3Error
+from s3_megatron.kernels import scalars
 from s3_megatron.kernels.cpu import library
 from s3_megatron.kernels.cpu.build import BuildError
-from s3_megatron.kernels.rows import Columns, put_back, straighten
+from s3_megatron.kernels.rows import Columns, lay_out
 
 
 def unavailable() -> str | None:
@@ -54,9 +56,13 @@ def s3_step_(
 
     For arguments and effects see ``kernels.op``. All tensors are on the CPU, in float32, bfloat16 or float16, the
     states in float32 or bfloat16; ``loop`` is an index into ``library.loops()``, for tests.
+
+    Raises:
+        S3Error: the lists do not belong together, or a tensor's memory is not its value; nothing has been written.
     """
-    if not params or (found_inf is not None and found_inf.item()):
+    if not params:
         return
+    scalars.check(params[0], statistics, lr=lr, scale=scale, found_inf=found_inf, rounding_seed=rounding_seed)
     columns: Columns = [
         params,
         grads,
@@ -64,11 +70,14 @@ def s3_step_(
         exp_avg_roots,
         *([model_params] if model_params else []),
     ]
-    straight = straighten(columns)
+    if loop and not 0 < loop < len(library.loops()):
+        raise S3Error(f"loop is {loop}: this CPU has {len(library.loops())}")
+    rows = lay_out(columns, library.TYPES)
+    if found_inf is not None and found_inf.item():
+        return
     table = np.zeros((len(params), 6), dtype=np.int64)
-    for index, column in enumerate(straight):
-        table[:, index] = list(map(Tensor.data_ptr, column))
-    table[:, 5] = list(map(Tensor.numel, params))
+    table[:, : len(columns)] = np.array(rows.addresses, dtype=np.int64).reshape(len(columns), -1).T
+    table[:, 5] = rows.sizes
 
     seed = 0 if rounding_seed is None else int(rounding_seed)
     settings = library.Settings(
@@ -95,4 +104,4 @@ def s3_step_(
     threads = torch.get_num_threads()
     out = None if statistics is None else statistics.data_ptr()
     library.load().s3_step(table.ctypes.data, len(params), ctypes.byref(settings), loop, threads, out)
-    put_back(columns, straight)
+    rows.put_back()

@@ -68,7 +68,8 @@ def s3_step_(
         rounding_seed: int64, one element: bfloat16 m and r are rounded stochastically with it, not to nearest even.
 
     Raises:
-        S3Error: a CUDA graph captures a call with these tensors before any such call has run.
+        S3Error: a CUDA graph captures a call with these tensors before any such call has run; the lists do not belong
+            together, or a tensor's memory is not its value. Nothing has been written.
     """
     # Triton takes a second to import.
     from s3_megatron.kernels.triton.launch import step_

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from s3_megatron.kernels.rows import Columns, put_back, straighten
+from s3_megatron.kernels import scalars
+from s3_megatron.kernels.rows import Columns, lay_out
 from s3_megatron.kernels.triton import kernel
 from s3_megatron.kernels.triton.tables import Tables
 
@@ -23,8 +24,11 @@ def step_(columns: Columns, hyperparameters: dict[str, Any]) -> None:
     """
     if not columns[0]:
         return
-    straight = straighten(columns)
-    table = _tables.find(straight)
+    numbers = {"lr": hyperparameters["lr_pointer"]}
+    numbers |= {name: hyperparameters[name] for name in ("scale", "found_inf", "rounding_seed")}
+    scalars.check(columns[0][0], hyperparameters["statistics"], **numbers)
+    laid = lay_out(columns, DTYPES)
+    table = _tables.find(laid.straight)
     param, grad, state, _, *model = (DTYPES[column[0].dtype] for column in columns)
     device = columns[0][0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -41,7 +45,7 @@ def step_(columns: Columns, hyperparameters: dict[str, Any]) -> None:
                 BLOCK=kernel.BLOCK,
                 **options(_warp_size(device)),
             )
-    put_back(columns, straight)
+    laid.put_back()
 
 
 def options(warp_size: int) -> dict[str, Any]:

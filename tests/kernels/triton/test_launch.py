@@ -58,7 +58,8 @@ def _pointers(offset):
     """Device inputs that begin ``offset`` elements into their storage."""
     dtypes = {"scale": torch.float32, "found_inf": torch.float32, "statistics": torch.float64}
     inputs = dtypes | {"rounding_seed": torch.int64}
-    return {name: torch.ones(5 + offset, dtype=dtype)[offset:] for name, dtype in inputs.items()}
+    sizes = {name: 5 if name == "statistics" else 1 for name in inputs}
+    return {name: torch.ones(sizes[name] + offset, dtype=dtype)[offset:] for name, dtype in inputs.items()}
 
 
 def test_two_launches_and_nothing_is_compiled_twice(compiling):

@@ -1,0 +1,79 @@
+"""The arguments of S3: their names, and the values that they may have."""
+
+import functools
+import inspect
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s3_megatron.errors import S3Error
+
+logger = logging.getLogger(__name__)
+
+
+def names_what_it_takes[F: Callable[..., Any]](init: F) -> F:
+    """Let an ``__init__`` list its arguments in the TypeError for one that it does not have."""
+    known = [name for name in inspect.signature(init).parameters if name not in ("self", "params")]
+
+    @functools.wraps(init)
+    def __init__(*args: Any, **arguments: Any) -> None:
+        unknown = [name for name in arguments if name not in (*known, "params")]
+        if unknown:
+            raise TypeError(f"S3 has no argument {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+        init(*args, **arguments)
+
+    return __init__  # type: ignore[return-value]
+
+
+def check_hyperparameters(group: dict[str, Any]) -> None:
+    """Raise S3Error for a value out of range."""
+    lr, p, weight_decay, betas = group["lr"], group["p"], group["weight_decay"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise S3Error(f"lr is a tensor of {lr.numel()} elements: it must be one number; give groups rates of their own")
+    # A learning rate on the GPU is not looked at: reading it would synchronise with the device.
+    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+    if not on_device and not (0 <= lr < math.inf):
+        raise S3Error(f"lr is {lr}: it must be a finite number >= 0")
+    if len(betas) != 2:
+        raise S3Error(f"betas is {betas}: it must be a pair, the decays of m and of s")
+    if not all(0 <= beta < 1 for beta in betas):
+        shown = betas[0] if len(set(betas)) == 1 else betas
+        raise S3Error(f"beta is {shown}: every beta must lie in [0, 1); 0.95 is the paper's")
+    if not 1 <= p < math.inf:
+        raise S3Error(f"p is {p}: it must be a finite number >= 1; 3 is the paper's")
+    if not 0 <= weight_decay < math.inf:
+        raise S3Error(f"weight_decay is {weight_decay}: it must be a finite number >= 0")
+
+
+def check_betas(betas: tuple[float, float]) -> None:
+    """Look at what a step is taken with: schedulers and callbacks write into the groups, and checkpoints bring theirs.
+
+    Raises:
+        S3Error: a decay is out of range.
+    """
+    beta1, beta2 = betas
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise S3Error(f"a param group's betas are {(beta1, beta2)}: both must lie in [0, 1); keep schedulers from them")
+    if beta1 != beta2:
+        _warn_of_two_betas(beta1, beta2)
+
+
+_has_warned = False
+
+
+@torch.compiler.assume_constant_result  # called while a step is compiled, and no part of what is compiled
+def _warn_of_two_betas(beta1: float, beta2: float) -> None:
+    """Say once a process, on rank 0, that the bound does not hold."""
+    global _has_warned
+    if not _has_warned and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            f"S3 steps with two betas, {beta1:g} and {beta2:g}: |update| <= 1 holds for one alone (Theorem 2), and a "
+            "weight can move by more than lr. If this was not meant, keep what wrote them from S3's param groups: "
+            "OneCycleLR and CyclicLR take cycle_momentum=False"
+        )
+    _has_warned = True
