@@ -169,12 +169,12 @@ def cancel(run: RunName) -> None:
 
 @app.command()
 def resume(run: RunName) -> None:
-    """Let a run that was cancelled, has failed or was interrupted go on from its newest checkpoint."""
+    """Let a run that was cancelled, has failed or was interrupted go on, with what its recipe.yaml says now."""
     from s3_megatron.jobs import runs
     from s3_megatron.jobs import submit as submission
 
     found = runs.find(run)
-    code = submission.resume(found)
+    code = submission.resume(found, line)
     if found.job.cluster.scheduler == "slurm":
         line(f"queued again as job {found.job_ids[-1]}")
     raise typer.Exit(code)

@@ -65,12 +65,12 @@ def _recipe(name: str, settings: list[str]) -> Recipe:
             raw["optimizer"] = _read(find("optimizer", optimizer), as_written)
         return _merged(path, raw, others, as_written)
 
-    return _validated(Recipe, merged, path)
+    return validated(Recipe, merged, path)
 
 
 def _cluster(name: str, settings: list[str]) -> dict[str, Any]:
     path = find("cluster", name)
-    return _validated(
+    return validated(
         Cluster, lambda as_written: _merged(path, _read(path, as_written), settings, as_written), path
     ).model_dump()
 
@@ -111,8 +111,12 @@ def _merged(path: Path, config: DictConfig, settings: list[str], as_written: boo
         raise S3Error(f"{path} with {' '.join(settings)}: {' '.join(str(error).split())}") from error
 
 
-def _validated[M: BaseModel](model: type[M], merged: Callable[[bool], dict[str, Any]], path: Path) -> M:
-    """Check what ``merged(as_written)`` returns; a number where a text belongs stays as it is written."""
+def validated[M: BaseModel](model: type[M], merged: Callable[[bool], dict[str, Any]], path: Path) -> M:
+    """Check what ``merged(as_written)``, from ``path``, returns; a number where a text belongs stays as it is written.
+
+    Raises:
+        S3Error: keys or values are wrong; it names all of them.
+    """
     raw = merged(False)
     if numbers := [error["loc"] for error in _errors(model, raw) if _is_number_for_text(error)]:
         written = merged(True)

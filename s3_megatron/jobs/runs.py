@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 import s3_megatron
 from s3_megatron.errors import S3Error
 from s3_megatron.files import user_folder, write_file
 from s3_megatron.jobs.catalog import as_yaml
 from s3_megatron.jobs.cluster import Cluster
+from s3_megatron.jobs.compose import validated
 from s3_megatron.jobs.flags import deepspeed_file
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.node.environment import commit, public
@@ -44,9 +46,8 @@ class Run:
 
     @cached_property
     def job(self) -> Job:
-        """The recipe and the cluster, as they were when the run was made."""
-        files = [yaml.safe_load((self.path / name).read_bytes()) for name in ("recipe.yaml", "cluster.yaml")]
-        return Job(Recipe.model_validate(files[0]), Cluster.model_validate(files[1]))
+        """The recipe and the cluster; raises S3Error where somebody has edited them wrongly."""
+        return Job(_read(Recipe, self.path / "recipe.yaml"), _read(Cluster, self.path / "cluster.yaml"))
 
     @property
     def job_ids(self) -> list[str]:
@@ -92,7 +93,7 @@ def create(job: Job, path: Path, script: str) -> Run:
         write_file(draft / name, script.encode())
         write_file(draft / "recipe.yaml", as_yaml(job.recipe).encode())
         write_file(draft / "cluster.yaml", as_yaml(job.cluster).encode())
-        write_file(draft / "about.json", (json.dumps(_about(), indent=1) + "\n").encode())
+        write_about(draft, {**_about(), "settings": settings(job)})
         if job.recipe.engine == "deepspeed":
             write_file(draft / "deepspeed.json", deepspeed_file(job).read_bytes())
         draft.rename(path)
@@ -104,6 +105,33 @@ def create(job: Job, path: Path, script: str) -> Run:
     except (S3Error, OSError) as error:  # the run itself needs no list
         logger.warning("%s is missing in the list of s3-megatron runs, name it by its folder: %s", path, error)
     return Run(path)
+
+
+def settings(job: Job) -> dict[str, Any]:
+    """Every setting of ``job``, by its dotted key, a cluster's behind "cluster."."""
+    both = {**job.recipe.model_dump(mode="json"), "cluster": job.cluster.model_dump(mode="json")}
+    return dict(_flat(both))
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def write_about(path: Path, about: Mapping[str, Any]) -> None:
+    """Write the run folder's about.json."""
+    write_file(path / "about.json", (json.dumps(about, indent=1) + "\n").encode())
+
+
+def _read[M: BaseModel](model: type[M], path: Path) -> M:
+    try:
+        raw = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise S3Error(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    return validated(model, lambda as_written: raw, path)
 
 
 def find(name: str) -> Run:

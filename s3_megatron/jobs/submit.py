@@ -3,12 +3,13 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
-from s3_megatron.jobs import runs, slurm
+from s3_megatron.jobs import edits, runs, slurm
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.render import render
 from s3_megatron.jobs.runs import Run
@@ -79,18 +80,21 @@ def start(run: Run) -> int:
     return script.returncode
 
 
-def resume(run: Run) -> int:
+def resume(run: Run, say: Callable[[str], None]) -> int:
     """Let an ended run go on from its newest checkpoint: forget why it ended, and queue or start its script again.
 
-    Returns the exit code of a run without a scheduler, 0 for a queued one.
+    What was edited in its recipe.yaml or cluster.yaml is applied, and handed to ``say``, a line for each key. Returns
+    the exit code of a run without a scheduler, 0 for a queued one.
 
     Raises:
-        S3Error: it has finished, or is still in the queue.
+        S3Error: it has finished, is still in the queue, or was edited where a run cannot change.
     """
     if run.finished:
         raise S3Error(f"{run.path.name} has finished: to train on, submit its recipe with a larger train_iters")
     if alive := _alive(run):
         raise S3Error(f"{run.path.name} is still in the queue as job {', '.join(alive)}: cancel it first")
+    for change in edits.apply(run):
+        say(f"changed since the last start: {change}")
     for name in ("ENDED", "STOP", "chain"):
         (run.path / name).unlink(missing_ok=True)
     if run.job.cluster.scheduler == "none":

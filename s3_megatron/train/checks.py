@@ -25,6 +25,7 @@ _OTHER_SCRIPTS = (
     "perform_rl_step",
     "logits_save_dir",
     "logits_load_dir",
+    "freeze_all_layers",  # pretrain() passes over it where a configuration builds the model, as in gpt.py (0.19.2)
 )
 
 

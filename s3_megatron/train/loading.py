@@ -20,6 +20,20 @@ _DAMAGE = (EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, json.J
 _DAMAGE_IN_C = re.compile("PytorchStreamReader|unexpected EOF|wrong byte size|central directory")  # of RuntimeError
 
 
+# What OptimizerParamScheduler (megatron-core 0.19.2) compares with the checkpoint's, by the flags that say it.
+_SCHEDULE = {
+    "max_lr": "--lr",
+    "min_lr": "--min-lr",
+    "lr_decay_style": "--lr-decay-style",
+    "lr_decay_steps": "--lr-decay-iters (else --train-iters) in samples",
+    "lr_warmup_steps": "--lr-warmup-iters in samples",
+    "start_wd": "--start-weight-decay (else --weight-decay)",
+    "end_wd": "--end-weight-decay (else --weight-decay)",
+    "wd_incr_style": "--weight-decay-incr-style",
+    "wd_incr_steps": "--train-iters in samples",
+}
+
+
 class LoadError(RuntimeError):
     """A checkpoint was not loaded, by no mistake of the configuration."""
 
@@ -56,6 +70,7 @@ def watched(checkpoint: Callable[[], Path]) -> Iterator[None]:
 @contextmanager
 def watches_megatron() -> Iterator[None]:
     """Watch the loading of checkpoints by ``megatron.training.training`` (0.19.2) while the body runs."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.training import get_args, training
     from megatron.training.checkpointing import get_checkpoint_tracker_filename
 
@@ -68,17 +83,54 @@ def watches_megatron() -> Iterator[None]:
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-            with watched(checkpoint):
+            with watched(checkpoint), _without_optimizer(checkpoint):
                 return original(*args, **kwargs)
 
         return load_checkpoint
 
     swap = SymbolSwap("this megatron-core")
     swap.replace(training, "load_checkpoint", wrap)
+    swap.replace(OptimizerParamScheduler, "load_state_dict", _compares_schedules)
     try:
         yield
     finally:
         swap.undo()
+
+
+@contextmanager
+def _without_optimizer(checkpoint: Callable[[], Path]) -> Iterator[None]:
+    """Say what a checkpoint of weights alone can be used for; Megatron looks for the rest of it (KeyError)."""
+    try:
+        yield
+    except KeyError as error:
+        if error.args not in (("optimizer",), ("opt_param_scheduler",)):
+            raise
+        raise S3Error(
+            f"{checkpoint()} holds no optimizer state, as --no-save-optim saves it: pass --no-load-optim to go on from "
+            "its weights with fresh state and the schedule from its beginning"
+        ) from error
+
+
+def _compares_schedules(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``OptimizerParamScheduler.load_state_dict``, which asserts, on its first difference alone."""
+
+    def load_state_dict(scheduler: Any, state_dict: dict[str, Any]) -> None:
+        if not (scheduler.override_opt_param_scheduler or scheduler.use_checkpoint_opt_param_scheduler):
+            ours = scheduler.state_dict()
+            changes = [
+                f"{flag} {state_dict[key]}, here {ours[key]}"
+                for key, flag in _SCHEDULE.items()
+                if key in state_dict and state_dict[key] != ours[key]
+            ]
+            if changes:
+                raise S3Error(
+                    f"the checkpoint was trained with another schedule ({'; '.join(changes)}): pass "
+                    "--override-opt-param-scheduler to go on with this run's, or "
+                    "--use-checkpoint-opt-param-scheduler with the checkpoint's"
+                )
+        original(scheduler, state_dict)
+
+    return load_state_dict
 
 
 def _root(error: BaseException) -> BaseException:

@@ -75,6 +75,14 @@ class Single(MegatronModule):
         self.scale = nn.Parameter(torch.ones(1))
 
 
+class Scattered(Single):
+    """Two weights: on 4 ranks, the second rank's shard is what pads the first weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.ones(1))
+
+
 class Run:
     """A model under Megatron's DDP with a Megatron optimizer, fed with injected gradients."""
 

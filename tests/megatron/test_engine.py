@@ -1,4 +1,4 @@
-"""S3 inside megatron-core's own optimizers, on 2 and 4 gloo ranks (the checks are in worker.py and passes.py)."""
+"""S3 inside megatron-core's own optimizers, on 2 and 4 gloo ranks (the checks are in SOURCES)."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from tests import checks
 
-SOURCES = [Path(__file__).with_name(name) for name in ("worker.py", "passes.py")]
+SOURCES = [Path(__file__).with_name(name) for name in ("worker.py", "passes.py", "resumes.py")]
 CHECKS = [check for file in SOURCES for check in re.findall(r"^def (check_\w+)", file.read_text(), flags=re.MULTILINE)]
 
 

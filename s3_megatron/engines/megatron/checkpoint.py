@@ -1,11 +1,12 @@
 """What may be loaded into S3, and what S3's own checkpoints may be loaded into."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from megatron.core.optimizer import DistributedOptimizer, FP32Optimizer, MegatronOptimizer
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 
+from s3_megatron.engines.megatron import groups
 from s3_megatron.engines.megatron.config import S3OptimizerConfig
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import EXP_AVG_ROOT, is_s3_state
@@ -28,18 +29,26 @@ def guard_s3(part: MegatronOptimizer, config: S3OptimizerConfig) -> None:
     @torch.no_grad()
     def load_state_dict(state_dict: dict[str, Any]) -> None:
         nonlocal tensors_come_later
-        saved = _param_groups(part, state_dict)
+        saved = _param_groups(state_dict)
+        if saved is None:  # S3.load_state_dict looks at whatever the host makes of it
+            original(state_dict)
+            return
         foreign = not is_s3_state(saved)
         if foreign and not config.s3_from_adam:
             raise S3Error(
                 "the checkpoint's optimizer state is not S3's: pass --s3-from-adam to convert Adam's (m as is, "
                 "r = sqrt(v)), or --no-load-optim to start with fresh state"
             )
+        ours = part.optimizer.param_groups
+        kept: list[dict[str, Any]] = []
         if foreign:
-            _take_our_groups(saved, part.optimizer.param_groups)
+            groups.take_ours(saved, ours)
         else:
-            _check_hyperparameters(saved, part.optimizer.param_groups, override=config.s3_override_hyperparameters)
+            _check_hyperparameters(saved, ours, override=config.s3_override_hyperparameters)
+            kept = groups.pair_rates(saved, ours)
         original(state_dict)
+        for group, rates in zip(part.optimizer.param_groups, kept, strict=False):
+            group.update(rates)
         if foreign:
             tensors_come_later = isinstance(part, DistributedOptimizer) and "param_state" not in state_dict
             if not tensors_come_later:
@@ -65,7 +74,7 @@ def guard_adam(part: MegatronOptimizer) -> None:
     original: Callable[..., None] = part.load_state_dict
 
     def load_state_dict(state_dict: dict[str, Any]) -> None:
-        if any(STATE_MARK in group for group in _param_groups(part, state_dict)):
+        if any(STATE_MARK in group for group in _param_groups(state_dict) or ()):
             raise S3Error(
                 "the checkpoint's optimizer state is S3's, which no other optimizer can continue: pass "
                 "--optimizer s3, or --no-load-optim to start with fresh state"
@@ -75,28 +84,17 @@ def guard_adam(part: MegatronOptimizer) -> None:
     part.load_state_dict = load_state_dict
 
 
-def _param_groups(part: MegatronOptimizer, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-    """Find the saved param groups; FP32Optimizer saves the inner state dict bare (megatron-core 0.17.1 to 0.19.2)."""
-    inner = state_dict if isinstance(part, FP32Optimizer) else state_dict["optimizer"]
-    groups: list[dict[str, Any]] = inner["param_groups"]
-    return groups
+def _param_groups(state_dict: Any) -> list[dict[str, Any]] | None:
+    """Find the param groups in what an optimizer of megatron-core (0.17.1 to 0.19.2) has saved; None in other shapes.
 
-
-def _take_our_groups(saved: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None:
-    """Turn Adam's saved groups into ours, in place, keeping which parameters they hold.
-
-    Megatron pairs groups by rates and multipliers (``param_group_identifier_keys``), and the rates differ after a
-    change of optimizer; both runs list them in one order, so they are paired by it.
+    FP32Optimizer saves the inner state dict bare; under Megatron-FSDP a DistributedOptimizer saves no groups, but
+    ``param_to_group_meta``.
     """
-    if [group.get("wd_mult") for group in saved] != [group.get("wd_mult") for group in ours]:
-        raise S3Error(
-            f"the Adam checkpoint has {len(saved)} param groups and this run {len(ours)}, or others: convert with "
-            "the same weight-decay and learning-rate overrides as the checkpoint's run"
-        )
-    for old, new in zip(saved, ours, strict=True):
-        kept: dict[str, Any] = {key: old[key] for key in ("params", "step") if key in old}
-        old.clear()
-        old.update({**new, **kept})
+    inner = state_dict.get("optimizer", state_dict) if isinstance(state_dict, Mapping) else None
+    found = inner.get("param_groups") if isinstance(inner, Mapping) else None
+    if isinstance(found, list) and all(isinstance(group, dict) for group in found):
+        return found
+    return None
 
 
 def _check_hyperparameters(saved: list[dict[str, Any]], ours: list[dict[str, Any]], *, override: bool) -> None:

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import megatron.core.optimizer as host
-import numpy
 import torch
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer, distrib_optimizer
 from megatron.core.utils import log_single_rank
 
 from s3_megatron.engines.megatron import metrics, single_pass
+from s3_megatron.engines.megatron.bare_ranks import STEP, save_without_state
 from s3_megatron.engines.megatron.checkpoint import guard_adam, guard_s3
 from s3_megatron.engines.megatron.config import S3OptimizerConfig, refuse_unsupported
 from s3_megatron.engines.swap import SymbolSwap
@@ -98,6 +98,7 @@ def _finish(part: MegatronOptimizer, config: S3OptimizerConfig) -> None:
     if isinstance(part, DistributedOptimizer) and not distrib_optimizer.HAVE_APEX_OR_TE:
         _put_steps(part.optimizer)
         part.optimizer.register_load_state_dict_post_hook(_put_steps)
+        save_without_state(part)
     part.init_state_fn = init_state
     guard_s3(part, config)
     single_pass.fuse(part)
@@ -117,7 +118,7 @@ def _put_steps(optimizer: torch.optim.Optimizer) -> None:
     (KeyError: 'step', for torch's Adam too).
     """
     for state in optimizer.state.values():
-        state["step"] = numpy.float32(0.0)
+        state["step"] = STEP
 
 
 def _say(optimizer: MegatronOptimizer, model_chunks: list[Any]) -> None:

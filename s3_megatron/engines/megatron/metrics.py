@@ -61,7 +61,8 @@ def observe_parts(parts: list[MegatronOptimizer], model_chunks: list[Any]) -> No
                 device = next((p.device for group in part.param_groups for p in group["params"]), None)
                 part.optimizer.update_statistics = torch.zeros(5, dtype=torch.float64, device=device)
     elements = sum(param.numel() for chunk in model_chunks for param in chunk.parameters())
-    observe([_watch(part) for part in parts], elements)
+    # MimoOptimizer (0.19.2) has its modules' optimizers, which were observed when they were made, and none itself.
+    observe([_watch(part) for part in parts if part.optimizer is not None], elements)
 
 
 def _watch(part: MegatronOptimizer) -> Watched:

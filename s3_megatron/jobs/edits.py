@@ -1,0 +1,58 @@
+"""What somebody has edited in a run's recipe.yaml and cluster.yaml since its script was written."""
+
+import json
+from typing import Any
+
+from s3_megatron.errors import S3Error
+from s3_megatron.files import write_file
+from s3_megatron.jobs.catalog import as_yaml
+from s3_megatron.jobs.job import Job
+from s3_megatron.jobs.render import render
+from s3_megatron.jobs.runs import Run, settings, write_about
+
+# What the run's checkpoints, its folder or its script have of these holds for the whole run. Keys, or their beginnings.
+_FIXED = (
+    *("name", "engine", "deepspeed", "precision", "optimizer.name", "cluster.scheduler"),
+    *("model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.ffn_hidden_size"),
+    *("model.seq_length", "model.vocab_size", "layout.tensor", "layout.pipeline", "layout.context"),
+)
+# Without one of them Megatron refuses another schedule than the checkpoint's.
+_OVERRIDE, _KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
+
+
+def apply(run: Run) -> list[str]:
+    """Write the script of ``run`` again where its settings were edited; returns a line for each changed key.
+
+    Another schedule or other rates add ``--override-opt-param-scheduler`` to the recipe's ``flags``.
+
+    Raises:
+        S3Error: the files have keys or values that are wrong, or that cannot change within a run; nothing is written.
+    """
+    about = json.loads((run.path / "about.json").read_text(encoding="utf-8"))
+    before: dict[str, Any] = about.get("settings", {})
+    job = run.job
+    if not before or not (changed := _changed(before, settings(job))):
+        return []
+    if fixed := [key for key in changed if key in _FIXED]:
+        raise S3Error(
+            f"{run.path.name} cannot go on with {', '.join(changed[key] for key in fixed)}: put back what recipe.yaml "
+            "and cluster.yaml had, or submit a new run"
+        )
+    rates = any(key.startswith(("schedule.", "optimizer.")) for key in changed)
+    if rates and not {_OVERRIDE, _KEEP} & set(job.recipe.flags):
+        job = Job(job.recipe.model_copy(update={"flags": (*job.recipe.flags, _OVERRIDE)}), job.cluster)
+        changed = _changed(before, settings(job))
+    script = render(job, run.path)
+    write_file(run.path / "recipe.yaml", as_yaml(job.recipe).encode())
+    write_file(run.script, script.encode())
+    write_about(run.path, {**about, "settings": settings(job)})  # last: after an interruption all is done again
+    return list(changed.values())
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Describe every key with another value, the old one and the new one."""
+    return {
+        key: f"{key} {before.get(key)} -> {now.get(key)}"
+        for key in dict.fromkeys((*before, *now))
+        if before.get(key) != now.get(key)
+    }
