@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
 from s3_megatron import cli
 from s3_megatron.errors import S3Error
-from s3_megatron.jobs import compose, logs, runs, status, submit
+from s3_megatron.jobs import compose, edits, logs, runs, status, submit
 from s3_megatron.jobs.render import render
 from s3_megatron.jobs.runs import Run
 from s3_megatron.watch.metrics import MetricsWriter
@@ -174,7 +176,7 @@ def test_status_tells_what_failed_first_and_not_what_was_last(tmp_path: Path):
     found = status.status(run)
     assert (found.state, found.error) == ("finished", None)
     with pytest.raises(S3Error, match="has finished: to train on"):
-        submit.resume(run)
+        submit.resume(run, print)
 
 
 def test_bad_nodes_are_the_error_of_a_start_that_did_not_train(tmp_path: Path):
@@ -245,3 +247,63 @@ def test_what_a_local_run_prints_is_printed_and_kept(tmp_path: Path, capfd: pyte
         assert submit.start(run) == 3
     assert capfd.readouterr().out == "trains\nfails\n" * 2
     assert list(logs.lines(run, follow=False)) == ["job: trains", "job: fails"] * 2
+
+
+def edit(run: Run, **settings: Any) -> Run:
+    """Write ``settings``, by dotted keys, into the run's recipe.yaml, as a person does in an editor."""
+    recipe = yaml.safe_load((run.path / "recipe.yaml").read_text())
+    for key, value in settings.items():
+        *sections, last = key.split("__")
+        section = recipe
+        for name in sections:
+            section = section[name]
+        section[last] = value
+    (run.path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return Run(run.path)
+
+
+def test_what_was_edited_in_a_run_is_said_and_applied(tmp_path: Path):
+    """The script was rendered once: whoever edited recipe.yaml and resumed got the old settings, without a word."""
+    run = make(tmp_path)
+    script = run.script.read_text()
+    assert edits.apply(Run(run.path)) == [] and run.script.read_text() == script
+    flag = "--override-opt-param-scheduler"
+    run = edit(run, checkpoint__save_interval=7)
+    assert edits.apply(run) == ["checkpoint.save_interval 32 -> 7"]
+    assert "--save-interval 7" in run.script.read_text() and flag not in run.script.read_text()
+    lines = edits.apply(edit(run, optimizer__lr=0.001, schedule__train_iters=999))
+    assert lines == [
+        "schedule.train_iters 128 -> 999",
+        "optimizer.lr 0.003 -> 0.001",
+        f"flags [] -> ['{flag}']",
+    ]
+    script = run.script.read_text()
+    assert all(words in script for words in ("--lr 0.001", "--train-iters 999", "--save-interval 7", flag))
+    assert edits.apply(Run(run.path)) == [], "applied once"
+    assert Run(run.path).job.recipe.flags == (flag,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model__num_layers": 3}, "cannot go on with model.num_layers 4 -> 3"),
+        ({"engine": "deepspeed"}, "cannot go on with engine megatron -> deepspeed"),
+        ({"model__num_layer": 3}, "model.num_layer is unknown; did you mean num_layers"),
+        ({"schedule__train_iters": "many"}, 'schedule.train_iters = "many"'),
+    ],
+)
+def test_what_a_run_cannot_change_is_refused_and_nothing_is_written(
+    tmp_path: Path, settings: dict[str, Any], said: str
+):
+    run = make(tmp_path)
+    script, about = run.script.read_text(), (run.path / "about.json").read_text()
+    with pytest.raises(S3Error, match=re.escape(said)):
+        edits.apply(edit(run, **settings))
+    assert (run.script.read_text(), (run.path / "about.json").read_text()) == (script, about)
+
+
+def test_a_recipe_that_is_no_yaml_any_more_is_one_line(tmp_path: Path):
+    run = make(tmp_path)
+    (run.path / "recipe.yaml").write_text("name: [")
+    with pytest.raises(S3Error, match=r"recipe\.yaml is no YAML"):
+        submit.resume(Run(run.path), print)

@@ -1,4 +1,4 @@
-"""Runs under torchrun, from worker.py: checkpoints loaded under other rates, on ranks that hold nothing, and by Adam."""
+"""Runs under torchrun, from worker.py: checkpoints under other rates, on ranks that hold nothing, and of Adam."""
 
 import itertools
 from collections.abc import Iterator
@@ -43,39 +43,36 @@ def check_other_rates_are_loaded_as_the_flags_say() -> None:
 
     Weights and states are the checkpoint's to the bit, and the next step is as long as the new rate says.
     """
-    for sharded in (True, False):
-        for dtype in (torch.float32, torch.bfloat16):
-            first = Run(sharded=sharded, dtype=dtype)
-            set_decay(first)
-            for step in range(3):
-                first.step(gradients(first.net, step))
-            folder = shared_folder()
-            save(first, folder, "fully_reshardable")
+    for sharded, dtype in itertools.product((True, False), (torch.float32, torch.bfloat16)):
+        _load_under_other_rates(sharded=sharded, dtype=dtype)
 
-            def other(before: Run = first, **settings: Any) -> Run:
-                run = Run(sharded=before.config.use_distributed_optimizer, dtype=before.config.params_dtype, **settings)
-                run.net.load_state_dict(before.net.state_dict())
-                return run
 
-            new = {"lr": LR / 4, "min_lr": LR / 8}
-            with flags():
-                load(other(), folder, "fully_reshardable")  # the same rates need no flag
-                advice = (
-                    f"max_lr {LR}, here {LR / 4}",
-                    "--override-opt-param-scheduler",
-                    f"--{KEEP.replace('_', '-')}",
-                )
-                refuses(lambda: load(other(**new), folder, "fully_reshardable"), *advice)
-            for given, expected in (((OVERRIDE,), (LR / 4, LR / 8)), ((KEEP,), (LR, 0.0))):
-                with flags(*given):
-                    second = other(**new)
-                    load(second, folder, "fully_reshardable")
-                assert rates(second) == [expected, expected], f"{given}: {rates(second)}"
-                for a, b in zip(first.inner_tensors(), second.inner_tensors(), strict=True):
-                    assert torch.equal(a, b), f"{sharded} {dtype} {given}"
-            second = other(**new)
-            load(second, folder, "fully_reshardable")  # in a loop of one's own: what it has asked for
-            assert rates(second) == [(LR / 4, LR / 8)] * 2
+def _load_under_other_rates(**layout: Any) -> None:
+    first = Run(**layout)
+    set_decay(first)
+    for step in range(3):
+        first.step(gradients(first.net, step))
+    folder = shared_folder()
+    save(first, folder, "fully_reshardable")
+
+    def loaded(**rates: float) -> Run:
+        run = Run(**layout, **rates)
+        run.net.load_state_dict(first.net.state_dict())
+        load(run, folder, "fully_reshardable")
+        return run
+
+    new = {"lr": LR / 4, "min_lr": LR / 8}
+    with flags():
+        loaded()  # the same rates need no flag
+        advice = (f"max_lr {LR}, here {LR / 4}", "--override-opt-param-scheduler", f"--{KEEP.replace('_', '-')}")
+        refuses(lambda: loaded(**new), *advice)
+    for given, expected in (((OVERRIDE,), (LR / 4, LR / 8)), ((KEEP,), (LR, 0.0))):
+        with flags(*given):
+            second = loaded(**new)
+        assert rates(second) == [expected, expected], f"{given}: {rates(second)}"
+        for a, b in zip(first.inner_tensors(), second.inner_tensors(), strict=True):
+            assert torch.equal(a, b), f"{layout} {given}"
+    assert rates(loaded(**new)) == [(LR / 4, LR / 8)] * 2, "in a loop of one's own: what it has asked for"
 
 
 def check_other_groups_are_refused_and_missing_ones_are_megatrons() -> None:

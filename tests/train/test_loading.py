@@ -1,13 +1,16 @@
 """What a start says, and leaves behind, of a checkpoint that it cannot load."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from s3_megatron.checkpoints.whole import LOAD_FAILED
 from s3_megatron.errors import S3Error
-from s3_megatron.train.loading import LoadError, watched
+from s3_megatron.train.loading import LoadError, _compares_schedules, _without_optimizer, watched
 
 TORN = RuntimeError("PytorchStreamReader failed reading zip archive: failed finding central directory")
 
@@ -54,3 +57,53 @@ def test_what_says_nothing_of_the_files_marks_none(
     monkeypatch.setenv("S3_RUN_DIR", str(tmp_path))
     assert str(tmp_path) in fails(tmp_path, error)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["optimizer", "opt_param_scheduler"])
+def test_a_checkpoint_of_weights_alone_is_answered_with_the_flag_that_takes_it(tmp_path: Path, key: str) -> None:
+    """After --no-save-optim a resume was KeyError: 'optimizer', of any optimizer."""
+    with (
+        pytest.raises(S3Error, match=r"holds no optimizer state.*--no-load-optim"),
+        _without_optimizer(lambda: tmp_path),
+    ):
+        raise KeyError(key)
+    with pytest.raises(KeyError, match="another"), _without_optimizer(lambda: tmp_path):
+        raise KeyError("another")
+
+
+def schedule(**settings: Any) -> OptimizerParamScheduler:
+    """Megatron's own, of 10 samples."""
+    usual = {"init_lr": 0.0, "max_lr": 1e-3, "min_lr": 0.0, "lr_warmup_steps": 0, "lr_decay_steps": 10}
+    decay = {"start_wd": 0.1, "end_wd": 0.1, "wd_incr_steps": 10, "wd_incr_style": "constant"}
+    flags = {"use_checkpoint_opt_param_scheduler": False, "override_opt_param_scheduler": False}
+    groups = SimpleNamespace(param_groups=[{}])
+    return OptimizerParamScheduler(groups, **{**usual, "lr_decay_style": "cosine", **decay, **flags, **settings})
+
+
+def test_another_schedule_is_one_line_with_every_value_and_the_flags_that_help() -> None:
+    """Megatron asserts on the first difference alone, by names that no flag has."""
+    load = _compares_schedules(OptimizerParamScheduler.load_state_dict)
+    saved = {**schedule().state_dict(), "num_steps": 4}
+    longer = {"lr_decay_steps": 20, "wd_incr_steps": 20, "max_lr": 2e-3}
+    with pytest.raises(S3Error) as refused:
+        load(schedule(**longer), saved)
+    for part in ("--lr 0.001, here 0.002", "in samples 10, here 20", "--override-opt-param-scheduler to", "--use-"):
+        assert part in str(refused.value)
+    rates = {}
+    for name, settings in {
+        "same": {},
+        "override": {**longer, "override_opt_param_scheduler": True},
+        "keep": {**longer, "use_checkpoint_opt_param_scheduler": True},
+    }.items():
+        resumed = schedule(**settings)
+        load(resumed, saved)
+        rates[name] = resumed.optimizer.param_groups[0]["lr"]
+    assert rates["same"] == rates["keep"] < 1e-3 < rates["override"]
+
+
+def test_every_value_that_megatrons_schedule_saves_has_its_flag_in_the_line() -> None:
+    saved = schedule().state_dict()
+    changed = {key: f"not {value}" for key, value in saved.items() if key != "num_steps"}
+    with pytest.raises(S3Error) as refused:
+        _compares_schedules(OptimizerParamScheduler.load_state_dict)(schedule(), changed)
+    assert str(refused.value).count(", here ") == len(changed)

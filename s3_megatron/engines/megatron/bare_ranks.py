@@ -1,6 +1,6 @@
 """Saving on a rank whose optimizer holds nothing: a frozen pipeline stage, or a shard that is padding alone.
 
-megatron-core (0.17.1 to 0.19.2) ends there at the first save, by two assertions in DistributedOptimizer, with Adam, too.
+megatron-core (0.17.1 to 0.19.2) ends there at the first save, by two assertions, with Adam, too.
 """
 
 from collections.abc import Callable

@@ -72,8 +72,8 @@ def _check_kinds(saved: list[Group], ours: list[Group]) -> None:
     """Raise S3Error unless both list the same groups, but for their rates, in one order."""
     if [_values(group, _KINDS) for group in saved] != [_values(group, _KINDS) for group in ours]:
         raise S3Error(
-            f"the checkpoint has {len(saved)} param groups and this run {len(ours)}, or others: leave what makes groups "
-            "(--decoupled-lr, weight-decay and learning-rate overrides) as in the checkpoint's run, or pass "
+            f"the checkpoint has {len(saved)} param groups and this run {len(ours)}, or others: leave what makes "
+            "groups (--decoupled-lr, weight-decay and learning-rate overrides) as in the checkpoint's run, or pass "
             "--no-load-optim to start with fresh state"
         )
 
