@@ -171,6 +171,9 @@ def check_transformer_engine_or_apex_present() -> None:
         for a, b in zip(run.inner_tensors(), other.inner_tensors(), strict=True):
             assert torch.equal(a, b)
         compare(Run())
+        bare, folder = Run(net=Single()), shared_folder()
+        save(bare, folder, "dp_reshardable")  # on ranks that hold nothing, too
+        load(bare, folder, "dp_reshardable")
     finally:
         for name, value in saved.items():
             setattr(distrib_optimizer, name, value)

@@ -95,10 +95,11 @@ def _finish(part: MegatronOptimizer, config: S3OptimizerConfig) -> None:
     if not isinstance(part.optimizer, S3):
         raise S3Error(f"Megatron built {type(part.optimizer).__name__} where S3 was asked for: report this version")
     init_state(part.optimizer)
-    if isinstance(part, DistributedOptimizer) and not distrib_optimizer.HAVE_APEX_OR_TE:
-        _put_steps(part.optimizer)
-        part.optimizer.register_load_state_dict_post_hook(_put_steps)
+    if isinstance(part, DistributedOptimizer):
         save_without_state(part)
+        if not distrib_optimizer.HAVE_APEX_OR_TE:
+            _put_steps(part.optimizer)
+            part.optimizer.register_load_state_dict_post_hook(_put_steps)
     part.init_state_fn = init_state
     guard_s3(part, config)
     single_pass.fuse(part)

@@ -25,7 +25,7 @@ def take_ours(saved: list[Group], ours: list[Group]) -> None:
     """Turn Adam's ``saved`` groups into ours, in place, keeping which parameters they hold."""
     _check_kinds(saved, ours)
     for old, new in zip(saved, ours, strict=True):
-        kept = {key: old[key] for key in ("params", "step") if key in old}
+        kept: Group = {key: old[key] for key in ("params", "step") if key in old}
         old.clear()
         old.update({**new, **kept})
 
