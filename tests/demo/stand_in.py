@@ -1,8 +1,8 @@
 """``python -m tests.demo.stand_in``: the demonstration with a torchrun and ranks that do nothing but log.
 
 Real ones take ten seconds a start, and are the same to a signal: processes in sessions of their own, with helpers.
-Everything else is the demonstration's own. $PAUSE is what an iteration takes, in seconds; with $TORCH set, torch is
-real.
+Everything else is the demonstration's own. $PAUSE is what an iteration takes, in seconds, and one of the run $HOLD takes
+one; with $TORCH set, torch is real.
 """
 
 import math
@@ -58,7 +58,7 @@ def train(run: Path, iterations: int) -> None:
     writer.write(OPTIMIZER)
     start = int(saved.read_text()) if saved.exists() else 0
     for iteration in range(start + 1, iterations + 1):
-        time.sleep(float(os.environ["PAUSE"]))
+        time.sleep(1.0 if run.name == os.environ.get("HOLD") else float(os.environ["PAUSE"]))
         while run.name == "s3-killed" and not start and iteration == 90 and all(rank.poll() is None for rank in ranks):
             time.sleep(0.01)
         if any(rank.poll() is not None for rank in ranks):

@@ -104,8 +104,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Demo])
     ("stage", "how"), [("tokenizer: training", "SIGINT"), ("tokenizer: training", "SIGKILL"), ("corpus: ", "SIGHUP")]
 )
 def test_before_there_are_tokens(tmp_path: Path, start: Callable[..., Demo], stage: str, how: str):
-    """SentencePiece's C++ kept Ctrl-C waiting for as long as it took."""
-    demo = start(tmp_path, PAUSE="1")
+    """SentencePiece's C++ kept Ctrl-C waiting for as long as it took.
+
+    torch is real: on a busy machine the signal may come only when the text is being encoded.
+    """
+    demo = start(tmp_path, PAUSE="1", TORCH="1")
     demo.wait_for(stage)
     number = getattr(signal, how)
     assert demo.end(number) == (-9 if how == "SIGKILL" else 128 + number), demo.said()
@@ -126,7 +129,8 @@ def test_while_it_trains(
     tmp_path: Path, corpus: Path, start: Callable[..., Demo], stage: str, signals: list[str], pause: str
 ):
     """Ctrl-C pressed twice left ranks behind, and SIGKILL all of them: torchrun trained on."""
-    demo = start(with_corpus(tmp_path / "t", corpus), PAUSE=pause)
+    # On a busy machine what follows the stage was over before the signal came.
+    demo = start(with_corpus(tmp_path / "t", corpus), PAUSE=pause, HOLD="adamw" if "killed" in stage else "")
     demo.wait_for(stage)
     numbers = [getattr(signal, name) for name in signals]
     code = demo.end(*numbers)

@@ -14,6 +14,7 @@ from s3_megatron import rehearsal
 from s3_megatron.demo.runs import trial
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs import compose
+from s3_megatron.jobs.forecast import Forecast
 from s3_megatron.train import entry
 from s3_megatron.watch.metrics import FILE_NAME, Metrics, read_metrics
 from tests.launcher import ROOT
@@ -219,7 +220,8 @@ def test_kill_and_resume_through_the_real_launch(tmp_path: Path) -> None:
     short = ["schedule.train_iters=24", "schedule.lr_warmup_iters=2", "schedule.eval_interval=24"]
     others = ["engine=deepspeed", "model.vocab_size=256", "checkpoint.save_interval=8", "cluster.accelerator=cpu"]
     job = compose.load("gpt2_tiny", "local", [*small, *short, *others])
-    interruption = trial(job, tmp_path / "run", "S3").train_through_a_kill(12, Console(quiet=True))
+    forecast = Forecast(print, starts=2, work=24)
+    interruption = trial(job, tmp_path / "run", "S3", forecast).train_through_a_kill(12, Console(quiet=True))
     assert 12 <= interruption.killed_at and interruption.resumed_from in (8, 16)
     lines = [json.loads(line) for line in (tmp_path / "run/watch" / FILE_NAME).read_text().splitlines()]
     seen: dict[int, list[float]] = {}

@@ -42,7 +42,7 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
 def _folder(asked: dict[str, Any], latest: str) -> Path:
     """Give the folder of the checkpoint that a call of ``load_checkpoint`` asks for."""
     folder = Path(asked["load_dir"])
-    return folder / (asked["tag"] or (folder / latest).read_text().strip())
+    return folder / (asked["tag"] or (folder / latest).read_text(encoding="utf-8").strip())
 
 
 def _check_zero_3(asked: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ def _check_zero_3(asked: dict[str, Any]) -> None:
             )
         return
     latest = Path(asked["load_dir"]) / "latest"
-    named = latest.read_text().strip() if latest.is_file() else None
+    named = latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
     if named is None or asked["tag"] not in (None, named):
         raise S3Error(
             f"without optimizer states ZeRO-3 takes the weights of the checkpoint that {latest} names "
