@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("step.h", "lanes.h", "step.cpp", "dispatch.cpp")
+SOURCES = ("step.h", "lanes.h", "formats.h", "powers.h", "step.cpp", "dispatch.cpp")
 
 # No -march=native: the library chooses its loop where it runs. Compiled without traps and errno, which vectors do not
 # keep; without contraction, so that every copy of the loop rounds alike; and without the scheduler's first pass, which

@@ -10,7 +10,7 @@
 
 // C's headers only: an inline function of C++'s, compiled here for AVX-512, could be linked into code for every CPU.
 #include <string.h>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -70,13 +70,19 @@ S3_INLINE BitRegister top(BitRegister a, BitRegister b) {
 #endif
 }
 
+// Copied one register at a time: a copy of all would pass through the stack.
 template <class Register> struct Lanes {
     Register of[REGISTERS];
+    Lanes() = default;
+    __attribute__((always_inline)) Lanes(const Lanes &from) { *this = from; }
+    __attribute__((always_inline)) Lanes &operator=(const Lanes &from) {
+        for (int k = 0; k < REGISTERS; ++k) of[k] = from.of[k];
+        return *this;
+    }
 };
 typedef Lanes<FloatRegister> Floats;
 typedef Lanes<IntRegister> Ints;  // comparisons give these: -1 or 0
 typedef Lanes<BitRegister> Bits;
-typedef Lanes<HalfRegister> Halves;
 
 #define S3_EACH for (int k = 0; k < REGISTERS; ++k)
 #define S3_OPERATOR(op)                                                                                                \
@@ -153,9 +159,6 @@ S3_INLINE Floats mul_add(Floats a, Floats b, Floats c) {
 S3_INLINE Floats mul_add(float a, Floats b, Floats c) { return mul_add(all(a), b, c); }
 S3_INLINE Floats mul_add(Floats a, Floats b, float c) { return mul_add(a, b, all(c)); }
 
-S3_INLINE int64_t bytes_of(S3Type type) { return type == S3_FLOAT32 ? 4 : 2; }
-
-// One register at a time: a copy of all would pass through the stack.
 template <class R, class Element> S3_INLINE Lanes<R> fetch(const Element *from) {
     Lanes<R> result;
     S3_EACH memcpy(&result.of[k], from + k * REGISTER, sizeof(R));
@@ -165,77 +168,23 @@ template <class R, class Element> S3_INLINE void put(Lanes<R> x, Element *to) {
     S3_EACH memcpy(to + k * REGISTER, &x.of[k], sizeof(R));
 }
 
-// Asks for what is 512 elements ahead: the CPU's own prefetcher falls behind four streams read in strides of several
-// registers (without it the loop took 1.3 times as long, measured on Sapphire Rapids).
-S3_INLINE void prefetch(const void *from, int64_t at, S3Type type) {
-    const uint8_t *ahead = (const uint8_t *)from + (at + 512) * bytes_of(type);
-    S3_EACH __builtin_prefetch(ahead + k * REGISTER * bytes_of(type), 1);
-}
-
-S3_INLINE Floats load(const void *from, int64_t at, S3Type type) {
-    if (type == S3_FLOAT32) return fetch<FloatRegister>((const float *)from + at);
-    const Halves half = fetch<HalfRegister>((const uint16_t *)from + at);
-    const Bits low = convert<BitRegister>(half);
-    if (type == S3_BFLOAT16) return from_bits(low << 16u);
-    // Shift the exponent by 112: a multiplication, which does it for subnormal numbers as well. Infinities by hand.
-    const Bits size = (low & 0x7fffu) << 13u;
-    const Bits scaled = bits(from_bits(size) * 0x1p112f);
-    return from_bits(select(size >= 0x0f800000u, size | 0x7f800000u, scaled) | (low & 0x8000u) << 16u);
-}
-
-// bfloat16 from float32: `carry` is 0x7fff plus the last bit kept for nearest even, or 16 random bits.
-S3_INLINE Halves to_bfloat16(Floats x, Bits carry) {
-    const Bits i = bits(x);
-    const Bits nan = every(0x00400000u) | i;
-    return convert<HalfRegister>(select((i & 0x7fffffffu) > 0x7f800000u, nan, i + carry) >> 16u);
-}
-
-S3_INLINE Halves nearest_bfloat16(Floats x) {
-#if defined(__AVX512BF16__)
-    // The instruction takes subnormal numbers for 0.
-    int subnormal = 0;
-    S3_EACH subnormal |= _mm512_fpclass_ps_mask((__m512)x.of[k], 0x20);
-    if (__builtin_expect(!subnormal, 1)) {
-        Halves result;
-        S3_EACH result.of[k] = (HalfRegister)_mm512_cvtneps_pbh((__m512)x.of[k]);
-        return result;
-    }
+// Whether any of these magnitudes is above `limit`, or NaN, whose bits are above those of every number.
+S3_INLINE bool any_above(Floats magnitudes, float limit) {
+    BitRegister largest = (BitRegister)magnitudes.of[0];
+    for (int k = 1; k < REGISTERS; ++k) largest = top(largest, (BitRegister)magnitudes.of[k]);
+    uint32_t bound;
+    memcpy(&bound, &limit, 4);
+    const IntRegister above = (IntRegister)largest > (int32_t)bound;
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)above) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)above) != 0;
+#elif defined(__SSE2__)
+    return _mm_movemask_ps((__m128)above) != 0;
+#else
+    int32_t any = 0;
+    for (int64_t j = 0; j < REGISTER; ++j) any |= above[j];
+    return any != 0;
 #endif
-    return to_bfloat16(x, ((bits(x) >> 16u) & 1u) + 0x7fffu);
-}
-
-S3_INLINE Halves to_float16(Floats x) {
-    const Bits i = bits(x) & 0x7fffffffu;
-    // Normal numbers round by adding half a unit of their last bit; subnormal ones by adding 0.5, whose last bit is
-    // float16's smallest number.
-    const Bits normal = (i + 0x0fffu + ((i >> 13u) & 1u) - (112u << 23u)) >> 13u;
-    const Bits subnormal = bits(from_bits(i) + 0.5f) - 0x3f000000u;
-    const Bits large = select(i > 0x7f800000u, every(0x7e00u), every(0x7c00u));
-    const Bits rounded = select(i >= 0x477ff000u, large, select(i < 0x38800000u, subnormal, normal));
-    return convert<HalfRegister>(rounded | ((bits(x) >> 16u) & 0x8000u));
-}
-
-S3_INLINE void store(Halves half, void *to, int64_t at) { put(half, (uint16_t *)to + at); }
-
-S3_INLINE void store(Floats x, void *to, int64_t at, S3Type type) {
-    if (type == S3_FLOAT32)
-        put(x, (float *)to + at);
-    else
-        store(type == S3_BFLOAT16 ? nearest_bfloat16(x) : to_float16(x), to, at);
-}
-
-// 16 bits from a hash of the step's seed and the element's number.
-S3_INLINE Bits noise(uint32_t seed, int64_t number) {
-    static const struct Count {
-        uint32_t up[64];
-        constexpr Count() : up() {
-            for (uint32_t i = 0; i < 64; ++i) up[i] = i;
-        }
-    } count;
-    Bits z = fetch<BitRegister>(count.up);
-    z = (z + (uint32_t)number) * 0x9e3779b9u + (seed ^ (uint32_t)(number >> 32) * 0x85ebca6bu);
-    z = (z ^ (z >> 16u)) * 0x85ebca6bu;
-    z = (z ^ (z >> 13u)) * 0xc2b2ae35u;
-    return (z ^ (z >> 16u)) & 0xffffu;
 }
 }  // namespace S3_LOOP
