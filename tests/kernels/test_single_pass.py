@@ -236,6 +236,27 @@ def test_stochastic_rounding_is_right_on_average_and_repeats_with_its_seed(kerne
     assert bits(run(3)) == bits(columns)
 
 
+@pytest.mark.parametrize("kernel", library.loops())
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3, 8])
+def test_a_bfloat16_state_that_is_nan_stays_nan(kernel, seed, p):
+    """States are rounded without a look at NaN: a carry into its exponent would make a number of a broken state.
+
+    All 254 patterns of NaN, in m and in r, among sound elements.
+    """
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(BRAIN)
+    broken = patterns[patterns.isnan()]
+    columns = problem(1024, (WIDE, WIDE, BRAIN))
+    columns[2][0][: len(broken)] = broken
+    columns[3][0][-len(broken) :] = broken
+    was_nan = [column[0].isnan() for column in columns[2:]]
+    noise = None if seed is None else torch.tensor(seed)
+    KERNELS[kernel](*columns, **{**HYPER, "p": p}, rounding_seed=noise)
+    assert [bool(nan.any()) for nan in was_nan] == [True, True]
+    for column, nan in zip(columns[2:], was_nan, strict=True):
+        assert torch.equal(column[0].isnan(), nan)
+
+
 @EVERY_KERNEL
 @pytest.mark.parametrize("p", [1, 2, 3, 8])
 def test_flush_to_zero_changes_no_more_than_denormals(kernel, p):

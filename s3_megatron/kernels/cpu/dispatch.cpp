@@ -3,6 +3,8 @@
 #include "step.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <vector>
 
 namespace {
@@ -11,18 +13,26 @@ struct Loop {
     S3Range range;
 };
 
+// torch's own variable for the instructions it may use: it holds for this kernel too, so that another CPU can be tried.
+bool allowed(const char *instructions) {
+    const char *named = std::getenv("ATEN_CPU_CAPABILITY");
+    if (!named) return true;
+    if (!std::strcmp(named, "default")) return false;
+    return std::strcmp(named, "avx2") || !std::strcmp(instructions, "avx2");
+}
+
 // Best first; the portable one is always last.
 std::vector<Loop> loops() {
     std::vector<Loop> found;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
+    if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
         if (__builtin_cpu_supports("avx512bf16")) found.push_back({"AVX-512 with bfloat16", s3_avx512_bf16::range});
         found.push_back({"AVX-512", s3_avx512::range});
     }
     // Every CPU with AVX2 and FMA has the float16 conversions and BMI2 that its loop is compiled for as well.
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"AVX2", s3_avx2::range});
+    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"AVX2", s3_avx2::range});
 #endif
     found.push_back({"portable", s3_portable::range});
     return found;
