@@ -1,6 +1,7 @@
 """Compiling at first use: once for all ranks, all or nothing, and with a line for people where it cannot be."""
 
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,12 @@ from s3_megatron.kernels.cpu import build, library
 COMPILER = """#!{python}
 import os, shutil, sys, time
 with open({log!r}, "a") as log:
-    log.write("call\\n")
+    log.write("call " + " ".join(sys.argv[1:]) + "\\n")
 time.sleep(float(os.environ.get("SLOW", 0)))
 if os.environ.get("BROKEN"):
     sys.exit("step.cpp:7: error: something is not as it was")
+if os.environ.get("REFUSED", "nothing") in sys.argv:
+    sys.exit(f"clang: error: unsupported option '{{os.environ['REFUSED']}}'")
 target = sys.argv[sys.argv.index("-o") + 1]
 shutil.copy({real!r}, target) if "-shared" in sys.argv else open(target, "w").close()
 """
@@ -34,7 +37,7 @@ if os.environ.get("NAMELESS"):
 library.INSTALLED = Path("/nowhere")
 print(unavailable() or library.loops()[-1])
 """
-CALLS = len(build.LOOPS) + 2
+CALLS = len(build.LOOPS) + 3  # the look for OpenMP, dispatch.cpp and linking
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def start(environment: dict[str, str], **more: str) -> subprocess.Popen:
 
 
 def calls(environment: dict[str, str]) -> int:
-    return Path(environment["CXX"]).with_name("calls").read_text().count("call")
+    return Path(environment["CXX"]).with_name("calls").read_text().count("call ")
 
 
 @pytest.mark.slow
@@ -120,6 +123,37 @@ def test_a_library_that_cannot_be_loaded_from_its_folder_is_named(machine, monke
     broken.write_bytes(b"not for this machine")
     said, _ = start(machine).communicate(timeout=60)
     assert f"is {broken.parent} mounted noexec?" in said and "S3_MEGATRON_CACHE" in said
+
+
+@pytest.fixture
+def without_openmp(machine, monkeypatch) -> Path:
+    """A compiler that refuses -fopenmp, as Apple's clang does, of which there is none here; the log of its calls."""
+    monkeypatch.setenv("CXX", machine["CXX"])
+    monkeypatch.setenv("REFUSED", "-fopenmp")
+    return Path(machine["CXX"]).with_name("calls")
+
+
+def test_a_compiler_without_openmp_gives_a_library_for_one_thread(without_openmp, tmp_path, caplog):
+    """Apple's clang refuses -fopenmp: the kernel did not compile there, and S3 stepped by foreach."""
+    build.compile_library(tmp_path / "step.so")
+    said = "without OpenMP and runs on one thread"
+    assert [said in line and "unsupported option '-fopenmp'" in line for line in caplog.messages] == [True]
+    refused, *others = without_openmp.read_text().splitlines()
+    assert "-fopenmp" in refused and not [line for line in others if "-fopenmp" in line or "-lomp" in line]
+    assert (tmp_path / "step.so").exists()
+
+
+def test_on_macos_openmp_is_not_looked_for(without_openmp, tmp_path, monkeypatch):
+    """Homebrew's clang would link its libomp beside torch's, which ends the process: "OMP: Error #15"."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    build.compile_library(tmp_path / "step.so")
+    assert "-fopenmp" not in without_openmp.read_text()
+
+
+def test_flags_of_x86_are_not_passed_on_arm(monkeypatch):
+    for machine, loops in {"macosx-14.0-arm64": 1, "linux-aarch64": 1, "macosx-14.0-x86_64": 4}.items():
+        monkeypatch.setenv("_PYTHON_HOST_PLATFORM", machine)
+        assert len(runpy.run_path(build.__file__)["LOOPS"]) == loops
 
 
 @pytest.mark.parametrize("named", ["", "/nowhere/g++"])

@@ -98,7 +98,7 @@ def s3_step_(
         grad=library.TYPES[grads[0].dtype],
         state=library.TYPES[exp_avgs[0].dtype],
         model=library.TYPES[model_params[0].dtype] if model_params else 0,
-        # Two streams of noise, each far from the next step's.
+        # Two keys of the noise, each far from the next step's.
         seed=tuple((seed * 0x9E3779B97F4A7C15 >> shift) & 0xFFFFFFFF for shift in (16, 32)),
     )
     threads = torch.get_num_threads()

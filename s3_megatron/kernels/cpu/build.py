@@ -1,14 +1,18 @@
 """Compiling the C++ kernel, when the package is installed or at first use. Standard library only, for setup.py."""
 
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = ("step.h", "lanes.h", "formats.h", "powers.h", "step.cpp", "dispatch.cpp")
@@ -17,7 +21,7 @@ SOURCES = ("step.h", "lanes.h", "formats.h", "powers.h", "step.cpp", "dispatch.c
 # keep; without contraction, so that every copy of the loop rounds alike; and without the scheduler's first pass, which
 # takes alternating chains of operations apart again (lanes.h).
 FLAGS = [
-    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-w"),
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-w"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-schedule-insns2", "-fno-unswitch-loops"),
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
@@ -63,6 +67,7 @@ def compile_library(target: Path, extra: list[str] | None = None) -> None:
     """
     command = [*compiler(), *FLAGS, *(extra or [])]
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command += _threads(command, Path(folder, "probe.so"))
         jobs = [("step.cpp", Path(folder, f"{loop}.o"), [*flags, f"-DS3_LOOP={loop}"]) for loop, flags in LOOPS.items()]
         jobs.append(("dispatch.cpp", Path(folder, "dispatch.o"), [f'-DS3_FINGERPRINT="{fingerprint()}"']))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -70,6 +75,24 @@ def compile_library(target: Path, extra: list[str] | None = None) -> None:
         library = Path(folder, target.name)
         _run([*command, "-shared", *(str(job[1]) for job in jobs), "-o", str(library)])
         os.replace(library, target)
+
+
+def _threads(command: list[str], probe: Path) -> list[str]:
+    """Return the flag for OpenMP, or none where it does not link: Apple's clang, or clang without libomp.
+
+    On macOS never: a runtime beside the libomp that torch brings along ends the process.
+    """
+    look = [*command, "-shared", "-x", "c++", os.devnull, "-o", str(probe)]
+    reason = "macOS"
+    if sys.platform != "darwin":
+        try:
+            _run([*look, "-fopenmp"])
+            return ["-fopenmp"]
+        except BuildError as error:
+            _run(look)  # does it compile at all?
+            reason = str(error)
+    logger.warning("the C++ kernel is compiled without OpenMP and runs on one thread (%s)", reason)
+    return []
 
 
 def _run(command: list[str]) -> None:

@@ -32,7 +32,8 @@ std::vector<Loop> loops() {
         found.push_back({"AVX-512", s3_avx512::range});
     }
     // Every CPU with AVX2 and FMA has the float16 conversions and BMI2 that its loop is compiled for as well.
-    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"AVX2", s3_avx2::range});
+    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        found.push_back({"AVX2", s3_avx2::range});
 #endif
     found.push_back({"portable", s3_portable::range});
     return found;

@@ -135,14 +135,46 @@ static Kind kind_of(const S3Settings &s) {
     return s.stochastic ? BFLOAT16_STOCHASTIC : BFLOAT16_STATES;
 }
 
-// Moves up to SPAN elements from `at` on, until fewer than WIDTH are left before `end` or a gradient is beyond LARGEST;
-// returns where it stopped. In three short loops: the step is one chain of some thirty dependent operations, of which a
-// CPU sees no more than two at a time, and each loop keeps its constants in registers.
+// These two move elements from `at` on, until fewer than WIDTH are left before `end` or a gradient is beyond LARGEST, and
+// return where they stopped.
+
+// With AVX-512, whose 32 registers hold the constants beside four chains: in one loop. In three it took 1.08 times as
+// long in float32 (30 million elements, Zen 4).
+#if defined(__AVX512F__)
+constexpr bool WIDE = true;
+#else
+constexpr bool WIDE = false;
+#endif
+
+template <int P>
+S3_INLINE int64_t move_at_once(const S3Row &row, int64_t at, int64_t end, int64_t first, const S3Settings &s,
+                               Tally *tally) {
+    for (; at + WIDTH <= end; at += WIDTH) {
+        prefetch(row, at, s);
+        const Floats g = gradient(row, at, s), a = magnitude(g);
+        if (any_above(a, LARGEST)) break;
+        const Average mean = average(load(row.exp_avg, at, s.state), g, s);
+        const Means powers = means<P>(a, load(row.root, at, s.state), s);
+        const Bits random = s.stochastic ? noise(s.seed, first + at) : every(0);
+        store_state(mean.m, row.exp_avg, at, s, random & 0xffffu);
+        store_state(root<P>(powers.q, powers.whole, s), row.root, at, s, random >> 16u);
+        const Floats u = update<P>(mean.n, powers.c, powers.whole, s);
+        const Floats x = moved(load(row.param, at, s.param), u, s);
+        store(x, row.param, at, s.param);
+        if (row.model) store(x, row.model, at, s.model);
+        if (tally) count(*tally, u, g);
+    }
+    return at;
+}
+
+// Up to SPAN elements, in three short loops: the step is one chain of some thirty dependent operations, of which a CPU sees no more than two
+// at a time, and each loop keeps its constants in registers.
 constexpr int64_t SPAN = 256;
 
 template <int P>
 S3_INLINE int64_t move_sound(const S3Row &row, const int64_t at, int64_t end, int64_t first, const S3Settings &s,
                              Tally *tally) {
+    if (WIDE && P != 0) return move_at_once<P>(row, at, end, first, s, tally);
     alignas(64) float n[SPAN], q[SPAN], c[SPAN], whole[SPAN];
     alignas(64) uint32_t random[SPAN];
     int64_t count = 0;

@@ -27,7 +27,7 @@ struct S3Settings {
     int32_t forgets;          // beta2 is 0: r plays no part
     int32_t stochastic;       // round the states stochastically (bfloat16 only)
     S3Type param, grad, state, model;
-    uint32_t seed[2];         // of this step's noise, for m and for r
+    uint32_t seed[2];         // the two keys of this step's noise
 };
 
 // Over the elements of a run: sum and maximum of |update|, how many exceed 0.9, how many have the gradient's sign, how
