@@ -137,7 +137,7 @@ static Kind kind_of(const S3Settings &s) {
 
 // These two move elements from `at` on, until fewer than WIDTH are left before `end` or a gradient is beyond LARGEST, and
 // return where they stopped.
-
+//
 // With AVX-512, whose 32 registers hold the constants beside four chains: in one loop. In three it took 1.08 times as
 // long in float32 (30 million elements, Zen 4).
 #if defined(__AVX512F__)
@@ -167,8 +167,8 @@ S3_INLINE int64_t move_at_once(const S3Row &row, int64_t at, int64_t end, int64_
     return at;
 }
 
-// Up to SPAN elements, in three short loops: the step is one chain of some thirty dependent operations, of which a CPU sees no more than two
-// at a time, and each loop keeps its constants in registers.
+// Up to SPAN elements, in three short loops: the step is one chain of some thirty dependent operations, of which a CPU
+// sees no more than two at a time, and each loop keeps its constants in registers.
 constexpr int64_t SPAN = 256;
 
 template <int P>
