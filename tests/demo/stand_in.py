@@ -1,8 +1,8 @@
 """``python -m tests.demo.stand_in``: the demonstration with a torchrun and ranks that do nothing but log.
 
 Real ones take ten seconds a start, and are the same to a signal: processes in sessions of their own, with helpers.
-Everything else is the demonstration's own. $PAUSE is what an iteration takes, in seconds, and one of the run $HOLD takes
-one; with $TORCH set, torch is real.
+Everything else is the demonstration's own. $PAUSE is what an iteration takes, in seconds; one of the run $HOLD takes a
+second. With $TORCH set, torch is real.
 """
 
 import math
