@@ -40,6 +40,8 @@ class Demo:
                 env={**os.environ, **settings},
                 stdout=file if stdout is None else stdout,
                 stderr=file,
+                # Under `nohup make test` it is ignored, which a shell cannot change.
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
             )
 
     def said(self) -> str:
