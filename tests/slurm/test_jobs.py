@@ -233,6 +233,17 @@ def test_a_cancelled_run_stays_away_until_it_is_resumed(cluster: Cluster, tmp_pa
     assert cluster.restarts(run.job_ids[0]) == 0, "the first job did not come back"
 
 
+def test_a_second_job_in_a_run_folder_leaves_the_first_alone(cluster: Cluster, tmp_path: Path):
+    """Both trained, and their iterations interleaved."""
+    run = start(tmp_path)
+    reaches(cluster, run, 1)
+    second = cluster.submit(run.script)
+    assert cluster.wait_over(second, 60, run.path) == "FAILED"
+    assert f"refused: job {run.job_ids[0]}-0 " in (run.path / "logs/job.log").read_text()
+    assert cluster.state(run.job_ids[0]) == "RUNNING" and run.ended is None
+    assert (run.path / "chain").read_text().startswith("1 "), "it counts the first job's starts alone"
+
+
 def test_a_plain_scancel_is_a_cancel(cluster: Cluster, tmp_path: Path):
     """The ranks save when they get SIGTERM, and the script is still there: it must not requeue the job."""
     run = start(tmp_path)
