@@ -44,7 +44,7 @@ demo: $(STAMP) ## train GPT-2 with S3, kill it, resume it, compare with AdamW: 5
 	@exec $(BIN)/python -m s3_megatron.demo $${ENGINE:+--engine "$$ENGINE"}
 
 # One thread a process: the distributed tests start as many processes as there are cores, and more.
-test: $(STAMP) ## run the whole test suite: 12 minutes on 2 cores
+test: $(STAMP) ## run the whole test suite: 13 to 15 minutes on 2 cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-fast: $(STAMP) ## run what starts no ranks, every numerical test among it: 90 seconds on 2 cores
