@@ -47,7 +47,7 @@ demo: $(STAMP) ## train GPT-2 with S3, kill it, resume it, compare with AdamW: 5
 test: $(STAMP) ## run the whole test suite: 13 to 15 minutes on 2 cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-test-fast: $(STAMP) ## run what starts no ranks, every numerical test among it: 90 seconds on 2 cores
+test-fast: $(STAMP) ## run what starts no ranks, every numerical test among it: 4 minutes on 2 cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not distributed and not slow and not slurm and not dist and not machines'
 
 # Installs Debian's SLURM where it is missing, and starts a cluster of it for itself: as root, on Linux.
