@@ -119,9 +119,7 @@ class S3(Settings):
 
     name: Literal["s3"]
     lr: Positive = Field(description="peak")
-    weight_decay: Decay | None = Field(
-        None, description="null: the paper's rule, adamw.lr * adamw.weight_decay / lr (SPEC section 1)"
-    )
+    weight_decay: Decay | None = Field(None, description="null: the paper's rule, adamw.lr * adamw.weight_decay / lr")
     adamw: Rates
     beta: Share = 0.95
     p: Annotated[float, Field(ge=1)] = 3.0

@@ -48,7 +48,7 @@ def step_(
     Compiled code calls it as ``torch.ops.s3.step_``. Without a compiler to see it, this function itself is the shorter
     way: the dispatcher takes 6 us a tensor.
 
-    The state is m and the root ``r = s^(1/p)`` (SPEC section 2). The arithmetic is float32 (float64 for float64
+    The state is m and the root ``r = s^(1/p)``. The arithmetic is float32 (float64 for float64
     states); the tensors of a row have one shape and device. Nothing waits for a GPU.
 
     Before anything is written, every tensor is looked at. A kernel that works on memory gets plain dense tensors only;

@@ -49,7 +49,7 @@ def update_bound(step: int, *, beta: float, p: float) -> float:
 
 
 def reference_updates(gradients: Iterable[Tensor], **hyperparameters: float | bool) -> Iterator[Tensor]:
-    """Yield n/b for a stream of float64 gradients, starting from zero state (SPEC section 1, golden vectors)."""
+    """Yield n/b for a stream of float64 gradients, starting from zero state."""
     m = s = x = None
     for grad in gradients:
         if m is None or s is None or x is None:

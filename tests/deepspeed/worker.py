@@ -216,7 +216,7 @@ def check_statistics_of_a_step_are_of_all_groups() -> None:
             run.step(gradients(0))
         total, largest, _, agreeing, elements = seen.statistics.tolist()
         assert elements == seen.elements == sum(m.numel() for m in masters(run.wrapper))
-        second = (1 - 0.95**3) ** (2 / 3)  # a constant gradient (SPEC section 1)
+        second = (1 - 0.95**3) ** (2 / 3)  # a constant gradient meets the bound
         assert abs(largest / second - 1) < 1e-6
         assert abs(total / agreeing / second - 1) < 1e-6 and agreeing <= elements
 

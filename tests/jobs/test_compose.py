@@ -39,7 +39,7 @@ def test_every_recipe_loads_on_every_cluster_and_survives_a_run_folder(recipe: s
 
 
 def test_the_papers_rates_follow_from_the_papers_rule():
-    """SPEC section 1: AdamW 3e-4 with 0.1 gives S3 at 3e-3 a decay of 0.01; at Lion's 6e-5 it would be 0.5."""
+    """The rule of the paper: AdamW 3e-4 with 0.1 gives S3 at 3e-3 a decay of 0.01; at Lion's 6e-5 it would be 0.5."""
     s3 = flags("gpt2_345m", "slurm")
     assert (s3["--optimizer"], s3["--lr"], s3["--min-lr"], s3["--weight-decay"]) == ("s3", "0.003", "0.0003", "0.01")
     assert (s3["--s3-beta"], s3["--s3-p"]) == ("0.95", "3")

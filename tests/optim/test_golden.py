@@ -1,4 +1,4 @@
-"""The golden vectors of SPEC section 1: numbers that were computed elsewhere, for a stream of six gradients."""
+"""Golden vectors: numbers that were computed elsewhere, for a stream of six gradients."""
 
 import pytest
 import torch

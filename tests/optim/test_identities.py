@@ -1,4 +1,4 @@
-"""What the papers prove about the update, held against the reference and the optimizer (SPEC section 1)."""
+"""What the papers prove about the update, held against the reference and the optimizer (docs/algorithm.md)."""
 
 import math
 from itertools import pairwise
@@ -64,7 +64,7 @@ def test_the_denominator_grows_with_p(applied_updates):
 
 
 def test_three_forms_of_nesterovs_step_agree():
-    """Theorem 3, for a constant rate without decay. The three forms taken here (the SPEC names the theorem only):
+    """Theorem 3, for a constant rate without decay. The three forms taken here (the paper names the theorem):
 
     1. Algorithm 1: n_t = beta m_t + (1-beta) g_t.
     2. One recursion, no m: n_t = beta n_{t-1} + (1-beta) (g_t + beta (g_t - g_{t-1})), because

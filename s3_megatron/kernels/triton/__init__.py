@@ -42,7 +42,7 @@ def s3_step_(
     statistics: Tensor | None = None,
     rounding_seed: Tensor | None = None,
 ) -> None:
-    """Move every parameter by one S3 step (SPEC section 2) in one pass over memory and at most two launches.
+    """Move every parameter by one S3 step in one pass over memory and at most two launches.
 
     Nothing synchronises with the host. A call with the addresses of an earlier one allocates and copies nothing, and
     can then be captured in a CUDA graph, which must not outlive the tensors.

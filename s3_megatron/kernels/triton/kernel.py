@@ -135,7 +135,7 @@ def s3_step(
     ALIGNED: tl.constexpr,  # 16-byte addresses and a multiple of 16 elements
     BLOCK: tl.constexpr,
 ):
-    """Move one block by one S3 step (SPEC section 2), float32 inside."""
+    """Move one block by one S3 step, float32 inside."""
     item = tl.load(work + tl.program_id(0))
     row = item & 0xFFFFFFFF
     chunk = item >> 32

@@ -134,7 +134,7 @@ def test_statistics_are_added_to_and_maxed_into():
 
 
 def test_the_update_never_exceeds_one():
-    """Sign steps of one sign reach 1 + 1.1e-6 in float32 without the clamp (SPEC section 2)."""
+    """Sign steps of one sign reach 1 + 1.1e-6 in float32 without the clamp."""
     grads = [torch.rand(2048, generator=torch.Generator().manual_seed(1)) + 0.5]
     for p in (1, 1.5, 2, 3):
         x = [torch.zeros(2048)]
