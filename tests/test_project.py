@@ -226,3 +226,31 @@ def _is_text(call: ast.Call) -> bool:
         words = [one.value for one in call.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
         return any(re.fullmatch("[rwax]t?[+]?", word) for word in words)
     return any(one.arg in ("text", "universal_newlines") for one in call.keywords)
+
+
+def test_the_page_on_the_architecture_lists_the_rooms_that_the_linter_holds():
+    """In the linter's order: a room that moves, comes or goes is moved, described or taken out there too."""
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    page = (ROOT / "docs/architecture.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == [layer.strip("()") for layer in layers]
+
+
+def test_the_pages_name_files_that_exist():
+    """A page that names a file is read by people who then open it. HOST and VERSION stand for any."""
+    named = {
+        (page.name, path)
+        for page in (ROOT / "docs").glob("*.md")
+        for path in re.findall(
+            r"`((?:s3_megatron|tests|configs|launch|patches|benchmarks)/[\w./-]+)`", page.read_text()
+        )
+    }
+    assert len(named) > 20  # or the pattern finds nothing, and the test cannot fail
+    there = {found for found in named if (ROOT / found[1]).exists() or re.search("HOST|VERSION", found[1])}
+    assert sorted(named - there) == []
+
+
+def test_the_walks_on_the_architectures_page_go_through_files_that_exist():
+    page = (ROOT / "docs/architecture.md").read_text().split("## Four walks")[1]
+    walked = re.findall(r"`(\w+/[\w/]+\.py)`", page)
+    assert len(walked) > 20
+    assert [path for path in walked if not (ROOT / "s3_megatron" / path).exists()] == []
