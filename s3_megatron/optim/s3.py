@@ -259,6 +259,7 @@ class S3(torch.optim.Optimizer):
             # What an older S3 did not have yet.
             for name, default in (self.__dict__ | state)["defaults"].items():
                 group.setdefault(name, ours.get(name, default))
+            group.pop("differentiable", None)  # torch adds it to the defaults of what was loaded
             check_hyperparameters(group)
         for param, entry in entries.items():
             if isinstance(param, Tensor):

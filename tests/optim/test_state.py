@@ -87,6 +87,26 @@ def test_a_copy_goes_on_alike_and_apart(way, dtype):
     assert everything(twin_params, twin) == everything(params, optimizer) != before
 
 
+def test_loading_again_and_again_leaves_the_param_groups_their_keys():
+    """Incident: the second load put torch's "differentiable" into every group. torch.distributed.checkpoint then found
+    a key in a run that had resumed twice which no fresh run has, and its tests of FSDP2 and DDP failed with S3 alone.
+
+    What such a run has saved loses it again.
+    """
+    params = parameters(torch.float32)
+    optimizer = build(params)
+    train(params, optimizer, range(1))
+    keys = [list(group) for group in optimizer.state_dict()["param_groups"]]
+    for copied in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        for _ in range(3):
+            copied.load_state_dict(through_a_file(copied.state_dict()))
+        assert [list(group) for group in copied.state_dict()["param_groups"]] == keys
+    state = optimizer.state_dict()
+    state["param_groups"][0]["differentiable"] = False
+    optimizer.load_state_dict(state)
+    assert [list(group) for group in optimizer.state_dict()["param_groups"]] == keys
+
+
 def test_parameters_that_had_no_state_yet_load_without():
     params, others = parameters(torch.bfloat16), parameters(torch.bfloat16)
     optimizer, loaded = build(params), build(others)
