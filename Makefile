@@ -12,7 +12,7 @@ SCRIPTS = $(shell git ls-files --cached --others --exclude-standard | grep -v '\
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-slurm test-hosts test-dist test-machines dist lint sanitize clean
+.PHONY: help venv demo test test-fast test-slurm test-hosts test-dist test-machines test-peers dist lint sanitize clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -48,7 +48,7 @@ test: $(STAMP) ## run the whole test suite: 13 to 15 minutes on 2 cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-fast: $(STAMP) ## run what starts no ranks, every numerical test among it: 4 minutes on 2 cores
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not distributed and not slow and not slurm and not dist and not machines'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not distributed and not slow and not slurm and not dist and not machines and not peers'
 
 # Installs Debian's SLURM where it is missing, and starts a cluster of it for itself: as root, on Linux.
 test-slurm: $(STAMP) ## run jobs on a real SLURM of four nodes on this machine: 13 minutes
@@ -71,6 +71,17 @@ test-dist: $(STAMP) $(VENV)/.dist ## build the wheel, and train with it where th
 
 test-machines: $(STAMP) ## first runs on odd machines, made of this one by unshare: as root, 5 minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m machines tests/launch/test_machines.py
+
+# TORCH=PATH: a source tree of pytorch, of a version in tests/peers; nothing is written into it.
+test-peers: $(STAMP) ## run torch's own optimizer tests with S3 beside AdamW, from a checkout: TORCH=PATH; 10 minutes
+	@$(BIN)/python -m tests.peers.run --check "$$TORCH"
+	@$(MAKE) $(VENV)/.peers
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m peers tests/peers
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.peers.run "$$TORCH"
+
+$(VENV)/.peers: $(STAMP)
+	@$(INSTALL) --no-build-isolation --editable '.[peers]'
+	@touch $@
 
 # --no-cache: ruff's cache keeps an import's group although a new file has changed it, and a clean clone then fails.
 lint: $(STAMP) ## ruff, mypy, import-linter, shellcheck, shfmt, hadolint

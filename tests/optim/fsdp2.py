@@ -14,7 +14,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -312,25 +318,35 @@ def check_zero_redundancy_keeps_s3s_state_and_refuses_adams() -> None:
     )
 
 
-DOORS = {
-    "plain": {},
-    "full": {"full_state_dict": True},
-    "flat": {"flatten_optimizer_state_dict": True},
+# What state is got with, and set with.
+DOORS: dict[str, tuple[dict[str, bool], dict[str, bool]]] = {
+    "plain": ({}, {}),
+    "full": ({"full_state_dict": True}, {"full_state_dict": True}),
+    "flat": ({"flatten_optimizer_state_dict": True}, {"flatten_optimizer_state_dict": True}),
+    "sharded on the CPU": ({"cpu_offload": True}, {"cpu_offload": True}),
+    # The first rank alone gets the whole, and hands it out.
+    "rank 0's": (
+        {"full_state_dict": True, "cpu_offload": True},
+        {"full_state_dict": True, "broadcast_from_rank0": True},
+    ),
 }
 
 
 def check_options_of_torchs_checkpoint_functions() -> None:
     """S3's groups hold a pair of betas, flags, None and a mark; AdamW, the control, has most of these too."""
-    for kind, (name, options) in itertools.product((torch.optim.AdamW, S3), DOORS.items()):
+    for kind, (name, (getting, setting)) in itertools.product((torch.optim.AdamW, S3), DOORS.items()):
         first, second = make(True, kind=kind), make(True, kind=kind)
         first.train(range(3))
-        settings = StateDictOptions(**options)
         # Copied, as by a file: torch's load keeps the very tensors that it gets, AdamW's too.
-        model, state = copy.deepcopy(get_state_dict(first.net, first.optimizer, options=settings))
+        model, state = copy.deepcopy(
+            get_state_dict(first.net, first.optimizer, options=StateDictOptions(**getting))
+        )
+        assert bool(state) == (name != "rank 0's" or dist.get_rank() == 0)
+        options = StateDictOptions(**setting)
         try:
-            set_state_dict(
-                second.net, second.optimizer, model_state_dict=model, optim_state_dict=state, options=settings
-            )
+            # Not set_state_dict, for which an empty dict is nothing to load: rank 0 would wait for the others for ever.
+            set_model_state_dict(second.net, model, options=options)
+            set_optimizer_state_dict(second.net, second.optimizer, state, options=options)
         except Exception as error:
             raise AssertionError(f"{kind.__name__}, {name}: {error}") from error
         for run in (first, second):
