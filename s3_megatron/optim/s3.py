@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels.op import IMPLEMENTATIONS, Implementation, step_
 from s3_megatron.optim.placement import localize
-from s3_megatron.optim.settings import check_betas, check_hyperparameters, names_what_it_takes
+from s3_megatron.optim.settings import check_hyperparameters, check_step, names_what_it_takes
 from s3_megatron.optim.state import (
     EXP_AVG,
     EXP_AVG_ROOT,
@@ -170,7 +170,7 @@ class S3(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        check_betas(group["betas"])
+        check_step(group["betas"], group["p"])
         self._keep_on_device(group, {})
         seed, lr = group["rounding_seed"], group["lr"]
         for params, grads, exp_avgs, exp_avg_roots, models in self._rows(group):

@@ -50,13 +50,15 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
         raise S3Error(f"weight_decay is {weight_decay}: it must be a finite number >= 0")
 
 
-def check_betas(betas: tuple[float, float]) -> None:
+def check_step(betas: tuple[float, float], p: float) -> None:
     """Look at what a step is taken with: schedulers and callbacks write into the groups, and checkpoints bring theirs.
 
     Raises:
-        S3Error: a decay is out of range.
+        S3Error: a decay is out of range, or p, with which no weight would move.
     """
     beta1, beta2 = betas
+    if not 1 <= p < math.inf:
+        raise S3Error(f"a param group's p is {p}: it must be a finite number >= 1; 3 is the paper's")
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise S3Error(f"a param group's betas are {(beta1, beta2)}: both must lie in [0, 1); keep schedulers from them")
     if beta1 != beta2:

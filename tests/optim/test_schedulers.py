@@ -116,6 +116,18 @@ def test_a_beta_out_of_range_is_refused_in_the_step(betas: tuple[float, float]) 
     assert torch.equal(param, before)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5, float("nan"), float("inf")])
+def test_a_p_out_of_range_is_refused_in_the_step(p: float) -> None:
+    """Incident: with p of 0 or NaN written into a group no weight moved, and nothing was said."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer = S3([weight], weight_decay=0.1)
+    optimizer.param_groups[0]["p"] = p
+    with pytest.raises(S3Error, match="a param group's p is"):
+        optimizer.step()
+    assert torch.equal(weight.detach(), torch.ones(3)) and not optimizer.state
+
+
 def test_a_compiled_step_says_it_too(caplog: pytest.LogCaptureFixture) -> None:
     optimizer, param = made(betas=(0.9, 0.99))
     param.grad = torch.ones_like(param)
