@@ -40,7 +40,11 @@ def _error_inputs(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
         "lr is -1": {"lr": -1.0},
         "weight_decay is -1": {"weight_decay": -1.0},
     }
-    return theirs.get_error_inputs_for_all_optims(device, dtype) + [
+    shared = theirs.get_error_inputs_for_all_optims(device, dtype)
+    for each in shared:
+        if each.error_regex == "Tensor lr must be 1-element":
+            each.error_regex = "it must be one number"
+    return shared + [
         ErrorOptimizerInput(
             OptimizerInput(params=None, kwargs=kwargs, desc=said), error_type=ValueError, error_regex=said
         )
