@@ -338,9 +338,7 @@ def check_options_of_torchs_checkpoint_functions() -> None:
         first, second = make(True, kind=kind), make(True, kind=kind)
         first.train(range(3))
         # Copied, as by a file: torch's load keeps the very tensors that it gets, AdamW's too.
-        model, state = copy.deepcopy(
-            get_state_dict(first.net, first.optimizer, options=StateDictOptions(**getting))
-        )
+        model, state = copy.deepcopy(get_state_dict(first.net, first.optimizer, options=StateDictOptions(**getting)))
         assert bool(state) == (name != "rank 0's" or dist.get_rank() == 0)
         options = StateDictOptions(**setting)
         try:

@@ -11,6 +11,8 @@ from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
 
 
 class Run:
+    """A small model with its optimizer and schedule, two batches a step."""
+
     def __init__(self, kind: type = S3) -> None:
         torch.manual_seed(0)
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)

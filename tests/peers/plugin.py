@@ -16,7 +16,7 @@ ADAMS = ("Adam", "AdamW")
 
 
 def _fork_ranks(case: common_distributed.MultiProcessTestCase) -> None:
-    """Start a test's ranks in a tenth of the time that theirs takes, which imports torch in each; and with the plugin's work done."""
+    """Start a test's ranks with torch imported and the plugin at work; theirs import all of it in each."""
     case._start_processes(multiprocessing.get_context("fork").Process)
 
 

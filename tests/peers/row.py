@@ -1,6 +1,5 @@
 """S3 as torch's own tests build an optimizer: by the flags of its Adam, and as a row of its table of optimizers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch

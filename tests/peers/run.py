@@ -1,7 +1,7 @@
 """Runs torch's own optimizer tests with S3 beside AdamW, from a checkout of pytorch (``make test-peers TORCH=...``).
 
-``python -m tests.peers.run [--check] CHECKOUT``: with --check it looks at the checkout alone. Ends with 0 if every outcome is written down (tests/peers/VERSION.txt), 1 if not,
-2 if the checkout cannot be used. Nothing is written into the checkout.
+``python -m tests.peers.run [--check] CHECKOUT``: with --check it looks at the checkout alone. Ends with 0 if every
+outcome is written down (tests/peers/VERSION.txt), 1 if not, 2 if the checkout cannot be used. It stays as it is.
 """
 
 import os
@@ -36,7 +36,9 @@ def version_of(checkout: str) -> str:
     root = Path(checkout).expanduser()
     if not root.is_dir():
         raise Unusable(f"TORCH is {checkout}: there is no such folder; give a source tree of pytorch")
-    missing = [name for name in ("version.txt", *(f"test/{suite.file}" for suite in SUITES)) if not (root / name).is_file()]
+    missing = [
+        name for name in ("version.txt", *(f"test/{suite.file}" for suite in SUITES)) if not (root / name).is_file()
+    ]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise Unusable(f"TORCH is {checkout}: {missing[0]}{more} not there; give a whole source tree of pytorch")
@@ -44,7 +46,9 @@ def version_of(checkout: str) -> str:
     known = expected.versions()
     if found is None or found[0] not in known:
         shown = found[0] if found else "no version"
-        raise Unusable(f"TORCH is {checkout}: version.txt has {shown}; outcomes are written down for {', '.join(known)}")
+        raise Unusable(
+            f"TORCH is {checkout}: version.txt has {shown}; outcomes are written down for {', '.join(known)}"
+        )
     return found[0]
 
 
@@ -64,6 +68,7 @@ def run(suite: Suite, tests: Path, options: list[str]) -> dict[str, str]:
     report.unlink(missing_ok=True)
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(tests))),
+        "CUDA_VISIBLE_DEVICES": "",  # the list is of outcomes on a CPU
         "PYTORCH_PRINT_REPRO_ON_FAILURE": "0",
         "DISTRIBUTED_TESTS_DEFAULT_TIMEOUT": "180",
     }
@@ -106,7 +111,10 @@ def main(arguments: list[str]) -> int:
         for suite in SUITES:
             these = both(suite, Path(folder))
             found |= these
-            kinds = [f"{sum(o == kind for o in these.values())} S3 {kind.s3}, AdamW {kind.adamw}" for kind in sorted(set(these.values()))]
+            kinds = [
+                f"{sum(o == kind for o in these.values())} S3 {kind.s3}, AdamW {kind.adamw}"
+                for kind in sorted(set(these.values()))
+            ]
             print(f"{suite.file}: {'; '.join(kinds)}", flush=True)
     lines = expected.differences(found, expected.read(of))
     print("\n".join([*lines, f"{len(found)} tests, {len(lines)} not as written down in tests/peers/{of}.txt"]))

@@ -18,7 +18,7 @@ def checkout(tmp_path: Path) -> Path:
     for suite in SUITES:
         file = tmp_path / "test" / suite.file
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("@skip_if_lt_x_gpu(2)\ndef test_it(): x.cuda().to('cpu'), \"cuda\", \"nccl\"\n")
+        file.write_text('@skip_if_lt_x_gpu(2)\ndef test_it(): x.cuda().to(\'cpu\'), "cuda", "nccl"\n')
     return tmp_path
 
 
@@ -58,7 +58,7 @@ def test_the_copy_runs_on_a_cpu_and_the_checkout_stays_as_it_was(checkout: Path,
     for suite in SUITES:
         text = (folder / suite.file).read_text()
         if suite.file.startswith("distributed/"):
-            assert text == "def test_it(): x.to('cpu'), \"cpu\", \"gloo\"\n"
+            assert text == 'def test_it(): x.to(\'cpu\'), "cpu", "gloo"\n'
         else:
             assert text == (checkout / "test" / suite.file).read_text()
     assert {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()} == before
