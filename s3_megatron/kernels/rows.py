@@ -7,24 +7,31 @@ import functools
 from bisect import bisect_right
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from itertools import chain, cycle, pairwise
+from itertools import chain, pairwise
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels import formats
 
+try:
+    # Type, dispatch keys, dtype, device, shape and strides of a whole list in one call; every torch since 2.0 has it.
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:
+    TensorGuards = None  # type: ignore[assignment,misc]
+
 type Columns = list[Sequence[Tensor]]
 
 NAMES = ("weight", "gradient", "m", "r", "model weight")
 GRADIENTS = 1
 
-# The kinds of tensors that are their memory, of those met so far; and, by the address of a call's first weight, the
-# addresses and elements of what it writes and their dtypes, where shapes and storages were looked at. Numbers alone: no
-# tensor is kept alive.
+# The kinds of tensors that are their memory, of those met so far; and the last calls that passed every look, by the
+# addresses of their first weight and m and their number of tensors.
 _plain: set[type] = {Tensor, torch.nn.Parameter}
-_known: dict[int, tuple[object, ...]] = {}
+_known: dict[tuple[int, ...], "_Known"] = {}
 _KNOWN_AT_MOST = 64
 
 
@@ -34,19 +41,53 @@ class Unfit(S3Error):
 
 @dataclass(slots=True)
 class Rows:
-    """The memory of a call: its columns, with contiguous copies of what is not, the addresses of all, column by column,
-    and the elements of a row."""
+    """The memory of a call: its columns, with contiguous copies of what is not; int64 addresses [column, row] of all, and
+    int64 elements [row]."""
 
     columns: Columns
     straight: Columns
-    addresses: list[int]
-    sizes: list[int]
+    addresses: np.ndarray
+    sizes: np.ndarray
 
     def put_back(self) -> None:
         """Copy what a kernel wrote to the copies (modifies weights, states and model weights)."""
         for index, (originals, used) in enumerate(zip(self.columns, self.straight, strict=True)):
             if used is not originals and index != GRADIENTS:
                 torch._foreach_copy_(list(originals), list(used))
+
+
+@dataclass(slots=True)
+class _Known:
+    """A call that passed every look, in numbers alone: no tensor is kept alive."""
+
+    metadata: Any  # TensorGuards
+    addresses: np.ndarray
+    sizes: np.ndarray
+    # Of what is written, by rising address.
+    begins: np.ndarray
+    ends: np.ndarray
+
+    def fits(self, columns: Columns, every: list[Tensor]) -> bool:
+        """Whether a call is this one but for the places of gradients, and these are looked at (and kept)."""
+        if not self.metadata.check(*every):
+            return False
+        addresses = _addresses(columns)
+        if addresses.tobytes() == self.addresses.tobytes():
+            return True
+        moved = np.flatnonzero((addresses != self.addresses).any(axis=0))
+        addresses_but_gradients = addresses.copy()
+        addresses_but_gradients[GRADIENTS] = self.addresses[GRADIENTS]
+        if (addresses_but_gradients != self.addresses).any():
+            return False
+        grads, begins = [columns[GRADIENTS][row] for row in moved], addresses[GRADIENTS, moved]
+        width, sizes = columns[GRADIENTS][0].element_size(), self.sizes[moved]
+        room = np.array([x.untyped_storage().nbytes() - x.storage_offset() * width for x in grads])
+        # The first written tensor that ends behind the gradient's beginning must begin behind its end.
+        behind = self.begins[np.searchsorted(self.ends, begins, side="right")]
+        if ((sizes > 0) & ((begins == 0) | (room < sizes * width) | (behind < begins + sizes * width))).any():
+            return False
+        self.addresses = addresses
+        return True
 
 
 def examine(columns: Columns) -> None:
@@ -89,8 +130,8 @@ def examine(columns: Columns) -> None:
 def lay_out(columns: Columns, takes: Container[torch.dtype]) -> Rows:
     """Return where the tensors of a call lie, once it is sure that a kernel for these dtypes touches no other place.
 
-    Every step looks at what can change from one to the next (addresses, elements, dtypes, devices, kinds); shapes and
-    storages are looked at when what is written is somewhere new.
+    Every step looks at all that can change from one to the next: types, dtypes, devices, shapes, strides and bits in
+    one call of torch's, addresses in one array. Anything new there, but for gradients that moved, is looked at in full.
 
     Raises:
         Unfit: a tensor whose memory is not its value (a wrapper, a negative bit, no storage), or that is not in the
@@ -98,7 +139,15 @@ def lay_out(columns: Columns, takes: Container[torch.dtype]) -> Rows:
         S3Error: as ``examine``.
     """
     _same_lengths(columns)
+    # Inside vmap, grad and functionalize a Tensor is a wrapper that its type does not show.
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise Unfit("a transform of torch.func runs")
     every = list(chain.from_iterable(columns))
+    first = columns[0][0], columns[2][0]
+    if _plain.issuperset(map(type, first)):
+        known = _known.get((*map(_address, first), len(every)))
+        if known and all(column[0].dtype in takes for column in columns) and known.fits(columns, every):
+            return Rows(columns, columns, known.addresses, known.sizes)
     if not _plain.issuperset(map(type, every)):
         _meet(set(map(type, every)))
     dtypes = [column[0].dtype for column in columns]
@@ -108,11 +157,8 @@ def lay_out(columns: Columns, takes: Container[torch.dtype]) -> Rows:
             raise Unfit(f"it takes tensors of one dtype a kind, and not {', '.join(sorted(map(str, found)))}")
     if dtypes[2] != dtypes[3] or dtypes[2] not in formats.FORMATS:
         raise Unfit("m and r are stored otherwise")
-    # Inside vmap, grad and functionalize a Tensor is a wrapper that its type does not show.
-    if torch._C._functorch.maybe_current_level() is not None:
-        raise Unfit("a transform of torch.func runs")
     try:
-        return _lay_out(columns, every, dtypes)
+        return _lay_out(columns, every)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # sparse, or without a storage
@@ -129,27 +175,43 @@ def sort(columns: Columns) -> list[Columns]:
     return list(parts.values())
 
 
-def _lay_out(columns: Columns, every: list[Tensor], dtypes: list[torch.dtype]) -> Rows:
+def _lay_out(columns: Columns, every: list[Tensor]) -> Rows:
     # Unbound methods over all columns at once: a thousand small shards take longer to list than to move.
     count = len(columns[0])
     straight = columns
     if not all(map(Tensor.is_contiguous, every)) or any(map(Tensor.is_neg, columns[GRADIENTS])):
         straight = [_straight(column, resolve=index == GRADIENTS) for index, column in enumerate(columns)]
-    sizes = list(map(Tensor.numel, every))
-    if len({*map(Tensor.get_device, every)}) > 1 or sizes != sizes[:count] * len(columns):
+    numbers = list(map(Tensor.numel, every))
+    if len({*map(Tensor.get_device, every)}) > 1 or numbers != numbers[:count] * len(columns):
         raise Unfit("the tensors of a row differ in size or place")
-    del sizes[count:]
-    addresses = list(map(Tensor.data_ptr, every if straight is columns else chain.from_iterable(straight)))
-    if 0 in addresses and any(size and not at for at, size in zip(addresses, cycle(sizes), strict=False)):
+    sizes, addresses = np.array(numbers[:count]), _addresses(straight)
+    if ((addresses == 0) & (sizes > 0)).any():
         raise Unfit("a tensor has no memory")
-    seen = (addresses[:count], addresses[2 * count :], sizes, dtypes)
+    written = _look_closely(columns, straight, addresses.tolist(), numbers[:count])
     # Of copies the addresses tell nothing of what they are copied from, and to.
-    if straight is not columns or _known.get(addresses[0]) != seen:
-        _look_closely(columns, straight, addresses, sizes)
+    if straight is columns and TensorGuards is not None:
         if len(_known) >= _KNOWN_AT_MOST:
             _known.clear()
-        _known[addresses[0]] = seen
+        metadata = TensorGuards(*every, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        begins, ends = np.array([*written, (np.iinfo(np.int64).max,) * 2]).T
+        _known[int(addresses[0, 0]), int(addresses[2, 0]), len(every)] = _Known(
+            metadata, addresses, sizes, begins, ends
+        )
     return Rows(columns, straight, addresses, sizes)
+
+
+def _addresses(columns: Columns) -> np.ndarray:
+    count = len(columns) * len(columns[0])
+    found = np.fromiter(map(Tensor.data_ptr, chain.from_iterable(columns)), np.int64, count)
+    return found.reshape(len(columns), -1)
+
+
+def _address(x: Tensor) -> int:
+    """Return a tensor's address, -1 where it has none."""
+    try:
+        return x.data_ptr()
+    except RuntimeError:
+        return -1
 
 
 def _straight(column: Sequence[Tensor], *, resolve: bool) -> Sequence[Tensor]:
@@ -158,8 +220,10 @@ def _straight(column: Sequence[Tensor], *, resolve: bool) -> Sequence[Tensor]:
     return column if all(map(Tensor.is_contiguous, column)) else [x.contiguous() for x in column]
 
 
-def _look_closely(columns: Columns, straight: Columns, addresses: list[int], sizes: list[int]) -> None:
-    """Raise where a tensor seen for the first time is not what it looks like."""
+def _look_closely(
+    columns: Columns, straight: Columns, addresses: list[list[int]], sizes: list[int]
+) -> list[tuple[int, int]]:
+    """Raise where a tensor seen for the first time is not what it looks like; return where is written, in order."""
     examine(columns)
     written: list[tuple[int, int]] = []
     read: list[tuple[int, int]] = []
@@ -167,7 +231,7 @@ def _look_closely(columns: Columns, straight: Columns, addresses: list[int], siz
         if index != GRADIENTS and any(map(Tensor.is_neg, column)):
             raise Unfit("a tensor has the negative bit")
         width = column[0].element_size()
-        for at, size in zip(addresses[index * len(sizes) :], sizes, strict=False):
+        for at, size in zip(addresses[index], sizes, strict=True):
             if size:
                 (read if index == GRADIENTS else written).append((at, at + size * width))
     written.sort()
@@ -179,6 +243,7 @@ def _look_closely(columns: Columns, straight: Columns, addresses: list[int], siz
         next_one = bisect_right(ends, begin)
         if next_one < len(written) and written[next_one][0] < end:
             raise Unfit("a gradient shares memory with what is written")
+    return written
 
 
 def _same_lengths(columns: Columns) -> None:

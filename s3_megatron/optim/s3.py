@@ -202,19 +202,21 @@ class S3(torch.optim.Optimizer):
     def _rows(self, group: dict[str, Any]) -> list[list[list[Tensor]]]:
         """List a group's parameters, gradients, m, r and model parameters, one device and kind of row at a time."""
         # Shards come by the thousand, and a step of a small one takes a microsecond: loops are few and short here.
-        params = [param for param in group["params"] if param.grad is not None]
+        params, grads = group["params"], [param.grad for param in group["params"]]
+        if type(None) in set(map(type, grads)):
+            params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
         if not params:
             return []
-        grads = [param.grad for param in params]
         entries = [self.state[param] for param in params]
-        if not all(len(entry) == 2 and EXP_AVG in entry and EXP_AVG_ROOT in entry for entry in entries):
+        if set(map(len, entries)) != {2} or not all(EXP_AVG in entry and EXP_AVG_ROOT in entry for entry in entries):
             entries = [self._state_of(param) for param in params]
         columns = [params, grads, [entry[EXP_AVG] for entry in entries], [entry[EXP_AVG_ROOT] for entry in entries]]
         models = [self.model_params.get(param) for param in params] if self.model_params else []
         if any(issubclass(kind, DTensor) for kind in set(map(type, params))):
             local = [localize(*row, NAMES) for row in zip(params, grads, entries, strict=True)]
             columns = [list(column) for column in zip(*local, strict=True)]
-        if not models and len({param.get_device() for param in params}) == 1:
+        if not models and len(set(map(Tensor.get_device, params))) == 1:
             return [[*columns, []]]
         parts: dict[tuple[torch.device, bool], list[list[Tensor]]] = {}
         for *row, model in zip(*columns, models or repeat(None, len(params)), strict=True):

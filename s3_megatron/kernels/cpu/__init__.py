@@ -76,7 +76,7 @@ def s3_step_(
     if found_inf is not None and found_inf.item():
         return
     table = np.zeros((len(params), 6), dtype=np.int64)
-    table[:, : len(columns)] = np.array(rows.addresses, dtype=np.int64).reshape(len(columns), -1).T
+    table[:, : len(columns)] = rows.addresses.T
     table[:, 5] = rows.sizes
 
     seed = 0 if rounding_seed is None else int(rounding_seed)

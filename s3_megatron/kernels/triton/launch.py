@@ -28,7 +28,7 @@ def step_(columns: Columns, hyperparameters: dict[str, Any]) -> None:
     numbers |= {name: hyperparameters[name] for name in ("scale", "found_inf", "rounding_seed")}
     scalars.check(columns[0][0], hyperparameters["statistics"], **numbers)
     laid = lay_out(columns, DTYPES)
-    table = _tables.find(laid.straight)
+    table = _tables.find([column[0] for column in laid.straight], laid.addresses, laid.sizes)
     param, grad, state, _, *model = (DTYPES[column[0].dtype] for column in columns)
     device = columns[0][0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

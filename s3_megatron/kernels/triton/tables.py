@@ -1,6 +1,5 @@
 """Which program of a launch works on which addresses: tables on the device, kept while the addresses stay."""
 
-from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,12 +43,15 @@ class Tables:
         self._recent: OrderedDict[tuple[object, ...], Table] = OrderedDict()
         self._captured: dict[tuple[object, ...], Table] = {}
 
-    def find(self, columns: Sequence[Sequence[Tensor]]) -> Table:
-        """Return the table of a call whose tensors (a list a column, weights first) are all contiguous."""
-        first = [column[0] for column in columns]
+    def find(self, first: Sequence[Tensor], addresses: np.ndarray, sizes: np.ndarray) -> Table:
+        """Return the table of a call.
+
+        Args:
+            first: the first tensor of every column, weights first; as all, contiguous.
+            addresses: int64 [column, row].
+            sizes: int64 [row], elements.
+        """
         device = first[0].device
-        addresses = array("q", [x.data_ptr() for column in columns for x in column])
-        sizes = array("q", [x.numel() for x in columns[0]])
         item_sizes = tuple(x.element_size() for x in first)
         key = (device, item_sizes, addresses.tobytes(), sizes.tobytes())
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -70,10 +72,9 @@ class Tables:
         return table
 
     def _build(
-        self, addresses: array[int], sizes: array[int], item_sizes: tuple[int, ...], device: torch.device
+        self, addresses: np.ndarray, sizes: np.ndarray, item_sizes: tuple[int, ...], device: torch.device
     ) -> Table:
-        address = np.frombuffer(addresses, np.int64).reshape(len(item_sizes), -1)
-        works, rows = plan(address, np.frombuffer(sizes, np.int64), item_sizes, self._block, self._columns)
+        works, rows = plan(addresses, sizes, item_sizes, self._block, self._columns)
         buffer = torch.from_numpy(np.concatenate([*works, rows.reshape(-1)]))
         event = stream = None
         if device.type == "cuda":
