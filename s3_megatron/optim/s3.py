@@ -209,9 +209,11 @@ class S3(torch.optim.Optimizer):
         if not params:
             return []
         entries = [self.state[param] for param in params]
-        if set(map(len, entries)) != {2} or not all(EXP_AVG in entry and EXP_AVG_ROOT in entry for entry in entries):
-            entries = [self._state_of(param) for param in params]
-        columns = [params, grads, [entry[EXP_AVG] for entry in entries], [entry[EXP_AVG_ROOT] for entry in entries]]
+        if list(chain.from_iterable(entries)) == [EXP_AVG, EXP_AVG_ROOT] * len(params):
+            states = list(chain.from_iterable(map(dict.values, entries)))
+        else:
+            states = [self._state_of(param)[name] for param in params for name in NAMES]
+        columns = [params, grads, states[::2], states[1::2]]
         models = [self.model_params.get(param) for param in params] if self.model_params else []
         if any(issubclass(kind, DTensor) for kind in set(map(type, params))):
             local = [localize(*row, NAMES) for row in zip(params, grads, entries, strict=True)]
