@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from s3_megatron.bench import host
 from s3_megatron.bench.contenders import ADAMW, Contender, contenders
 from s3_megatron.kernels.cpu import library
 
 SHARDS = 1000
+S3 = "S3 p=3"
 WARM_UP = 3
 # Bytes a second that a core of a usual offload node gets, with all of them busy.
 SLOW_CORE = 8e9
@@ -44,6 +46,7 @@ class Result:
     machine: dict[str, Any]
     stream: float  # 10^9 bytes a second
     rows: list[Row]
+    host: list[host.Host]
     missing: list[str]
 
 
@@ -68,7 +71,10 @@ def measure(
             adamw = statistics.median(times[ADAMW])
             rows += [_row(entrant, size, tensors, times[entrant.name], stream, adamw, threads) for entrant in entrants]
             del params  # before the next ones
-    return Result(_machine(device, threads, repeats), stream / 1e9, rows, missing)
+    on_progress("host time")
+    compared = [contender for contender in found if contender.name in (S3, ADAMW)]
+    times_of_host = host.measure(compared, device, repeats)
+    return Result(_machine(device, threads, repeats), stream / 1e9, rows, times_of_host, missing)
 
 
 def _row(
@@ -196,3 +202,11 @@ def tables(result: Result) -> Iterator[Table]:
                     f"{row.ms_at_slow_cores:.2f}",
                 )
         yield table
+    table = Table(title="host time of a step, tensors of one element", title_justify="left", box=None)
+    table.add_column("tensors", justify="right")
+    for name in (S3, ADAMW):
+        table.add_column(f"{name}: ms", justify="right", no_wrap=True)
+    for tensors in host.TENSORS:
+        ms = {row.name: row.ms for row in result.host if row.tensors == tensors}
+        table.add_row(f"{tensors:,}", *(f"{ms[name]:.3f}" for name in (S3, ADAMW)))
+    yield table

@@ -29,6 +29,9 @@ def test_every_contender_takes_its_steps_and_is_compared_with_fused_adamw(tmp_pa
         assert {"S3 p=3", "S3 p=3, bf16 states", "S3 p=3, foreach"} < set(names)
         for name in names:
             assert rows[tensors, name]["ms"] > 0 and name in result.stdout
+    host = {(row["tensors"], row["name"]): row["ms"] for row in written["host"]}
+    assert {tensors for tensors, _ in host} == {1, 1000, 10_000} and {name for _, name in host} == {"S3 p=3", ADAMW}
+    assert all(ms > 0 for ms in host.values()) and "host time of a step" in result.stdout
     assert written["stream"] > 0 and written["machine"]["threads"] == 1
     assert written["machine"]["versions"]["torch"] == torch.__version__.partition("+")[0]
     # Nothing is left beside the file.
