@@ -41,8 +41,8 @@ class Unfit(S3Error):
 
 @dataclass(slots=True)
 class Rows:
-    """The memory of a call: its columns, with contiguous copies of what is not; int64 addresses [column, row] of all, and
-    int64 elements [row]."""
+    """The memory of a call: its columns, with contiguous copies of what is not; int64 addresses [column, row] of all,
+    and int64 elements [row]."""
 
     columns: Columns
     straight: Columns
