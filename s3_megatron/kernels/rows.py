@@ -74,7 +74,7 @@ class _Known:
         addresses = _addresses(columns)
         if addresses.tobytes() == self.addresses.tobytes():
             return True
-        moved = np.flatnonzero((addresses != self.addresses).any(axis=0))
+        moved = np.flatnonzero((addresses != self.addresses).any(axis=0)).tolist()
         addresses_but_gradients = addresses.copy()
         addresses_but_gradients[GRADIENTS] = self.addresses[GRADIENTS]
         if (addresses_but_gradients != self.addresses).any():
