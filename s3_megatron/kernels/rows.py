@@ -18,9 +18,12 @@ from s3_megatron.errors import S3Error
 from s3_megatron.kernels import formats
 
 try:
-    # Type, dispatch keys, dtype, device, shape and strides of a whole list in one call; every torch since 2.0 has it.
+    # Type, dispatch keys, dtype, device, shape and strides of a whole list in one call (torch 2.8 and 2.13). It is
+    # private: where it is another, it raises here, and every step looks at every tensor by itself.
     from torch._C._dynamo.guards import TensorGuards
-except ImportError:
+
+    TensorGuards(torch.zeros(1), dynamic_dims_sizes=None, dynamic_dims_strides=None)
+except (ImportError, TypeError):
     TensorGuards = None  # type: ignore[assignment,misc]
 
 type Columns = list[Sequence[Tensor]]
