@@ -22,7 +22,7 @@ try:
     # private: where it is another, it raises here, and every step looks at every tensor by itself.
     from torch._C._dynamo.guards import TensorGuards
 
-    TensorGuards(torch.zeros(1), dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    TensorGuards(*[torch.zeros(1)], dynamic_dims_sizes=None, dynamic_dims_strides=None)
 except (ImportError, TypeError):
     TensorGuards = None  # type: ignore[assignment,misc]
 
