@@ -116,6 +116,8 @@ def _state(run: Run, attempts: Sequence[Path]) -> str:
     for job, found in queued:
         if found.state in slurm.ALIVE:
             why = f" ({found.reason})" if found.state == "PENDING" else f" on {found.nodes}"
+            if found.reason.startswith("JobHeld"):  # by a person, or a controller that died while a start left nodes out
+                why = f" ({found.reason}): 'scontrol release {job}' lets it start"
             return f"{found.state.lower()} as job {job}{why}"
     last = f"job {queued[-1][0]} is {queued[-1][1].state}" if queued else "SLURM has forgotten its jobs"
     return f"stopped, {last}: s3-megatron resume {run.path.name}"

@@ -20,7 +20,7 @@ from megatron.training.checkpointing import get_checkpoint_tracker_filename, get
 from s3_megatron.checkpoints.whole import ABOUT_DEEPSPEED
 from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
-from s3_megatron.train import loading
+from s3_megatron.train import changes, loading
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"  # DeepSpeed's names; each holds a checkpoint's folder
 _STATE = "s3_megatron"  # our key among DeepSpeed's
@@ -53,6 +53,7 @@ def save(
         "counters": {name: getattr(args, name) for name in _COUNTERS},
         "opt_param_scheduler": opt_param_scheduler.state_dict(),
         "rng_state": get_rng_state("torch", None, None)[0],
+        "settings": changes.settings(args),
     }
     # ds_to_universal demands the second key under ZeRO 1 and 2.
     engine.save_checkpoint(folder, tag, {_STATE: state, "universal_checkpoint_info": {}}, save_latest=False)
@@ -105,6 +106,7 @@ def load(engine: Any, opt_param_scheduler: Any) -> tuple[int, float]:
     if loaded is None or _STATE not in client:
         raise S3Error(f"{folder / tag} is not a complete checkpoint of pretrain_gpt_deepspeed: name another one")
     state = client[_STATE]
+    changes.compare(state.get("settings", {}))  # not there before 2026-12
     for counter, value in state["counters"].items():
         setattr(args, counter, value)
     update_num_microbatches(consumed_samples=args.consumed_train_samples, verbose=True)

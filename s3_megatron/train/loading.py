@@ -14,6 +14,7 @@ from s3_megatron.checkpoints.whole import LOAD_FAILED
 from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
+from s3_megatron.train import changes
 
 # What torch, json and pickle raise of a file that is cut off or overwritten; a lost peer is an OSError, too.
 _DAMAGE = (EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError)
@@ -71,7 +72,7 @@ def watched(checkpoint: Callable[[], Path]) -> Iterator[None]:
 def watches_megatron() -> Iterator[None]:
     """Watch the loading of checkpoints by ``megatron.training.training`` (0.19.2) while the body runs."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-    from megatron.training import get_args, training
+    from megatron.training import checkpointing, get_args, training
     from megatron.training.checkpointing import get_checkpoint_tracker_filename
 
     def checkpoint() -> Path:
@@ -91,6 +92,7 @@ def watches_megatron() -> Iterator[None]:
     swap = SymbolSwap("this megatron-core")
     swap.replace(training, "load_checkpoint", wrap)
     swap.replace(OptimizerParamScheduler, "load_state_dict", _compares_schedules)
+    swap.replace(checkpointing, "check_checkpoint_args", changes.watches_arguments)
     try:
         yield
     finally:

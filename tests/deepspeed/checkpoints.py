@@ -4,6 +4,7 @@ The run on 2 ranks leaves universal checkpoints behind, which those on 1 and on 
 """
 
 import functools
+import json
 import re
 import shutil
 import sys
@@ -33,6 +34,7 @@ from tests.deepspeed.harness import (
     close,
     equal,
     gradients,
+    groups,
     said,
     same,
 )
@@ -208,6 +210,32 @@ def check_a_checkpoints_hyperparameters_are_said(_: Path) -> None:
     finally:
         logger.warning = original
     assert any("goes on with the checkpoint's p: [3.0]" in line and "[2.0]" in line for line in lines), lines
+
+
+def check_another_configuration_is_said(_: Path) -> None:
+    """Another clipping, batch or schedule than the checkpoint's passed without a line: DeepSpeed saves it, and compares
+    nothing. Of a configuration that was given as a path it saved the path alone."""
+    folder, by_path = shared_folder(), shared_folder()
+    warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}
+    first = Run(2, scheduler=warmup)
+    save(first, folder)
+    if dist.get_rank() == 0:
+        (by_path / "ds.json").write_text(json.dumps(first.engine.config))
+    dist.barrier()
+    net = Net()
+    engine, *_ = deepspeed.initialize(model=net, model_parameters=groups(net), config=str(by_path / "ds.json"))
+    engine.save_checkpoint(str(by_path), tag="saved")
+    for saved in (folder, by_path):
+        with said() as lines:
+            load(Run(2, scheduler=warmup, steps_per_print=7), saved)
+            assert not any("another DeepSpeed configuration" in line for line in lines), lines
+            longer = {"type": "WarmupLR", "params": {"warmup_num_steps": 20}}
+            load(Run(2, scheduler=longer, clip=0.5), saved)
+        found = [line for line in lines if "another DeepSpeed configuration" in line]
+        assert len(found) == (dist.get_rank() == 0), lines
+        for line in found:
+            assert "gradient_clipping 0.0, here 0.5" in line
+            assert "scheduler.params.warmup_num_steps 10, here 20" in line
 
 
 def check_universal_checkpoints_go_on_with_other_ranks(folder: Path) -> None:

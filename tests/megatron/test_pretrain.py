@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from s3_megatron.watch.metrics import read_metrics
-from tests.megatron.gpt import flags
+from tests.megatron.gpt import HAS_ENTRY, flags
 from tests.trainings import Job, train_all
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]  # three launches, all before the first test
@@ -57,7 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     for ranks in (2, 1, 4):
         first = [base(precision, folder) for precision in TOLERANCE] if ranks == 2 else []
-        train_all([*first, *(resumed(*case, folder) for case in CASES if LAYOUTS[case[1]][0] == ranks)], ranks, folder)
+        jobs = [*first, *(resumed(*case, folder) for case in CASES if LAYOUTS[case[1]][0] == ranks)]
+        (folder / f"said-{ranks}").write_text(train_all(jobs, ranks, folder))
     return folder
 
 
@@ -89,3 +90,13 @@ def test_every_layout_goes_on_with_the_same_losses(folder: Path, precision: str 
     worst = max(abs(loss / uninterrupted[iteration] - 1) for iteration, loss in seen.items())
     print(f"{layout} {precision}: losses differ by {worst:.1e} at most")
     assert worst <= (0.0 if layout == "dp2" else TOLERANCE[precision])
+
+
+@pytest.mark.skipif(not HAS_ENTRY, reason="what a start says of it is the entry's, which these hosts are too old for")
+def test_a_start_says_in_what_it_differs_from_the_checkpoints_run(folder: Path) -> None:
+    """Nothing of a run that goes on as it was ("dp2"), however it was loaded and is watched."""
+    lines = [line for line in (folder / "said-2").read_text().splitlines() if "other settings" in line]
+    assert len(lines) == 1, lines
+    for changed in ("--overlap-grad-reduce False, here True", "--overlap-param-gather False, here True"):
+        assert changed in lines[0]
+    assert lines[0].count(", here ") == 3, "and the size of the buckets"

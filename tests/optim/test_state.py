@@ -182,3 +182,33 @@ def test_a_converted_adam_state_goes_on_as_the_oracle_from_that_m_and_s(p):
     assert after["param_groups"] == untouched["param_groups"]
     for index, entry in untouched["state"].items():
         assert all(torch.equal(after["state"][index][name], t) for name, t in entry.items())
+
+
+@pytest.mark.parametrize("implementation", ["auto", "foreach"])
+@pytest.mark.parametrize("p", [1.5, 2, 3])
+def test_the_bound_holds_where_adams_m_exceeds_its_root(implementation, p):
+    """Adam (.9, .999) reaches |m| = 7.27 sqrt(v). Taken over, Algorithm 1's update would be above 1; S3 cuts it, and the
+    excess fades: with c = |m|/r and q = p/(p-1), Hoelder gives c'^q - 1 <= beta (c^q - 1), whatever the gradient. These
+    gradients are the ones for which that is an equality. 1e-3 is 100 roundings of float32, in m and r, twenty times over."""
+    beta, decay, lr, q = 0.95, 0.1, 1e-2, p / (p - 1)
+    weight = torch.nn.Parameter(torch.ones(40))
+    optimizer = S3([weight], lr=lr, beta=beta, p=p, weight_decay=decay, implementation=implementation)
+    adam = torch.optim.AdamW([weight], lr=lr)
+    weight.grad = torch.ones(40)
+    adam.step()
+    adam.state[weight]["exp_avg"].fill_(7.27)
+    adam.state[weight]["exp_avg_sq"].fill_(1.0)
+    optimizer.load_state_dict(from_adam_state(adam.state_dict(), optimizer))
+    m, r = (optimizer.state[weight][name] for name in (EXP_AVG, EXP_AVG_ROOT))
+    for step in range(1, 101):
+        before, ratio = weight.detach().clone(), m / r
+        # Equality in Hoelder's inequality; r is the unit of the gradient.
+        weight.grad = r * ratio ** (-1 / (p - 1))
+        optimizer.step()
+        update = ((1 - lr * decay) * before - weight.detach()) / lr
+        # The weight is about 1 and moves by 1e-2: half a unit of its last place is 6e-6 of that.
+        assert 0 < update.min() and update.max() <= 1 + 1e-5
+        if step == 1:
+            torch.testing.assert_close(update, torch.ones(40), rtol=0, atol=1e-5)
+    excess = float((m / r)[0]) ** q - 1
+    assert excess == pytest.approx(beta**100 * (7.27**q - 1), rel=1e-3)

@@ -1,15 +1,19 @@
 """What a start says, and leaves behind, of a checkpoint that it cannot load."""
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.training import global_vars
 from torch.distributed.checkpoint.api import CheckpointException
 
 from s3_megatron.checkpoints.whole import LOAD_FAILED
 from s3_megatron.errors import S3Error
+from s3_megatron.train import changes
 from s3_megatron.train.loading import LoadError, _compares_schedules, _without_optimizer, watched
 
 TORN = RuntimeError("PytorchStreamReader failed reading zip archive: failed finding central directory")
@@ -107,3 +111,86 @@ def test_every_value_that_megatrons_schedule_saves_has_its_flag_in_the_line() ->
     with pytest.raises(S3Error) as refused:
         _compares_schedules(OptimizerParamScheduler.load_state_dict)(schedule(), changed)
     assert str(refused.value).count(", here ") == len(changed)
+
+
+def start(monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
+    """Let this process be a run with these arguments."""
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", SimpleNamespace(**{**ARGUMENTS, **given}))
+
+
+ARGUMENTS: dict[str, Any] = {
+    "lr_decay_style": "WSD",
+    "lr_wsd_decay_iters": 10,
+    "lr_wsd_decay_samples": None,
+    "lr_wsd_decay_style": "exponential",
+    "lr_warmup_init": 0.0,
+    "lr_warmup_iters": 4,
+    "lr_warmup_samples": 0,
+    "lr_warmup_fraction": None,
+    "override_opt_param_scheduler": False,
+    "use_checkpoint_opt_param_scheduler": False,
+    "no_load_optim": None,
+    "seed": 1234,
+    "clip_grad": 1.0,
+    "split": "969,30,1",
+    "data_path": ["a", "b"],
+    "rampup_batch_size": None,
+    "params_dtype": torch.float32,
+    "log_interval": 1,
+    "rank": 0,
+    "_private": 1,
+    "tokenizer": object(),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr_wsd_decay_iters", 20),
+        ("lr_wsd_decay_samples", 8),
+        ("lr_wsd_decay_style", "cosine"),
+        ("lr_warmup_init", 1e-5),
+    ],
+)
+def test_a_part_of_the_schedule_that_megatron_does_not_save_is_compared(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, value: Any
+) -> None:
+    """--lr-wsd-decay-iters, its style, and --lr-warmup-init changed the rates of a resumed run in silence."""
+    saved = changes.settings(SimpleNamespace(**ARGUMENTS))
+    flag = f"--{name.replace('_', '-')}"
+    for flags in ({}, {"use_checkpoint_opt_param_scheduler": True}):  # which Megatron has nothing to go by for
+        start(monkeypatch, **{name: value}, **flags)
+        with pytest.raises(S3Error) as refused:
+            changes.compare(saved)
+        assert f"({flag} {ARGUMENTS[name]}, here {value})" in str(refused.value)
+        assert "pass --override-opt-param-scheduler" in str(refused.value)
+    unused = {"lr_warmup_iters": 0} if name == "lr_warmup_init" else {"lr_decay_style": "cosine"}
+    for flags in ({"override_opt_param_scheduler": True}, {"no_load_optim": True}, unused):
+        caplog.clear()
+        start(monkeypatch, **{name: value}, **flags)
+        changes.compare({**saved, **unused})
+        assert f"{flag} {ARGUMENTS[name]}, here {value}" in caplog.text, "in a line all the same"
+
+
+def test_what_differs_is_one_line_and_what_computes_nothing_is_not_in_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = changes.settings(SimpleNamespace(**ARGUMENTS))
+    beside = {"log_interval": 9, "rank": 3, "_private": 2, "tokenizer": object()}
+    start(monkeypatch, **beside, data_path=("a", "b"), new_flag=1)
+    changes.compare(saved)
+    assert not caplog.records
+    start(monkeypatch, **beside, seed=1, clip_grad=0.5, split="90,5,5", data_path=["b"], params_dtype=torch.bfloat16)
+    changes.compare(saved)
+    (record,) = caplog.records
+    for part in ("--seed 1234, here 1", "--clip-grad 1.0, here 0.5", "--split 969,30,1, here 90,5,5", "here ['b']"):
+        assert part in record.getMessage()
+    assert record.getMessage().count(", here ") == 5
+
+
+def test_every_value_of_megatrons_schedule_is_compared() -> None:
+    """The scheduler's arguments are either in its state or among those that are compared by their flags."""
+    taken = set(inspect.signature(OptimizerParamScheduler).parameters)
+    not_the_schedule = {"optimizer", "use_checkpoint_opt_param_scheduler", "override_opt_param_scheduler"}
+    unsaved = taken - not_the_schedule - set(schedule().state_dict())
+    assert unsaved == {"init_lr", "wsd_decay_steps", "lr_wsd_decay_style"}, "changes._UNSAVED has their flags"

@@ -129,9 +129,12 @@ def configure_optimizer(original: Callable[..., None]) -> Callable[..., None]:
             )
         from_adam = configured and (self.optimizer_params() or {}).get(_FROM_ADAM, False) not in (False, None, "auto")
         checkpoint.guard_s3(optimizer, self.optimizer, from_adam=from_adam)
+        if not isinstance(self.config, dict):  # a path, which is what checkpoints would then keep of it
+            self.config = self._config._param_dict
         if _IS_0_17 and is_flat(self.optimizer):
             loss_scale.look_on_every_rank(self.optimizer)
         gradients.forget_after_the_step(self.optimizer)
+        gradients.take_every_micro_batch(self.optimizer)
         if self.fp16_enabled():
             loss_scale.grow_after_the_step(self.optimizer)
         stepping.start(self)

@@ -5,13 +5,24 @@ Every host symbol named here was read in deepspeed 0.19.8, runtime/engine.py.
 
 import functools
 import inspect
-from collections.abc import Callable
+import json
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from deepspeed.utils import log_dist
 
 from s3_megatron.engines.deepspeed import untrained
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import S3
+
+# What of a configuration computes nothing, and what is said, group by group, where S3's state is loaded.
+_BESIDE = (
+    *("steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown", "tensorboard", "wandb", "comet"),
+    *("csv_monitor", "monitor_config", "flops_profiler", "comms_logger", "checkpoint", "aio"),
+    *(f"optimizer.params.{name}" for name in ("beta", "betas", "p", "nesterov", "weight_decay", "s3_from_adam")),
+)
 
 
 def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,9 +45,35 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         loaded = original(self, *args, **kwargs)
         if universal and loaded[0] is not None:
             untrained.load(self, _folder(call.arguments, "latest_universal"))
+        if isinstance(saved := (loaded[1] or {}).get("ds_config"), dict):
+            _say_changes(dict(_leaves(saved)), dict(_leaves(self.config)))
         return loaded
 
     return load_checkpoint
+
+
+def _say_changes(saved: dict[str, str], ours: dict[str, str]) -> None:
+    """Say on rank 0 in what the configuration differs from the checkpoint's, which DeepSpeed keeps and compares not."""
+    changes = [
+        f"{key} {saved.get(key, 'not given')}, here {ours.get(key, 'not given')}"
+        for key in dict.fromkeys((*saved, *ours))
+        if saved.get(key) != ours.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in _BESIDE)
+    ]
+    if changes:
+        log_dist(
+            f"S3 goes on from a checkpoint of another DeepSpeed configuration: {'; '.join(changes)}",
+            ranks=[0],
+            level=logging.WARNING,
+        )
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every value of ``config`` as JSON, by its key with those around it."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value, default=str)
 
 
 def _folder(asked: dict[str, Any], latest: str) -> Path:

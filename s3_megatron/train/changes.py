@@ -1,0 +1,90 @@
+"""What differs between a checkpoint's run and the one that goes on from it: refused, or one line at the start."""
+
+import argparse
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from megatron.core.utils import log_single_rank
+from megatron.training import get_args
+
+from s3_megatron.errors import S3Error
+
+logger = logging.getLogger(__name__)
+
+# What OptimizerParamScheduler (megatron-core 0.19.2) takes and does not save; loading.py has what it saves.
+_UNSAVED = ("lr_warmup_init", "lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style")
+
+# Flags that compute nothing: how a run is started, watched, saved and ended, and what a start is asked to do.
+_BESIDE = (
+    *("log", "tensorboard", "timing", "wandb", "one_logger", "watch_dir", "profile", "pytorch_profiler", "nvtx"),
+    *("use_pytorch_profiler", "record_", "memory_snapshot", "barrier", "straggler", "disable_straggler", "app_tag"),
+    *("save", "load", "ckpt", "dist_ckpt", "async", "non_persistent", "exit", "auto_detect", "verify_integrity"),
+    *("finetune", "no_load", "no_save", "override", "use_checkpoint", "use_dist_ckpt", "use_persistent_ckpt"),
+    *("use_tokenizer_model_from", "use_mp_args_from", "s3_from_adam", "s3_override", "pretrained_checkpoint"),
+    *("rank", "local_rank", "distributed_", "nccl_", "inprocess", "ft_", "enable_ft", "calc_ft", "flight_recorder"),
+    *("consumed_", "skipped_", "iteration", "num_floating_point", "curr_", "do_", "num_workers", "data_cache_path"),
+    *("num_dataset_builder_threads", "mmap_bin_files", "dataloader_", "inference", "rl_", "dino", "deepspeed_config"),
+    *("manual_gc", "adlr", "train_sync_interval", "config_logger", "lazy_mpu", "te_rng", "start_eval", "eval_interval"),
+)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Give what ``args`` has of plain values, as a checkpoint keeps them: no objects of the host's."""
+    return {name: value for name, value in vars(args).items() if _is_plain(value)}
+
+
+def compare(saved: Mapping[str, Any]) -> None:
+    """Compare Megatron's global arguments with ``saved``, those of the checkpoint's run; says what differs.
+
+    Raises:
+        S3Error: a part of the schedule that Megatron does not save is another. The rest of the schedule is compared as
+            it is loaded, and S3's own hyperparameters with its state.
+    """
+    args = get_args()
+    changed = {
+        name: f"--{name.replace('_', '-')} {saved[name]}, here {value}"
+        for name, value in settings(args).items()
+        if not name.startswith(("_", *_BESIDE)) and name in saved and _text(saved[name]) != _text(value)
+    }
+    schedule = [name for name in _UNSAVED if name in changed and _is_used(name, args)]
+    if schedule and not (args.override_opt_param_scheduler or args.no_load_optim):
+        raise S3Error(
+            f"the checkpoint was trained with another schedule ({'; '.join(changed[name] for name in schedule)}), and "
+            "Megatron does not save this part of it: give the checkpoint's value, or pass "
+            "--override-opt-param-scheduler to go on with this run's schedule"
+        )
+    if changed:
+        log_single_rank(
+            logger,
+            logging.WARNING,
+            f"this run goes on from a checkpoint of other settings: {'; '.join(changed.values())}",
+        )
+
+
+def watches_arguments(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``megatron.training.checkpointing.check_checkpoint_args``, which compares the model's shape."""
+
+    def check_checkpoint_args(checkpoint_args: argparse.Namespace, *args: Any, **kwargs: Any) -> None:
+        original(checkpoint_args, *args, **kwargs)
+        compare(settings(checkpoint_args))
+
+    return check_checkpoint_args
+
+
+def _is_used(name: str, args: argparse.Namespace) -> bool:
+    if name == "lr_warmup_init":
+        return bool(args.lr_warmup_iters or args.lr_warmup_samples or args.lr_warmup_fraction)
+    return bool(args.lr_decay_style == "WSD")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
+
+
+def _text(value: Any) -> str:
+    """What to compare: a tuple may come back as a list."""
+    return str(list(value) if isinstance(value, tuple) else value)
