@@ -34,32 +34,82 @@ def held(folder: Path, lost: Callable[[str], None]) -> Iterator[None]:
     try:
         from filelock import LeaseCompromise, SoftFileLease, Timeout
     except ImportError:  # NVIDIA's container pins an older one
-        print("filelock before 3.30 has no leases: a second run in this folder would not be noticed", file=sys.stderr)
-        yield
+        with _locked(folder):
+            yield
         return
 
     def compromised(loss: LeaseCompromise) -> None:
         if loss.reason == "owner-changed":
             lost(f"{folder} is no longer this run's: {_holder(folder)} has it")
 
-    host, job = platform.node(), os.environ.get("SLURM_JOB_ID")
-    start = f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else "-"
     lease = SoftFileLease(folder / "lease", lease_duration=LEASE_SECONDS, on_compromise=compromised, thread_local=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        before, where, *_ = [*_words(folder), "-", "-"]
-        if job and before != start and before.rpartition("-")[0] == job:
+        if _is_of_an_earlier_start(folder):
             (folder / "lease").unlink(missing_ok=True)
-        lease.acquire(timeout=2 if where == host else LEASE_SECONDS + 5, poll_interval=0.5)
+        _, where, *_ = [*_words(folder), "-", "-"]
+        lease.acquire(timeout=2 if where == platform.node() else LEASE_SECONDS + 5, poll_interval=0.5)
     except Timeout as error:
         raise FolderIsHeld(f"{folder} is held by {_holder(folder)}: one run at a time") from error
     except OSError as error:
         raise S3Error(f"{folder} cannot be held: {error.strerror or error}") from error
     try:
-        write_file(folder / "holder", f"{start} {host} {os.getpid()} {time.strftime('%F %T')}\n".encode())
+        _write_holder(folder)
         yield
     finally:
         lease.release()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` by a lock of the kernel, which a process that ends gives back; for a filelock without leases.
+
+    Raises:
+        FolderIsHeld: another run has the folder.
+        S3Error: it cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / "lock", timeout=2)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if _is_of_an_earlier_start(folder):
+            (folder / "lock").unlink(missing_ok=True)
+        lock.acquire()
+        print(
+            "filelock before 3.30 has no leases: a second run in this folder is noticed on this machine, and on others "
+            "if its file system passes locks on",
+            file=sys.stderr,
+        )
+    except Timeout as error:
+        raise FolderIsHeld(f"{folder} is held by {_holder(folder)}: one run at a time") from error
+    except NotImplementedError:  # what filelock makes of ENOSYS
+        print(f"{folder} cannot be locked: a second run in this folder would not be noticed", file=sys.stderr)
+    except OSError as error:
+        raise S3Error(f"{folder} cannot be held: {error.strerror or error}") from error
+    try:
+        _write_holder(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def _write_holder(folder: Path) -> None:
+    words = (_start(), platform.node(), str(os.getpid()), time.strftime("%F %T"))
+    write_file(folder / "holder", f"{' '.join(words)}\n".encode())
+
+
+def _start() -> str:
+    """Give the job and which of its starts this is; "-" where there is none."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else "-"
+
+
+def _is_of_an_earlier_start(folder: Path) -> bool:
+    """Whether the holder is this SLURM job as it was before it was requeued, which SLURM has ended."""
+    before = [*_words(folder), "-"][0]
+    job, _, count = _start().rpartition("-")
+    return bool(job) and before.rpartition("-") != (job, "-", count) and before.rpartition("-")[0] == job
 
 
 def _words(folder: Path) -> list[str]:

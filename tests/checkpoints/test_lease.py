@@ -81,6 +81,56 @@ def test_who_has_lost_the_folder_hears_of_it(tmp_path: Path, monkeypatch: pytest
     assert len(said) == 1 and "is no longer this run's" in said[0]
 
 
+# Names are looked up when they are first asked for.
+WITHOUT_LEASES = """
+import filelock
+vars(filelock).pop("SoftFileLease", None)
+del filelock.__getattr__
+"""
+
+
+def test_a_filelock_without_leases_still_keeps_a_second_run_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NVIDIA's container pins one before 3.30: a line said that a second run would not be noticed, and it was not."""
+    from filelock import FileLock, SoftFileLease, Timeout  # noqa: F401  (now they are known, and stay so but for the second)
+
+    monkeypatch.setattr(sys.modules[__name__], "HOLD", "from filelock import FileLock, Timeout" + WITHOUT_LEASES + HOLD)
+    monkeypatch.delattr("filelock.__getattr__")
+    monkeypatch.delattr("filelock.SoftFileLease")
+    folder = tmp_path / "checkpoints"
+    other = holder(folder)
+    try:
+        with pytest.raises(FolderIsHeld, match=rf"held by process {other.pid} on \S+ since 20"), held(folder, print):
+            pytest.fail("it is held")
+    finally:
+        other.kill()
+        other.wait()
+    with held(folder, print):
+        assert "is noticed on this machine" in capsys.readouterr().err
+    with held(folder, print):
+        pass  # released
+    other = holder(folder, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="0")
+    try:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        with held(folder, print):  # its own earlier start
+            assert (folder / "holder").read_text().startswith("7-1 ")
+    finally:
+        other.kill()
+        other.wait()
+    (tmp_path / "file").touch()
+    with pytest.raises(S3Error, match="cannot be held: "), held(tmp_path / "file", print):
+        pytest.fail("it is a file")
+
+    def unsupported(_: FileLock) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock; use SoftFileLock instead")
+
+    monkeypatch.setattr(FileLock, "acquire", unsupported)
+    with held(folder, print):
+        assert "would not be noticed" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(S3Error, match=r"cannot be held: (Not a directory|File exists)"):

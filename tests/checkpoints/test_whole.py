@@ -100,6 +100,11 @@ def test_what_could_not_be_loaded_is_passed_over_until_it_is_saved_anew(tmp_path
     for file in FILES[engine]:
         os.utime(tmp_path / "iter_0000008" / file, (time.time() + 5,) * 2)
     assert newest_whole(tmp_path) == 8
+    # What the line advises besides: "or this one again if MARK is removed".
+    os.utime(tmp_path / "iter_0000008" / LOAD_FAILED, (time.time() + 9,) * 2)
+    assert newest_whole(tmp_path) == 4
+    (tmp_path / "iter_0000008" / LOAD_FAILED).unlink()
+    assert newest_whole(tmp_path) == 8
 
 
 class _Evil:

@@ -177,6 +177,7 @@ def check_what_s3_cannot_do_is_refused() -> None:
     nvme = {"offload_param": {"device": "nvme", "nvme_path": "nowhere"}}
     refuses(lambda: Run(3, zero=nvme), "offload_param", "nvme", "'cpu'")
     refuses(lambda: Run(3, zero={"offload_optimizer": {"device": "cpu", "ratio": 0.3}}), "ratio 0.3", "AdamW")
+    compare(Run(3, zero={"offload_optimizer": {"device": "cpu", "ratio": 1.0}}))  # as the line advises
     if not OLD:  # which does not know the name
         refuses(lambda: Run(3, zero={"offload_optimizer": {"device": "cpu", "super_offload": True}}), "super_offload")
 
