@@ -107,9 +107,9 @@ def _start() -> str:
 
 def _is_of_an_earlier_start(folder: Path) -> bool:
     """Whether the holder is this SLURM job as it was before it was requeued, which SLURM has ended."""
-    before = [*_words(folder), "-"][0]
-    job, _, count = _start().rpartition("-")
-    return bool(job) and before.rpartition("-") != (job, "-", count) and before.rpartition("-")[0] == job
+    before, start = [*_words(folder), "-"][0], _start()
+    job = start.rpartition("-")[0]
+    return bool(job) and before != start and before.rpartition("-")[0] == job
 
 
 def _words(folder: Path) -> list[str]:
