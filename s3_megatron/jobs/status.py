@@ -116,7 +116,7 @@ def _state(run: Run, attempts: Sequence[Path]) -> str:
     for job, found in queued:
         if found.state in slurm.ALIVE:
             why = f" ({found.reason})" if found.state == "PENDING" else f" on {found.nodes}"
-            if found.reason.startswith("JobHeld"):  # by a person, or a controller that died while a start left nodes out
+            if found.reason.startswith("JobHeld"):  # as a controller leaves it that dies while a start leaves nodes out
                 why = f" ({found.reason}): 'scontrol release {job}' lets it start"
             return f"{found.state.lower()} as job {job}{why}"
     last = f"job {queued[-1][0]} is {queued[-1][1].state}" if queued else "SLURM has forgotten its jobs"

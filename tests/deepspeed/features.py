@@ -34,6 +34,7 @@ from tests.deepspeed.harness import (
     equal,
     gradients,
     groups,
+    said,
     same,
 )
 from tests.deepspeed.window import OLD, ZERO_OF_16_BIT

@@ -187,9 +187,11 @@ def test_a_converted_adam_state_goes_on_as_the_oracle_from_that_m_and_s(p):
 @pytest.mark.parametrize("implementation", ["auto", "foreach"])
 @pytest.mark.parametrize("p", [1.5, 2, 3])
 def test_the_bound_holds_where_adams_m_exceeds_its_root(implementation, p):
-    """Adam (.9, .999) reaches |m| = 7.27 sqrt(v). Taken over, Algorithm 1's update would be above 1; S3 cuts it, and the
-    excess fades: with c = |m|/r and q = p/(p-1), Hoelder gives c'^q - 1 <= beta (c^q - 1), whatever the gradient. These
-    gradients are the ones for which that is an equality. 1e-3 is 100 roundings of float32, in m and r, twenty times over."""
+    """Adam (.9, .999) reaches |m| = 7.27 sqrt(v). Taken over, Algorithm 1's update would be above 1; S3 cuts it, and
+    the excess fades: with c = |m|/r and q = p/(p-1), Hoelder gives c'^q - 1 <= beta (c^q - 1), whatever the gradient.
+    These gradients are the ones for which that is an equality. 1e-3 is 100 roundings of float32, in m and r, many
+    times over.
+    """
     beta, decay, lr, q = 0.95, 0.1, 1e-2, p / (p - 1)
     weight = torch.nn.Parameter(torch.ones(40))
     optimizer = S3([weight], lr=lr, beta=beta, p=p, weight_decay=decay, implementation=implementation)
