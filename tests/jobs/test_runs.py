@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,6 +152,20 @@ def attempt(run: Run, name: str, **verdicts: dict[str, Any]) -> None:
 def error(rank: int, host: str, message: str, when: float) -> dict[str, Any]:
     found = {"rank": rank, "host": host, "message": message, "time": when}
     return {"verdict": "failed", "exit_code": 1, "error": found, "iteration": 5}
+
+
+def test_status_says_how_a_held_job_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A controller that dies while a start leaves bad nodes out, between requeuehold and release, leaves the job held.
+
+    scontrol is a stub: on the real cluster (tests/slurm) it would take a controller that dies within a second."""
+    stub = tmp_path / "scontrol"
+    stub.write_text("#!/bin/sh\necho JobId=7 JobState=PENDING Reason=JobHeldUser NodeList=\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    run = SimpleNamespace(
+        finished=False, ended=None, job=SimpleNamespace(cluster=SimpleNamespace(scheduler="slurm")), job_ids=["7"]
+    )
+    assert status._state(run, []) == "pending as job 7 (JobHeldUser): 'scontrol release 7' lets it start"
 
 
 def test_status_tells_what_failed_first_and_not_what_was_last(tmp_path: Path):
