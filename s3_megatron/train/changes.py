@@ -26,6 +26,7 @@ _BESIDE = (
     *("rank", "local_rank", "distributed_", "nccl_", "inprocess", "ft_", "enable_ft", "calc_ft", "flight_recorder"),
     *("consumed_", "skipped_", "iteration", "num_floating_point", "curr_", "do_", "num_workers", "data_cache_path"),
     *("num_dataset_builder_threads", "mmap_bin_files", "dataloader_", "inference", "rl_", "dino", "deepspeed_config"),
+    *("num_query_groups",),  # set anew once a model without them is built
     *("manual_gc", "adlr", "train_sync_interval", "config_logger", "lazy_mpu", "te_rng", "start_eval", "eval_interval"),
 )
 
