@@ -24,7 +24,7 @@ _BESIDE = (
     *("finetune", "no_load", "no_save", "override", "use_checkpoint", "use_dist_ckpt", "use_persistent_ckpt"),
     *("use_tokenizer_model_from", "use_mp_args_from", "s3_from_adam", "s3_override", "pretrained_checkpoint"),
     *("rank", "local_rank", "distributed_", "nccl_", "inprocess", "ft_", "enable_ft", "calc_ft", "flight_recorder"),
-    *("consumed_", "skipped_", "iteration", "num_floating_point", "curr_", "do_", "num_workers", "data_cache_path"),
+    *("consumed_", "skipped_", "num_floating_point", "curr_", "do_", "num_workers", "data_cache_path"),
     *("num_dataset_builder_threads", "mmap_bin_files", "dataloader_", "inference", "rl_", "dino", "deepspeed_config"),
     *("num_query_groups",),  # set anew once a model without them is built
     *("manual_gc", "adlr", "train_sync_interval", "config_logger", "lazy_mpu", "te_rng", "start_eval", "eval_interval"),

@@ -5,7 +5,6 @@ Every host symbol named here was read in deepspeed 0.19.8, runtime/engine.py.
 
 import functools
 import inspect
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,7 +51,7 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_checkpoint
 
 
-def _say_changes(saved: dict[str, str], ours: dict[str, str]) -> None:
+def _say_changes(saved: dict[str, Any], ours: dict[str, Any]) -> None:
     """Say on rank 0 in what the configuration differs from the checkpoint's, which DeepSpeed keeps and compares not."""
     changes = [
         f"{key} {saved.get(key, 'not given')}, here {ours.get(key, 'not given')}"
@@ -67,13 +66,13 @@ def _say_changes(saved: dict[str, str], ours: dict[str, str]) -> None:
         )
 
 
-def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every value of ``config`` as JSON, by its key with those around it."""
+def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of ``config`` by its key with those around it; a file has 0 for 0.0, which are equal."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", json.dumps(value, default=str)
+            yield f"{prefix}{key}", value
 
 
 def _folder(asked: dict[str, Any], latest: str) -> Path:
