@@ -153,8 +153,7 @@ def _restore_steps(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
-        under_fsdp = "param_to_group_meta" in state_dict  # Megatron-FSDP's own state, with every parameter's own step
-        if under_fsdp or not _adam_params(self.optimizer):
+        if not _adam_params(self.optimizer):
             return original(self, state_dict)
         hook = self.optimizer.register_load_state_dict_post_hook(_drop_steps)
         try:

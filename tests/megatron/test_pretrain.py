@@ -57,28 +57,13 @@ def frozen(name: str, folder: Path, *load: str) -> Job:
     return "frozen", [*command, "--ckpt-format", "torch_dist", "--watch-dir", str(folder / name)]
 
 
-def under_fsdp(name: str, folder: Path, *load: str) -> Job:
-    """Adam under Megatron-FSDP, whose scaled sums (PREMUL_SUM) gloo does not have: scaled before they are summed."""
-    sharded = ("--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params")
-    summed = ("--no-gradient-reduce-div-fusion", "--no-gradient-accumulation-fusion", "--ckpt-format", "fsdp_dtensor")
-    command = flags(iterations=LAST, optimizer="adam", extra=(*sharded, *summed, *load))
-    return "megatron", [*command, "--watch-dir", str(folder / name)]
-
-
 def in_parts(folder: Path) -> list[Job]:
-    """What else goes on: a frozen stage, weights alone with the flag that we advise, and Megatron-FSDP's
-    Adam with S3 installed."""
+    """What else goes on: a frozen stage, and weights alone with the flag that we advise."""
     stage, weights = (str(folder / name) for name in ("frozen-saved", "weights-saved"))
     save, load = ("--save-interval", str(SAVED_AT)), ("--ckpt-step", str(SAVED_AT), "--ckpt-format", "torch_dist")
     alone = flags(iterations=SAVED_AT, extra=("--save", weights, "--ckpt-format", "torch_dist", "--no-save-optim"))
     fresh = flags(iterations=LAST, extra=("--load", weights, *load, "--no-load-optim"))
-    fsdp = str(folder / "fsdp-saved")
-    adam = [
-        under_fsdp("fsdp", folder, "--save", fsdp, *save),
-        under_fsdp("fsdp-resumed", folder, "--load", fsdp, *load[:2]),
-    ]
     return [
-        *(adam if HAS_ENTRY else ()),
         frozen("frozen", folder, "--save", stage, *save),
         frozen("frozen-resumed", folder, "--load", stage, *load[:2]),
         ("megatron", [*alone, "--watch-dir", str(folder / "weights")]),
@@ -132,14 +117,6 @@ def test_a_frozen_pipeline_stage_is_saved_and_goes_on(folder: Path) -> None:
     """Its optimizer holds nothing; the first save was an AssertionError without a text, of Adam too."""
     uninterrupted, seen = losses(folder, "frozen"), losses(folder, "frozen-resumed")
     assert uninterrupted[LAST] < uninterrupted[1], "the output layer learns"
-    assert seen == {iteration: uninterrupted[iteration] for iteration in range(SAVED_AT + 1, LAST + 1)}
-
-
-@pytest.mark.skipif(not HAS_ENTRY, reason="megatron-core 0.17 and 0.18 were not tried under Megatron-FSDP")
-def test_adam_under_megatron_fsdp_goes_on_with_s3_installed(folder: Path) -> None:
-    """It could not resume: KeyError 'optimizer' in our guard, then 'step' in the rehearsal's."""
-    uninterrupted, seen = losses(folder, "fsdp"), losses(folder, "fsdp-resumed")
-    assert uninterrupted[LAST] < uninterrupted[1]
     assert seen == {iteration: uninterrupted[iteration] for iteration in range(SAVED_AT + 1, LAST + 1)}
 
 
