@@ -143,6 +143,18 @@ def test_a_compiler_without_openmp_gives_a_library_for_one_thread(without_openmp
     assert (tmp_path / "step.so").exists()
 
 
+@pytest.mark.slow
+def test_a_library_without_openmp_is_found_again(machine):
+    """Its flags are not those of the fingerprint's list: it must not be taken for an outdated one at every start."""
+    for _ in range(2):
+        assert start(machine, REFUSED="-fopenmp").communicate(timeout=250)[0].strip() == "portable"
+        assert calls(machine) == CALLS + 1  # the look for OpenMP, and whether anything compiles at all
+    log = Path(machine["CXX"]).with_name("calls").read_text()
+    assert f'-DS3_FINGERPRINT="{build.fingerprint()}"' in log
+    cache = Path(machine["S3_MEGATRON_CACHE"])
+    assert [path.name for path in cache.glob("*.so")] == [f"step-{build.fingerprint()}-{os.uname().machine}.so"]
+
+
 def test_on_macos_openmp_is_not_looked_for(without_openmp, tmp_path, monkeypatch):
     """Homebrew's clang would link its libomp beside torch's, which ends the process: "OMP: Error #15"."""
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -171,6 +183,19 @@ def test_an_outdated_library_is_not_taken_for_a_current_one(monkeypatch):
     assert library.load().s3_fingerprint().decode() == current
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
     assert build.fingerprint() != current
+
+
+@pytest.mark.parametrize("word", ["avx512", "avx2", "default", "AVX2", ""])
+def test_torchs_variable_limits_the_loops(word, monkeypatch, tmp_path):
+    """A word that torch does not know limits neither: torch warns of it, and goes on with all (2.13)."""
+    everywhere, limited = library.loops(), {"avx2": ["AVX2", "portable"], "default": ["portable"]}
+    copy = shutil.copy(library.load()._name, tmp_path / "step.so")  # loops are found once a loaded library
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", word)
+    monkeypatch.setattr(library, "load", lambda: library._open(Path(copy)))
+    wanted = [name for name in everywhere if name in limited.get(word, everywhere)]
+    assert library.loops() == wanted
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY")
+    assert library.loops() == wanted, "the loop of an index changed while the process ran"
 
 
 def test_the_library_needs_no_cpu_that_only_one_loop_has():

@@ -22,7 +22,7 @@ bool allowed(const char *instructions) {
 }
 
 // Best first; the portable one is always last.
-std::vector<Loop> loops() {
+std::vector<Loop> find_loops() {
     std::vector<Loop> found;
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -38,6 +38,12 @@ std::vector<Loop> loops() {
     found.push_back({"portable", s3_portable::range});
     return found;
 }
+
+// Found once, as torch does: an index must mean one loop for as long as the process lives.
+const std::vector<Loop> &loops() {
+    static const std::vector<Loop> found = find_loops();
+    return found;
+}
 }  // namespace
 
 #define S3_EXPORT extern "C" __attribute__((visibility("default")))
@@ -47,16 +53,14 @@ S3_EXPORT const char *s3_fingerprint() { return S3_FINGERPRINT; }
 
 // The name of loop `index`, best first; null beyond the last.
 S3_EXPORT const char *s3_loop(int32_t index) {
-    const std::vector<Loop> found = loops();
-    return index < (int32_t)found.size() ? found[index].name : nullptr;
+    return index < (int32_t)loops().size() ? loops()[index].name : nullptr;
 }
 
 // Moves all rows by loop `index`; `out`, if not null, is added to. Threads share elements, not rows, so that a shard of
 // a thousand small tensors and one large tensor take the same time.
 S3_EXPORT void s3_step(const S3Row *rows, int64_t count, const S3Settings *settings, int32_t index, int32_t threads,
                        S3Statistics *out) {
-    static const std::vector<Loop> found = loops();
-    const S3Range range = found[index].range;
+    const S3Range range = loops()[index].range;
     std::vector<int64_t> first(count + 1, 0);
     for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + rows[i].numel;
     const int64_t total = first[count];

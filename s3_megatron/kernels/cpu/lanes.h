@@ -69,6 +69,21 @@ S3_INLINE BitRegister top(BitRegister a, BitRegister b) {
     return a > b ? a : b;
 #endif
 }
+S3_INLINE FloatRegister rooted(FloatRegister x) {
+#if defined(__AVX512F__)
+    return (FloatRegister)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+    return (FloatRegister)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+    return (FloatRegister)_mm_sqrt_ps((__m128)x);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    return (FloatRegister)vsqrtq_f32((float32x4_t)x);
+#else
+    FloatRegister result;
+    for (int64_t j = 0; j < REGISTER; ++j) result[j] = __builtin_sqrtf(x[j]);
+    return result;
+#endif
+}
 
 // Copied one register at a time: a copy of all would pass through the stack.
 template <class Register> struct Lanes {
@@ -154,6 +169,11 @@ template <class R> S3_INLINE Lanes<R> larger(Lanes<R> a, Lanes<R> b) {
 S3_INLINE Floats mul_add(Floats a, Floats b, Floats c) {
     Floats result;
     S3_EACH result.of[k] = fused(a.of[k], b.of[k], c.of[k]);
+    return result;
+}
+S3_INLINE Floats square_root(Floats x) {
+    Floats result;
+    S3_EACH result.of[k] = rooted(x.of[k]);
     return result;
 }
 S3_INLINE Floats mul_add(float a, Floats b, Floats c) { return mul_add(all(a), b, c); }

@@ -48,15 +48,36 @@ template <> struct Power<3> {
         const Floats y = cast<FloatRegister>(convert<IntRegister>(third)), z = v * (y * y);
         return {y, z, mul_add(-1.0f * z, y, 1.0f)};
     }
+    // x (1 - h)^(-2/3), and x (1 - h)^(-1/3).
+    S3_INLINE Floats two_thirds(Floats x, Floats h) {
+        const Floats a = mul_add(h, mul_add(h, all(0.42874029f), 0.45854750f), 0.49380088f);
+        return mul_add(x * h, mul_add(h, mul_add(h, a, 0.55553651f), 0.66666669f), x);
+    }
+    S3_INLINE Floats one_third(Floats x, Floats h) {
+        const Floats a = mul_add(h, all(0.14578986f), 0.17447701f);
+        return mul_add(x * h, mul_add(h, mul_add(h, a, 0.22221580f), 0.33332908f), x);
+    }
     S3_INLINE Floats root(Floats q, float) {
         const Guess g = guess(q);
-        const Floats a = mul_add(g.h, mul_add(g.h, all(0.42874029f), 0.45854750f), 0.49380088f);
-        return mul_add(g.z * g.h, mul_add(g.h, mul_add(g.h, a, 0.55553651f), 0.66666669f), g.z);
+        return two_thirds(g.z, g.h);
     }
     S3_INLINE Floats inverse_root(Floats c, float) {
         const Guess g = guess(c);
-        const Floats a = mul_add(g.h, all(0.14578986f), 0.17447701f);
-        return mul_add(g.y * g.h, mul_add(g.h, mul_add(g.h, a, 0.22221580f), 0.33332908f), g.y);
+        return one_third(g.y, g.h);
+    }
+};
+
+// p = 1.5: t^1.5 by the CPU's square root, which every machine rounds alike; q^(2/3) by the guess of q^(-1/3).
+constexpr int HALVES = 4;
+template <> struct Power<HALVES> {
+    S3_INLINE Floats power(Floats t, float) { return t * square_root(t); }
+    S3_INLINE Floats root(Floats q, float) {
+        const Guess g = Power<3>::guess(q);
+        return Power<3>::one_third(q * g.y, g.h);
+    }
+    S3_INLINE Floats inverse_root(Floats c, float) {
+        const Guess g = Power<3>::guess(c);
+        return Power<3>::two_thirds(g.y * g.y, g.h);
     }
 };
 

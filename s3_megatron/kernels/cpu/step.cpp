@@ -259,8 +259,11 @@ static void run(const S3Row &its_row, int64_t begin, int64_t end, int64_t first,
 
 template <Kind KIND>
 static void choose(const S3Row &row, int64_t begin, int64_t end, int64_t first, const S3Settings &s, S3Statistics *out) {
-    (s.form == 1 ? run<1, KIND> : s.form == 2 ? run<2, KIND> : s.form == 3 ? run<3, KIND> : run<0, KIND>)(
-        row, begin, end, first, s, out);
+    (s.form == 1     ? run<1, KIND>
+     : s.form == 2   ? run<2, KIND>
+     : s.form == 3   ? run<3, KIND>
+     : s.p == 1.5f   ? run<HALVES, KIND>
+                     : run<0, KIND>)(row, begin, end, first, s, out);
 }
 
 void range(const S3Row &row, int64_t begin, int64_t end, int64_t first, const S3Settings &s, S3Statistics *out) {

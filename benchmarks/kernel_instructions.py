@@ -1,0 +1,151 @@
+"""What binds each of the C++ kernel's loops: instructions an element, the time they take, and the time its bytes take.
+
+    python benchmarks/kernel_instructions.py [--json FILE]
+
+Instructions are counted where they run, one by one (a child is stepped by ptrace), over 1,024 elements and over 2,048:
+the difference leaves out what a call costs. Arithmetic is a step over a hundred rows that are one and the same 1,024
+elements, which stay in the first cache; memory is what the machine's a <- a + 3 b in place gives one thread, for the
+bytes a step moves. The larger of the two is what is left to bind. x86-64 Linux. ATEN_CPU_CAPABILITY=avx2 leaves out
+the loops of a better CPU.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from s3_megatron.bench.step import _processor as processor
+from s3_megatron.bench.step import _stream as stream
+from s3_megatron.kernels.cpu import library
+
+ELEMENTS = 1024  # a multiple of every loop's block
+TRACEME, SINGLESTEP = 0, 9  # of sys/ptrace.h
+# The states' dtype, whether they are rounded stochastically, and the bytes of a step.
+FORMATS = {
+    "float32": (torch.float32, 0, 28),
+    "bf16 states": (torch.bfloat16, 0, 20),
+    "bf16 stochastic": (torch.bfloat16, 1, 20),
+}
+POWERS = (3.0, 2.0, 1.0, 1.5, 8.0)
+TIMES = 100
+ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Row:
+    """One loop at one exponent and format; times in nanoseconds an element, on one thread."""
+
+    loop: str
+    p: float
+    states: str
+    instructions: float
+    arithmetic: float
+    memory: float
+
+
+def step(loop: int, p: float, states: str, size: int, times: int = 1) -> Callable[[], None]:
+    """Return a step of float32 weights and gradients by one of this machine's loops, ready to be called.
+
+    It moves the same ``size`` elements ``times`` times.
+    """
+    dtype, stochastic, _ = FORMATS[states]
+    generator = torch.Generator().manual_seed(0)
+    x, g = torch.randn(2, size, generator=generator)
+    m, r = torch.zeros(2, size, dtype=dtype)
+    settings = library.Settings(
+        lr=1e-4, weight_decay=0.1, scale=1.0, beta1=0.95, one_minus_beta1=0.05, beta2=0.95, one_minus_beta2=0.05, p=p,
+        bound=1.0, form=int(p) if p in (1, 2, 3) else 0, nesterov=1, stochastic=stochastic,
+        state=library.TYPES[dtype],
+    )  # fmt: skip
+    row = (x.data_ptr(), g.data_ptr(), m.data_ptr(), r.data_ptr(), None, size)
+    table = (ctypes.c_void_p * (6 * times))(*row * times)
+    move, kept = library.load().s3_step, (x, g, m, r)
+
+    def run() -> None:
+        assert kept
+        move(table, times, ctypes.byref(settings), loop, 1, None)
+
+    return run
+
+
+def instructions(run: Callable[[], None]) -> int:
+    """Count the instructions of a call, and of the few hundred about it, in a child that is stepped through it."""
+    run()  # what is done once is done
+    libc = ctypes.CDLL(None, use_errno=True)
+    child = os.fork()
+    if child == 0:
+        libc.ptrace(TRACEME, 0, None, None)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        run()
+        os._exit(0)
+    count = -1
+    while True:
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status) or os.WIFSIGNALED(status):
+            break
+        count += 1
+        if libc.ptrace(SINGLESTEP, child, None, None) < 0:
+            raise OSError(ctypes.get_errno(), "ptrace is not allowed here")
+    return count
+
+
+def seconds(run: Callable[[], None]) -> float:
+    """Return the least time of a call."""
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def rows(bandwidth: float) -> Iterator[Row]:
+    """Count and time every loop that runs here; ``bandwidth`` is in bytes a second."""
+    for index, name in enumerate(library.loops()):
+        for p in POWERS:
+            for states, (_, _, moved) in FORMATS.items():
+                long, short = (instructions(step(index, p, states, size)) for size in (2 * ELEMENTS, ELEMENTS))
+                arithmetic = seconds(step(index, p, states, ELEMENTS, TIMES)) / (ELEMENTS * TIMES)
+                yield Row(name, p, states, (long - short) / ELEMENTS, arithmetic * 1e9, moved / bandwidth * 1e9)
+
+
+def main() -> None:
+    """Count, time, print, and write the file that was asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures there too")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    bandwidth = stream("cpu", ROUNDS)
+    found = list(rows(bandwidth))
+    table = Table(title=f"{processor()}: {bandwidth / 1e9:.1f} GB/s a thread", title_justify="left")
+    for column in ("loop", "p", "states", "instructions an element", "arithmetic ns", "memory ns", "bound by"):
+        table.add_column(column, justify="left" if column in ("loop", "states") else "right")
+    for row in found:
+        bound = "arithmetic" if row.arithmetic > row.memory else "memory"
+        times = f"{row.arithmetic:.2f}", f"{row.memory:.2f}"
+        table.add_row(row.loop, f"{row.p:g}", row.states, f"{row.instructions:.1f}", *times, bound)
+    Console().print(table)
+    if args.json is not None:
+        record = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "command": " ".join(["python", "benchmarks/kernel_instructions.py", *sys.argv[1:]]),
+            "processor": processor(),
+            "bandwidth": bandwidth / 1e9,
+            "rows": [asdict(row) for row in found],
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
