@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,14 @@ def available_memory() -> int:
     import psutil  # of the extra `jobs`: who only counts cores need not have it
 
     return min([int(psutil.virtual_memory().available), *_left_in_groups()])
+
+
+def processor() -> str:
+    """Name the processor and count its cores, as far as the system says."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.machine()
 
 
 def loopback() -> str | None:

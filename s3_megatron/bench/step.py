@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
+from s3_megatron import machine
 from s3_megatron.bench import host
 from s3_megatron.bench.contenders import ADAMW, Contender, contenders
 from s3_megatron.kernels.cpu import library
@@ -153,7 +153,7 @@ def _machine(device: str, threads: int, repeats: int) -> dict[str, Any]:
     if device == "cuda":
         processor, loop = torch.cuda.get_device_name(), "Triton"
     else:
-        processor, loop = _processor(), library.loops()[0]
+        processor, loop = machine.processor(), library.loops()[0]
     return {
         "date": date.today().isoformat(),
         "device": device,
@@ -164,12 +164,6 @@ def _machine(device: str, threads: int, repeats: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.machine()
 
 
 def as_json(result: Result, command: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shlex
 import sys
@@ -125,6 +126,40 @@ def triton(
         rows = audit.rows()
     console.print(audit.table(rows))
     _write_json(json_file, audit.as_json(rows, shlex.join(["s3-megatron", *sys.argv[1:]])))
+
+
+@app.command()
+def compare(
+    experiment: Annotated[
+        str, typer.Argument(metavar="EXPERIMENT", help="A file of configs/experiments by name, or a file's path.")
+    ],
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the runs train.")] = "cpu",
+    minutes: Annotated[float, typer.Option(metavar="M", min=0.1, help="Stop by itself before.")] = math.inf,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where cells.jsonl is.", show_default="runs/evidence/EXPERIMENT"),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Runs at once on a CPU.", show_default="one a core")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it takes here; train nothing.")] = False,
+) -> None:
+    """Train an optimizer comparison's runs (docs/evidence.md); run again, it goes on where it was."""
+    import torch
+
+    from s3_megatron.evidence import experiments
+    from s3_megatron.evidence.compare import compare as run
+
+    if device not in ("cpu", "cuda"):
+        raise S3Error(f"--device is {device}: it must be cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise S3Error("--device cuda needs a GPU, and torch sees none")
+    asked = experiments.load(experiment)
+    folder = out or Path("runs/evidence") / asked.name
+    count = 1 if device == "cuda" else workers or machine.cores()
+    whole = run(asked, folder, console, device=device, minutes=minutes, workers=count, dry_run=dry_run)
+    if not dry_run:
+        line(f"{folder} is whole" if whole else f"{folder} has cells to run yet: the same command goes on")
 
 
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:

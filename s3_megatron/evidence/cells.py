@@ -1,0 +1,153 @@
+"""Cells: single training runs, and the file that keeps what came of them."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import s3_megatron
+from s3_megatron.errors import S3Error
+from s3_megatron.evidence.experiments import Experiment, Setup
+
+type Result = dict[str, Any]
+
+# What decides a run's losses, beside torch: the report's code may change under a cells file.
+CODE = ("evidence/contenders.py", "evidence/stack.py", "evidence/text.py", "evidence/training.py", "kernels", "optim")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: everything that its losses follow from."""
+
+    contender: str
+    optimizer: str
+    setup_name: str
+    setup: Setup
+    rate: float
+    settings: str  # JSON, so that cells are hashable
+    seed: int
+    text: str  # SHA-256
+
+    @cached_property
+    def key(self) -> str:
+        """Name the run, for ever: 16 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def configuration(self) -> tuple[float, str]:
+        """Rate and settings: what tuning chooses."""
+        return self.rate, self.settings
+
+
+def commit() -> str:
+    """Name the commit that runs, with "-dirty" where files differ from it; "unknown" outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def code_sha256() -> str:
+    """Hash the sources that a run's losses depend on."""
+    root = Path(s3_megatron.__file__).parent
+    digest = hashlib.sha256()
+    for name in CODE:
+        for path in sorted((root / name).rglob("*")) if (root / name).is_dir() else [root / name]:
+            if path.suffix in (".py", ".cpp", ".h"):
+                digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class CellsFile:
+    """``cells.jsonl``: a first line that says of which experiment, text and code it is, then a line a finished cell."""
+
+    def __init__(self, path: Path, experiment: Experiment, text: str) -> None:
+        """Open the file, or begin it; a last line that a kill cut short is dropped.
+
+        Raises:
+            S3Error: it belongs to another experiment, text or code, or cannot be read or written.
+        """
+        self.path = path
+        self.head: dict[str, str] = {
+            "experiment": experiment.name,
+            "rules": experiment.sha256[:16],
+            "text": text[:16],
+            "code": code_sha256(),
+        }
+        self.results: dict[str, Result] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._open()
+        except OSError as error:
+            raise S3Error(f"{path} cannot be used: {error.strerror or error}") from None
+
+    def _open(self) -> None:
+        data = self.path.read_bytes() if self.path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        if not whole:
+            self.path.unlink(missing_ok=True)
+            self._append({**self.head, "commit": commit()})
+            return
+        head, *results = read_lines(self.path, whole)
+        for what, ours in self.head.items():
+            if head.get(what) != ours:
+                raise S3Error(
+                    f"{self.path} has cells of another {what} ({head.get(what)}, and this is {ours}): check out commit "
+                    f"{head.get('commit')}, with which it was begun, or give another folder by --out"
+                )
+        if whole != data:
+            os.truncate(self.path, len(whole))
+        self.results = {result["key"]: result for result in results}
+
+    def add(self, results: Iterable[Result]) -> None:
+        """Append finished cells; they are on the disk when this returns, or the file is as it was.
+
+        Raises:
+            S3Error: the disk is full, or gone.
+        """
+        for result in results:
+            self._append(result)
+            self.results[result["key"]] = result
+
+    def _append(self, content: Result) -> None:
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("ab") as file:
+                file.write(json.dumps(_finite(content), allow_nan=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if self.path.exists():
+                os.truncate(self.path, size)
+            raise S3Error(f"{self.path} cannot be written: {error.strerror or error}; what it has is whole") from None
+
+
+def read_lines(path: Path, data: bytes) -> list[dict[str, Any]]:
+    """Parse a cells file; raises S3Error naming the line that is none."""
+    lines = []
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            content = json.loads(line)
+            if not isinstance(content, dict) or (number > 1 and "key" not in content):
+                raise ValueError("it is no cell")
+        except ValueError as error:
+            raise S3Error(f"{path}, line {number}: {error}; remove the line, and its cell is run again") from None
+        lines.append(content)
+    return lines
+
+
+def _finite(value: Any) -> Any:
+    """Replace numbers that JSON does not have by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return {key: _finite(part) for key, part in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,199 @@
+"""An experiment as its file says it: what is trained, by which contenders, with which grids, seeds and budget."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from s3_megatron.errors import S3Error
+from s3_megatron.evidence.contenders import CONTENDERS
+from s3_megatron.evidence.stack import Model
+
+# Through the link to the project's configs/ that jobs has, so that a wheel brings them along.
+CONFIGS = Path(__file__).parents[1] / "jobs" / "configs" / "experiments"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all contenders of a comparison have in common."""
+
+    steps: int
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    length: int = 128
+    qk_norm: bool = False
+    batch: int = 16
+    schedule: str = "cosine"  # to 0; or constant
+    warmup: float = 0.05  # of the steps
+    clip: float = 1.0  # each member's gradient norm; 0 does not clip
+    decay: float = 3e-4  # peak rate times weight decay
+    validation: int = 1 << 18  # bytes
+    watch_every: int = 20  # steps between two looks at |u|
+    kick: float = 1.0  # factor of one step's gradient
+    kick_step: int = -1
+    products: str = "float32"  # dtype of matrix products
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        _require(self.steps > 0 and self.batch > 0 and self.watch_every > 0, "steps, batch and watch_every", "> 0")
+        _require(self.width % self.heads == 0, f"width {self.width}", f"a multiple of heads ({self.heads})")
+        _require(self.schedule in ("cosine", "constant"), f"schedule {self.schedule}", "cosine or constant")
+        _require(self.products in ("float32", "bfloat16"), f"products {self.products}", "float32 or bfloat16")
+        _require(0 <= self.warmup < 1, f"warmup {self.warmup}", "a share of the steps in [0, 1)")
+        _require(self.clip >= 0 and self.decay >= 0, "clip and decay", ">= 0")
+        _require(self.validation >= self.length, f"validation {self.validation}", "one sequence of bytes at least")
+
+    @property
+    def model(self) -> Model:
+        """The model that is trained."""
+        return Model(self.layers, self.width, self.heads, self.length, self.qk_norm)
+
+    def rate_factor(self, step: int) -> float:
+        """Return the share of the peak rate in a step, counted from 0."""
+        warm = round(self.warmup * self.steps)
+        if step < warm:
+            return (step + 1) / warm
+        if self.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / (self.steps - warm)))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender in an experiment."""
+
+    optimizer: str
+    rates: list[float]
+    settings: dict[str, Any] = field(default_factory=dict)
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown optimizer, and grids without order."""
+        _require(self.optimizer in CONTENDERS, f"optimizer {self.optimizer}", f"one of {', '.join(CONTENDERS)}")
+        known = CONTENDERS[self.optimizer].settings  # some libraries take any name, and pass it over
+        for name in (*self.settings, *self.sweep):
+            _require(name in known, f"setting {name} of {self.optimizer}", f"one of {', '.join(known)}")
+        rising = all(a < b for a, b in zip(self.rates, self.rates[1:], strict=False))
+        _require(bool(self.rates) and self.rates[0] > 0 and rising, f"rates {self.rates}", "positive and rising")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How much tuning every contender gets."""
+
+    seed: int
+    runs: int
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A comparison. Without ``tuning``, every contender runs all of its rates with every seed."""
+
+    name: str
+    title: str
+    reference: str  # the contender that the others are compared with
+    text: str
+    setups: dict[str, Setup]
+    seeds: list[int]
+    contenders: dict[str, Entry]
+    tuning: Tuning | None = None
+    factor: float = 2.0  # between neighbouring rates
+    neighbours: int = 0  # how many of the seeds run the rates beside the best, too
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        _require(
+            self.reference in self.contenders, f"reference {self.reference}", f"one of {', '.join(self.contenders)}"
+        )
+        _require(bool(self.seeds) and len(set(self.seeds)) == len(self.seeds), f"seeds {self.seeds}", "distinct")
+        _require(self.factor > 1, f"factor {self.factor}", "> 1")
+        if self.tuning:
+            _require(
+                self.tuning.seed not in self.seeds,
+                f"seed {self.tuning.seed} is for tuning and among seeds",
+                "in one of the two: what was tuned on proves nothing",
+            )
+            for name, entry in self.contenders.items():
+                _require(
+                    len(entry.rates) <= self.tuning.runs,
+                    f"contenders.{name} has {len(entry.rates)} rates",
+                    f"at most tuning.runs ({self.tuning.runs})",
+                )
+
+    @property
+    def sha256(self) -> str:
+        """The hash of all that decides a run or a ranking; what title and comments say does not."""
+        content = dataclasses.asdict(self)
+        del content["title"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load(name: str) -> Experiment:
+    """Read an experiment by its name under configs/experiments, or by its file's path.
+
+    Raises:
+        S3Error: there is none, or a key or value is wrong; the text names the key.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        raise S3Error(f"there is no experiment {name!r}: give a file's path or one of {known}") from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise S3Error(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    try:
+        if not isinstance(content, dict):
+            raise S3Error("it must be a mapping of settings")
+        experiment: Experiment = _build(Experiment, {"name": path.stem, **content}, "")
+        return experiment
+    except S3Error as error:
+        raise S3Error(f"{path.name}: {error}") from None
+
+
+def _build(kind: Any, value: Any, at: str) -> Any:
+    """Make a value of the annotated type; every refusal names the key."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            raise S3Error(f"{at} is {value!r}: it must be a mapping")
+        hints = get_type_hints(kind)
+        required = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
+        where = f"{at}: " if at else ""
+        for key in value:
+            if key not in hints:
+                raise S3Error(f"{where}there is no setting {key!r}; there are {', '.join(hints)}")
+        for key in required:
+            if key not in value:
+                raise S3Error(f"{where}{key} is missing")
+        parts = {key: _build(hints[key], part, f"{at}.{key}".lstrip(".")) for key, part in value.items()}
+        try:
+            return kind(**parts)
+        except S3Error as error:
+            raise S3Error(f"{where}{error}") from None
+    arguments, origin = get_args(kind), getattr(kind, "__origin__", None)
+    if type(None) in arguments:
+        return None if value is None else _build(arguments[0], value, at)
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, origin or kind) or (kind is int and isinstance(value, bool)):
+        raise S3Error(f"{at} is {value!r}: it must be a {(origin or kind).__name__}")
+    if kind is float and not math.isfinite(value):
+        raise S3Error(f"{at} is {value}: it must be finite")
+    if origin is list:
+        return [_build(arguments[0], part, f"{at}[{i}]") for i, part in enumerate(value)]
+    if origin is dict:
+        return {key: _build(arguments[1], part, f"{at}.{key}") for key, part in value.items()}
+    return value
+
+
+def _require(holds: bool, what: str, must: str) -> None:
+    if not holds:
+        raise S3Error(f"{what}: must be {must}")

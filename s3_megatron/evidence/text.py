@@ -1,0 +1,108 @@
+"""The text of the runs: one compressed file, cut in two, and the order in which a seed reads it."""
+
+import hashlib
+import lzma
+import subprocess
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s3_megatron.errors import S3Error
+from s3_megatron.files import user_folder, write_file
+
+BLOCK, EVERY = 16 << 10, 40  # of the blocks of this many bytes, every fortieth is for validation
+PACKAGES = {"gcide": ("dict-gcide", "usr/share/dictd/gcide.dict.dz")}
+
+
+@dataclass(frozen=True)
+class Text:
+    """Bytes to train on and bytes to validate on, uint8 tensors; and the SHA-256 of the whole text."""
+
+    train: Tensor
+    validation: Tensor
+    sha256: str
+
+    def to(self, device: str) -> "Text":
+        """Return the same text on a device."""
+        return Text(self.train.to(device), self.validation.to(device), self.sha256)
+
+
+def cut(data: bytes) -> Text:
+    """Cut a text into the two."""
+    if len(data) < BLOCK * EVERY:
+        raise S3Error(f"the text has {len(data)} bytes: it must have {BLOCK * EVERY} at least, or validation has none")
+    everything = np.frombuffer(data, np.uint8)
+    blocks = np.arange(len(everything)) // BLOCK % EVERY
+    train, validation = (everything[blocks != EVERY - 1], everything[blocks == EVERY - 1])
+    return Text(torch.from_numpy(train.copy()), torch.from_numpy(validation.copy()), hashlib.sha256(data).hexdigest())
+
+
+def folder() -> Path:
+    """Where texts are kept: S3_EVIDENCE_TEXT, or the user's cache."""
+    return user_folder("XDG_CACHE_HOME", ".cache") / "s3-megatron" / "text"
+
+
+def load(name: str) -> Text:
+    """Read the text of this name, or of this file (.xz), making it from Debian's package where it is missing.
+
+    Raises:
+        S3Error: there is no such text, it cannot be made here, or the file is damaged.
+    """
+    path = Path(name) if name.endswith(".xz") else folder() / f"{name}.xz"
+    if not path.exists():
+        if name not in PACKAGES:
+            raise S3Error(f"the text {name} is not here: give an .xz file's path, or one of {', '.join(PACKAGES)}")
+        make(name, path)
+    try:
+        return cut(lzma.decompress(path.read_bytes()))
+    except (OSError, lzma.LZMAError, EOFError) as error:
+        raise S3Error(f"{path} cannot be read: {error}; remove it, and it is made again") from error
+
+
+def make(name: str, path: Path) -> None:
+    """Write the text of a Debian package to ``path``; nothing is installed."""
+    package, member = PACKAGES[name]
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            for command in (["apt-get", "download", package], ["dpkg-deb", "-x", f"{package}.deb", "."]):
+                if command[0] == "dpkg-deb":
+                    command[2] = next(Path(scratch).glob(f"{package}_*.deb")).name
+                subprocess.run(command, cwd=scratch, check=True, capture_output=True, text=True)
+            data = zlib.decompress(Path(scratch, member).read_bytes(), wbits=31)
+        except (OSError, subprocess.CalledProcessError, StopIteration) as error:
+            reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+            raise S3Error(
+                f"the text {name} is Debian's package {package}, which cannot be fetched here ({reason}): "
+                f"make {path} on a machine with apt-get by s3-megatron compare --text {name}, and carry it here"
+            ) from None
+    write_file(path, lzma.compress(data))
+
+
+def order(text: Text, seed: int, steps: int, batch: int, length: int) -> Tensor:
+    """Draw where each sequence of each step begins in the training text: int64 [steps, batch], from the seed alone."""
+    generator = torch.Generator().manual_seed(2 * seed + 1)
+    return torch.randint(0, len(text.train) - length, (steps, batch), generator=generator)
+
+
+def windows(data: Tensor, starts: Tensor, length: int) -> Tensor:
+    """Read ``length`` bytes from each start: int64 [..., length]."""
+    return data[starts[..., None] + torch.arange(length, device=data.device)].long()
+
+
+def validation_starts(text: Text, size: int, length: int) -> Tensor:
+    """Spread sequences of ``length`` bytes, ``size`` bytes in all at most, evenly over the validation text."""
+    count = min(size, len(text.validation) - 1) // length
+    return torch.linspace(0, len(text.validation) - 1 - length, count, dtype=torch.float64).long()
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """Hash tensors' bytes: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
