@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import platform
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -34,7 +35,6 @@ class _Here:
     device: str
     steps: Any  # a shared number for each worker: how far its stack is
     deadline: Any  # shared, by time.monotonic(), which is one clock on a machine
-    parent: int
 
 
 _here: _Here
@@ -117,14 +117,22 @@ def _begin(corpus: str, device: str, steps: Any, deadline: Any, parent: int) -> 
     """Get a worker ready."""
     global _here
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
-    _here = _Here(text.load(corpus).to(device), device, steps, deadline, parent)
+    _here = _Here(text.load(corpus).to(device), device, steps, deadline)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone: it would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _train(cells: list[Cell], place: int) -> list[Result] | None:
     def go_on(step: int) -> bool:
         _here.steps[place] = step
-        return os.getppid() == _here.parent and time.monotonic() < _here.deadline.value
+        return time.monotonic() < _here.deadline.value
 
     results = train(cells, _here.corpus, _here.device, go_on)
     where = here(_here.device)
