@@ -72,7 +72,7 @@ def make(name: str, path: Path) -> None:
             for command in (["apt-get", "download", package], ["dpkg-deb", "-x", f"{package}.deb", "."]):
                 if command[0] == "dpkg-deb":
                     command[2] = next(Path(scratch).glob(f"{package}_*.deb")).name
-                subprocess.run(command, cwd=scratch, check=True, capture_output=True, text=True)
+                subprocess.run(command, cwd=scratch, check=True, capture_output=True, encoding="utf-8")
             data = zlib.decompress(Path(scratch, member).read_bytes(), wbits=31)
         except (OSError, subprocess.CalledProcessError, StopIteration) as error:
             reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
