@@ -22,7 +22,7 @@ def forget_after_the_step(wrapper: Any) -> None:
     """
     if not is_stage3(wrapper) and not hasattr(wrapper, "accumulated_grads_in_cpu"):
         return
-    stepping = done = False
+    inside = done = False
 
     def forget() -> None:
         kept = (
@@ -32,15 +32,25 @@ def forget_after_the_step(wrapper: Any) -> None:
             if gradient is not None:
                 gradient.zero_()
 
+    def marked(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            inside = True
+            try:
+                return original(*args, **kwargs)
+            finally:
+                inside = False
+
+        return call
+
     def step_then_forget(original: Callable[..., Any]) -> Callable[..., Any]:
+        host_step = marked(original)
+
         @functools.wraps(original)
         def step(*args: Any, **kwargs: Any) -> Any:
-            nonlocal stepping, done
-            stepping = True  # 0.17.6 calls zero_grad for every sub-group, before the next has taken its gradients
-            try:
-                result = original(*args, **kwargs)
-            finally:
-                stepping = False
+            nonlocal done
+            result = host_step(*args, **kwargs)
             forget()
             done = True
             return result
@@ -51,7 +61,7 @@ def forget_after_the_step(wrapper: Any) -> None:
         @functools.wraps(original)
         def zero_grad(*args: Any, **kwargs: Any) -> Any:
             nonlocal done
-            if not stepping:
+            if not inside:
                 if not done:
                     forget()
                 done = False  # the engine calls this once after each step
@@ -60,6 +70,9 @@ def forget_after_the_step(wrapper: Any) -> None:
         return zero_grad
 
     swap = SymbolSwap("this DeepSpeed")
+    # 0.17.6 calls zero_grad in its own work: after a backward pass (ZeRO 1 and 2), where every gradient under offload
+    # was lost, and for each sub-group of a step (ZeRO-3), before the next has taken its gradients.
+    swap.replace(wrapper, "independent_gradient_partition_epilogue", marked)
     swap.replace(wrapper, "step", step_then_forget)
     swap.replace(wrapper, "zero_grad", zero_and_forget)
 
