@@ -39,6 +39,13 @@ def test_the_end_of_training_is_told_from_the_end_of_an_attempt(tmp_path: Path) 
     assert "environment:" not in said, "one node of a job says it"
 
 
+def test_a_rank_that_dies_after_the_end_makes_no_failure_of_a_finished_run(tmp_path: Path) -> None:
+    """Incident: torch aborted a rank in the last moment of Python, when everything was done and saved."""
+    (tmp_path / "FINISHED").touch()
+    code, told, _ = end(tmp_path, start(tmp_path, python("import os; os.abort()")))
+    assert (code, told["verdict"], told["error"]) == (0, "finished", None)
+
+
 def test_the_first_failure_of_the_ranks_is_the_verdicts(tmp_path: Path) -> None:
     command = python(f"""
         import os, sys

@@ -35,12 +35,15 @@ class Verdict:
 def judge(code: int, finished: bool, hung: bool, stopped: bool, elsewhere: dict[str, Any] | None) -> tuple[Kind, int]:
     """Judge by the command's exit code and by what happened to it; returns the verdict and the agent's exit code.
 
-    ``elsewhere`` is the verdict of a node that ended badly before: SLURM then ends the others with SIGTERM, too.
+    ``elsewhere`` is the verdict of a node that ended badly before: SLURM then ends the others with SIGTERM, too. A
+    finished run has saved everything: what a rank does after that is no failure of it.
     """
+    if finished:
+        return "finished", 0
     if hung:
         return "hang", HANG
     if code == 0:
-        return ("finished" if finished else "saved"), 0
+        return "saved", 0
     if code == CONFIGURATION:
         return "configuration", CONFIGURATION
     if stopped and elsewhere is None:
