@@ -22,6 +22,8 @@ import pytest
 from tests.launcher import ROOT
 from tests.terminal import lives
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 200  # for what takes five on a machine that has nothing else to do
 
 

@@ -96,6 +96,7 @@ def test_a_cache_that_cannot_be_written_is_named(machine, tmp_path):
     assert str(tmp_path / "file" / "cache") in said and "S3_MEGATRON_CACHE" in said
 
 
+@pytest.mark.slow
 def test_without_a_home_it_is_said_what_to_set_and_a_named_cache_does(machine, tmp_path):
     """A user id without a name and without HOME, as in containers: the first step was a RuntimeError, with
     S3_MEGATRON_CACHE set, too, where AdamW steps."""

@@ -33,6 +33,7 @@ def copy_of_the_checkout(target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("links", [True, False])
 def test_configs_templates_and_patches_are_files_in_a_build(links: bool, tmp_path: Path):
     """git on Windows, and some unpackers of archives, leave a text file where a link was: the package was installed

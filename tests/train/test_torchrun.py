@@ -89,6 +89,7 @@ with one_line_errors():
 """
 
 
+@pytest.mark.slow
 def test_a_sigterm_in_the_last_moment_makes_no_failure_of_a_saved_run() -> None:
     """A pre-empted rank had saved and was on its way out when the agent's own SIGTERM came: Python had given up the
     handler by then, the rank "failed" of signal 15, and its node's verdict was that nothing had been saved."""

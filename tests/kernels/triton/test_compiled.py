@@ -17,9 +17,14 @@ LAYOUTS = [
     Layout(state="bfloat16", model="bfloat16", inputs=EVERY_INPUT),
 ]
 FORMS = [Layout(p=1), Layout(p=2, nesterov=False), Layout(p=1.5, inputs=()), Layout(p=1.5, inputs=EVERY_INPUT)]
-# Every target in the layouts of all engines; every form on one of each maker.
-ROWS = [(target, layout) for target in TARGETS for layout in LAYOUTS]
-ROWS += [(target, layout) for target in ("sm_90", "gfx942") for layout in FORMS]
+ONE_OF_EACH_MAKER = ("sm_90", "gfx942")
+# Every target in the layouts of all engines; every form on one of each maker. `make test-fast` compiles for these two.
+ROWS = [
+    pytest.param(target, layout, marks=() if target in ONE_OF_EACH_MAKER else pytest.mark.slow)
+    for target in TARGETS
+    for layout in LAYOUTS
+]
+ROWS += [(target, layout) for target in ONE_OF_EACH_MAKER for layout in FORMS]
 
 
 @pytest.fixture(scope="module", autouse=True)
