@@ -76,10 +76,6 @@ _PROPERTIES = SimpleNamespace(
 )
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Return at once."""
-
-
 # torch.cuda's names (torch 2.13) and what stands in for them. Its random functions (manual_seed, get_rng_state, ...)
 # need no stand-in: they go through is_initialized, current_device, device_count and default_generators, so a GPU's
 # generator is the CPU's here.
@@ -89,10 +85,11 @@ STAND_INS: dict[str, Any] = {
     "device_count": lambda: 1,
     "current_device": lambda: 0,
     "default_generators": (torch.default_generator,),
-    "set_device": _nothing,
-    "synchronize": _nothing,
-    "empty_cache": _nothing,
-    "reset_peak_memory_stats": _nothing,
+    # A function each: torch.compile has rules by function, and refuses one that stands for two names.
+    "set_device": lambda *args, **kwargs: None,
+    "synchronize": lambda *args, **kwargs: None,
+    "empty_cache": lambda *args, **kwargs: None,
+    "reset_peak_memory_stats": lambda *args, **kwargs: None,
     "memory_stats": lambda *args, **kwargs: defaultdict(int),
     "get_device_capability": lambda *args: _CAPABILITY,
     "get_device_properties": lambda *args: _PROPERTIES,
@@ -100,7 +97,7 @@ STAND_INS: dict[str, Any] = {
     "is_current_stream_capturing": lambda: False,
     "current_stream": lambda *args: _STREAM,
     "default_stream": lambda *args: _STREAM,
-    "set_stream": _nothing,
+    "set_stream": lambda *args, **kwargs: None,
     "stream": lambda *args: contextlib.nullcontext(),
     "Stream": Stream,
     "Event": Event,

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from s3_megatron.data import train_sentencepiece
 from s3_megatron.jobs import catalog, checks, compose
-from s3_megatron.jobs.checks import ERROR, OK, WARNING, Finding, engines, numbers, places, resources
+from s3_megatron.jobs.checks import ERROR, OK, WARNING, Finding, data, engines, numbers, places, resources
 from s3_megatron.jobs.job import Job
 
 RUN = Path("/shared/s3/runs/run")
@@ -300,14 +300,13 @@ def test_too_little_data_and_stale_caches_are_named(tmp_path: Path) -> None:
     """Megatron's index builder counts for ever where a data set has nothing, with every rank behind it."""
     job = here(tmp_path, "schedule.train_iters=100")
     folder = tmp_path / "data/openwebtext"
-    report = checks.check(job, tmp_path / "runs/a")
-    (found,) = [finding for finding in report.findings if finding.name == "data.train tokens"]
-    assert (found.state, found.found.split(";")[0]) == (checks.OK, "20,000 tokens in 10 documents")
+    (found,) = [finding for finding in data.check(job, RUN) if finding.name == "data.train tokens"]
+    assert (found.state, found.found.split(";")[0]) == (OK, "20,000 tokens in 10 documents")
     empty = struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, 1, 2) + struct.pack("<iqqq", 0, 0, 0, 1)
     (folder / "train_text_document.idx").write_bytes(empty)
     (folder / "train_text_document.bin").write_bytes(b"")
     (folder / "validation_text_document.bin").write_bytes(bytes(7))
-    found = {finding.name: finding for finding in checks.check(job, tmp_path / "runs/a").errors}
+    found = {finding.name: finding for finding in data.check(job, RUN) if finding.state == ERROR}
     assert "has no token in 1 documents" in found["data.train tokens"].found
     assert found["data.train tokens"].fix == "prepare it again"
     assert "7 bytes where its .idx promises 40000" in found["data.validation tokens"].found

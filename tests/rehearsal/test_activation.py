@@ -8,6 +8,7 @@ import torch
 
 from s3_megatron import rehearsal
 from s3_megatron.errors import S3Error
+from s3_megatron.rehearsal.cuda import STAND_INS
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the rehearsal refuses to load where CUDA is")
 
@@ -45,6 +46,12 @@ def test_says_so_once_and_undoes_everything(capsys: pytest.CaptureFixture[str]) 
     assert torch.utils.data.DataLoader.__iter__ is iterate
     with pytest.raises((RuntimeError, AssertionError)):
         torch.zeros(1, device="cuda")
+
+
+def test_no_two_names_have_one_stand_in() -> None:
+    """Incident: where nothing was compiled before the rehearsal, torch.compile ended with "Duplicate torch object"."""
+    stand_ins = [each for each in STAND_INS.values() if callable(each)]
+    assert len(set(map(id, stand_ins))) == len(stand_ins)
 
 
 def test_cuda_means_the_cpu_however_it_is_written(rehearsed: None) -> None:
