@@ -234,7 +234,7 @@ def test_thousands_of_tensors_need_two_launches(monkeypatch):
     """And a step on the same tensors builds no new table."""
     tables = []
     find = launch._tables.find
-    monkeypatch.setattr(launch._tables, "find", lambda columns: tables.append(find(columns)) or tables[-1])
+    monkeypatch.setattr(launch._tables, "find", lambda *call: tables.append(find(*call)) or tables[-1])
     problem = Problem.of([1 + i % 5 for i in range(40)], **_types(DTYPES[0]))
     hyper = problem.settings
     for _ in range(2):
