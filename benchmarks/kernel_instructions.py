@@ -25,9 +25,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from s3_megatron.bench.step import _processor as processor
 from s3_megatron.bench.step import _stream as stream
 from s3_megatron.kernels.cpu import library
+from s3_megatron.machine import processor
 
 ELEMENTS = 1024  # a multiple of every loop's block
 TRACEME, SINGLESTEP = 0, 9  # of sys/ptrace.h
