@@ -48,7 +48,7 @@ test: $(STAMP) ## run the whole test suite: 13 to 15 minutes on 2 cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 # A worker is a core, and takes 1.5 GiB: a file's tests stay together, since they share what they import and prepare.
-test-fast: $(STAMP) ## run what starts no ranks, every numerical test among it: 4 minutes on 2 cores
+test-fast: $(STAMP) ## run what starts no ranks, every numerical test among it: 3 minutes on 2 cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not distributed and not slow and not slurm and not dist and not machines and not peers'
 
 # Installs Debian's SLURM where it is missing, and starts a cluster of it for itself: as root, on Linux.
