@@ -12,7 +12,7 @@ SCRIPTS = $(shell git ls-files --cached --others --exclude-standard | grep -v '\
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-slurm test-hosts test-dist test-machines test-peers dist lint sanitize clean
+.PHONY: help venv demo gpu gpu-wheels test test-fast test-slurm test-hosts test-dist test-machines test-peers dist lint sanitize clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,14 @@ endif
 
 demo: $(STAMP) ## train GPT-2 with S3, kill it, resume it, compare with AdamW: 5 minutes on 2 cores (ENGINE=deepspeed)
 	@exec $(BIN)/python -m s3_megatron.demo $${ENGINE:+--engine "$$ENGINE"}
+
+# On a machine without a network, whose Python has torch: no .venv, and what else is wanted lies in .whl.
+gpu: ## prove kernel and engines on this machine's GPU: 6 minutes (MINUTES=6 OUT=runs/gpu; DRY=1: on the CPU)
+	@python=$(BIN)/python; if [ -d .whl ] && [ ! -e $(STAMP) ]; then python=python3; else $(MAKE) venv; fi; \
+	    exec $$python -m benchmarks.gpu $${MINUTES:+--minutes "$$MINUTES"} $${OUT:+--out "$$OUT"} $${DRY:+--dry}
+
+gpu-wheels: $(STAMP) ## fill .whl/ with what a GPU machine without a network lacks: 18 MB
+	@$(BIN)/python -m benchmarks.gpu.wheels
 
 # One thread a process: the distributed tests start as many processes as there are cores, and more.
 test: $(STAMP) ## run the whole test suite: 13 to 15 minutes on 2 cores

@@ -2,7 +2,8 @@
 
     python benchmarks/deepspeed_step.py [--rounds 15] [--json benchmarks/results/deepspeed_step.json]
 
-One process, ZeRO 2 with offload_optimizer on the CPU, bfloat16 weights, float32 masters, 30 million parameters, random
+One process, the model on a GPU where there is one, ZeRO 2 with offload_optimizer on the CPU, bfloat16 weights, float32
+masters, 30 million parameters, random
 gradients. Both engines take turns. "optimizer" is the optimizer's own step; "engine" is engine.step(), with the norm,
 the unscaling and the copy of the masters to the weights, which DeepSpeed does for both alike. Medians, in
 milliseconds. Needs a C++ compiler and ninja, as DeepSpeedCPUAdam does.
@@ -34,6 +35,7 @@ from s3_megatron.optim import S3
 
 PARAMETERS, TENSORS = 30_000_000, 12
 WARM_UP = 3
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "S3": (S3, {"type": "S3", "params": {"lr": 3e-3, "weight_decay": 0.01}}),
     "S3, bfloat16 states": (
@@ -56,6 +58,13 @@ class Net(nn.Module):
         return torch.stack([(w * g).sum() for w, g in zip(self.weights, gradients, strict=True)]).sum()
 
 
+def _now() -> float:
+    """The clock's seconds once the GPU, if there is one, has done what it was given."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Side:
     """An engine with one of the optimizers, and its times."""
 
@@ -73,9 +82,9 @@ class Side:
         optimizer_step = self.engine.basic_optimizer.step
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
+            started = _now()
             result = optimizer_step(*args, **kwargs)
-            self.times["optimizer"].append((time.perf_counter() - started) * 1e3)
+            self.times["optimizer"].append((_now() - started) * 1e3)
             return result
 
         self.engine.basic_optimizer.step = timed
@@ -83,9 +92,9 @@ class Side:
     def step(self, gradients: list[Tensor]) -> None:
         """Take one step with these gradients."""
         self.engine.backward(self.engine(gradients))
-        started = time.perf_counter()
+        started = _now()
         self.engine.step()
-        self.times["engine"].append((time.perf_counter() - started) * 1e3)
+        self.times["engine"].append((_now() - started) * 1e3)
         assert self.engine.was_step_applied()
 
 
@@ -95,7 +104,7 @@ def measure(rounds: int) -> dict[str, Any]:
     shape = sides["S3"].engine.module.weights[0].shape
     for round_ in range(WARM_UP + rounds):
         generator = torch.Generator().manual_seed(round_)
-        gradients = [(torch.randn(shape, generator=generator) * 1e-2).bfloat16() for _ in range(TENSORS)]
+        gradients = [(torch.randn(shape, generator=generator) * 1e-2).bfloat16().to(DEVICE) for _ in range(TENSORS)]
         # Who goes second finds a warmer or a colder cache.
         for side in list(sides.values())[:: 1 if round_ % 2 else -1]:
             side.step(gradients)
@@ -133,15 +142,16 @@ def main() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="29513")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     register()
-    use_gloo()
-    deepspeed.init_distributed("gloo", verbose=False)
+    if DEVICE == "cpu":
+        use_gloo()
+    deepspeed.init_distributed("gloo" if DEVICE == "cpu" else "nccl", verbose=False)
     results = measure(options.rounds)
     show(results)
     if options.json:
         about = {
             "date": datetime.now(UTC).date().isoformat(),
             "command": " ".join(["python", *sys.argv]),
-            "machine": platform.machine(),
+            "machine": platform.machine() if DEVICE == "cpu" else torch.cuda.get_device_name(),
             "threads": torch.get_num_threads(),
             "parameters": PARAMETERS,
             "versions": {name: version(name) for name in ("torch", "deepspeed")},

@@ -2,8 +2,9 @@
 
     python benchmarks/megatron_step.py [--rounds 15] [--json benchmarks/results/megatron_step.json]
 
-One process, Megatron's rehearsal on the CPU, a GPT of 20 million parameters under DistributedOptimizer, random
-gradients in its buffers, clipped at every step. Two copies of the model take turns, and Megatron's own timers tell the
+One process, on a GPU or in Megatron's rehearsal on the CPU, a GPT of 20 million parameters under DistributedOptimizer,
+random gradients in its buffers, clipped at every step. Two copies of the model take turns, and Megatron's own timers
+tell the
 parts, so both runs are the same host code but for what S3 replaces. Medians, in milliseconds.
 """
 
@@ -25,10 +26,12 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from s3_megatron import rehearsal
+from s3_megatron import __version__, rehearsal
 
 # isort: split  (the rehearsal has to come before Megatron is imported)
-rehearsal.activate()
+GPU = torch.cuda.is_available()
+if not GPU:
+    rehearsal.activate()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
@@ -45,6 +48,7 @@ from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402  (the i
 
 WIDTH, LAYERS, VOCABULARY, LENGTH = 384, 8, 8192, 128
 WARM_UP = 3
+MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 # Megatron's timers (0.19.2, MixedPrecisionOptimizer), by what a reader calls them.
 PARTS = {
     "unscale": "optimizer-unscale-and-check-inf",
@@ -61,7 +65,8 @@ class Side:
         """Build both; the weights are the same on either side."""
         torch.manual_seed(1)
         shape = TransformerConfig(num_layers=LAYERS, hidden_size=WIDTH, num_attention_heads=8, params_dtype=dtype)
-        net = GPTModel(shape, get_gpt_layer_local_spec(), vocab_size=VOCABULARY, max_sequence_length=LENGTH).to(dtype)
+        net = GPTModel(shape, get_gpt_layer_local_spec(), vocab_size=VOCABULARY, max_sequence_length=LENGTH)
+        net = net.to(dtype).cuda()
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         self.ddp = DistributedDataParallel(shape, ddp, net)
         self.timers = Timers(1, "max")
@@ -98,7 +103,8 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, object]:
     sides = {"separate": Side(dtype, merged=False), "single": Side(dtype, merged=True)}
     size = max(buffer.numel for side in sides.values() for buffer in side.ddp.buffers)
     for round_ in range(WARM_UP + rounds):
-        gradients = torch.randn(size, generator=torch.Generator().manual_seed(round_)) * 1e-2
+        torch.manual_seed(round_)
+        gradients = torch.randn(size, device="cuda") * 1e-2  # in a rehearsal that is the CPU
         # Who goes second finds a warmer or a colder cache.
         order = list(sides.values())[:: 1 if round_ % 2 else -1]
         norms = [side.step(gradients) for side in order]
@@ -136,7 +142,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable(logging.WARNING)  # Megatron lists every parameter
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29555", "RANK": "0", "WORLD_SIZE": "1"}
-    dist.init_process_group("gloo")
+    dist.init_process_group("nccl" if GPU else "gloo")
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     results = {name: measure(getattr(torch, name), args.rounds) for name in ("bfloat16", "float16")}
@@ -145,9 +151,9 @@ def main() -> None:
         record = {
             "date": datetime.now(UTC).date().isoformat(),
             "command": " ".join(["python", "benchmarks/megatron_step.py", *sys.argv[1:]]),
-            "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+            "machine": MACHINE,
             "threads": torch.get_num_threads(),
-            "versions": {name: version(name) for name in ("torch", "megatron-core", "s3-megatron")},
+            "versions": {name: version(name) for name in ("torch", "megatron-core")} | {"s3-megatron": __version__},
             "rounds": args.rounds,
             "unit": "ms, median",
             **results,

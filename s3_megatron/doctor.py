@@ -53,6 +53,9 @@ found["works_on"] = ["any device: foreach"]
 if obstacles["C++"] is None:
     found["works_on"].append(f"CPU: C++ ({cpu.loop_name()})")
 if obstacles["Triton"] is None:
+    from s3_megatron.kernels.triton.trial import fault
+    obstacles["Triton"] = fault("cuda")
+if obstacles["Triton"] is None:
     found["works_on"].append("GPU: Triton")
 found["obstacles"] = {name: obstacle for name, obstacle in obstacles.items() if obstacle}
 """,

@@ -35,13 +35,13 @@ def table(rows: list["Row"]) -> Table:
     table = Table(
         title="bytes an element, and what a thread holds",
         title_justify="left",
-        caption="types: weight, gradient, states, model's weight; access in bits",
+        caption="types: weight, gradient, states, model's weight; access in bits; together: vector loads before a wait",
         caption_justify="left",
         box=None,
     )
     for heading in ("GPU", "types", "p", "aligned"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("loads", "stores", "least", "access", "registers", "spilled"):
+    for heading in ("loads", "stores", "least", "access", "registers", "spilled", "instructions", "together"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         layout = row.layout
@@ -51,6 +51,8 @@ def table(rows: list["Row"]) -> Table:
             *(f"{row.loaded:g}", f"{row.stored:g}", f"{row.least_loaded + row.least_stored}"),
             f"{row.narrowest}" if row.narrowest == row.widest else f"{row.narrowest}-{row.widest}",
             *(f"{row.registers}", f"{row.spilled}"),
+            f"{row.instructions}" if row.instructions else "-",
+            f"{row.together} of {row.loads}" if row.loads else "-",
         )
     return table
 

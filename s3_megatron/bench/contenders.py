@@ -20,55 +20,97 @@ type Make = Callable[..., torch.optim.Optimizer]
 class Contender:
     """An optimizer by name, how to build it, and the bytes an element its algorithm has to move.
 
-    One that takes seconds a step, and many times the weights' memory, is left out above ``largest`` parameters.
+    One that takes seconds a step, or many times the weights' memory, is left out above ``largest`` parameters and
+    ``most`` tensors. With the options ``capturable`` a step can be captured in a CUDA graph; None: it cannot.
     """
 
     name: str
     make: Make
     bytes: int
     largest: float = math.inf
+    most: float = math.inf
+    capturable: dict[str, bool] | None = None
 
 
 def contenders(device: str) -> tuple[list[Contender], list[str]]:
     """List the optimizers that run here for float32 weights and gradients, and say why others do not."""
     # Read x, g, m, r; write x, m, r.
     full, half = 7 * 4, 3 * 4 + 4 * 2
+    graph = {"capturable": True}
     s3: Callable[..., S3] = partial(S3, lr=1e-4, weight_decay=0.1)
-    found = [Contender(f"S3 p={p}", partial(s3, p=p), full) for p in (3, 2, 1)]
+    adamw = partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.1)
+    # All of them hold their states at once; a GPU of 80 GB has room for some of 10^9 weights.
+    some = math.inf if device == "cpu" else 400e6
+    found = [Contender("S3 p=3", partial(s3, p=3), full, capturable=graph)]
+    found += [Contender(f"S3 p={p}", partial(s3, p=p), full, some, capturable=graph) for p in (2, 1)]
     found += [
-        Contender("S3 p=3, bf16 states", partial(s3, state_dtype=torch.bfloat16), half),
-        Contender("S3 p=3, bf16 stochastic", partial(s3, state_dtype=torch.bfloat16, rounding_seed=0), half),
-        Contender("S3 p=1.5", partial(s3, p=1.5), full),
-        Contender("S3 p=3, foreach", partial(s3, implementation="foreach"), full, largest=50e6),
-        Contender(ADAMW, partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.1, fused=True), full),
+        Contender("S3 p=3, bf16 states", partial(s3, state_dtype=torch.bfloat16), half, capturable=graph),
         Contender(
-            "AdamW, torch foreach", partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.1, foreach=True), full, 50e6
+            "S3 p=3, bf16 stochastic",
+            partial(s3, state_dtype=torch.bfloat16, rounding_seed=0),
+            half,
+            capturable=graph,
         ),
+        Contender("S3 p=1.5", partial(s3, p=1.5), full, some, capturable=graph),
+        Contender("S3 p=3, foreach", partial(s3, implementation="foreach"), full, largest=50e6, most=1000),
+        Contender(ADAMW, partial(adamw, fused=True), full, capturable=graph),
+        # Megatron's and DeepSpeed's Adam on a GPU without Transformer Engine, Apex or a compiler.
+        Contender("AdamW, torch foreach", partial(adamw, foreach=True), full, 50e6 if device == "cpu" else 400e6),
     ]
     missing = []
-    for name, find in _others(device):
+    for name, bytes_, most, find in _others(device):
         try:
-            found.append(Contender(name, partial(find(), lr=1e-4, weight_decay=0.1), full))
+            found.append(Contender(name, partial(find(), lr=1e-4, weight_decay=0.1), bytes_, some, most))
         except Exception as error:  # a package that is missing, or does not build here
             missing.append(f"{name}: {str(error).strip().splitlines()[0]}")
     return found, missing
 
 
-def _others(device: str) -> Iterator[tuple[str, Callable[[], Make]]]:
+def _others(device: str) -> Iterator[tuple[str, int, float, Callable[[], Make]]]:
+    """Name, bytes an element, most tensors, and what finds the class."""
     if device == "cpu":
-        yield "DeepSpeedCPUAdam", _deepspeed
-    else:
-        yield "FusedAdam, Transformer Engine", _transformer_engine
-        yield "FusedAdam, Apex", _apex
+        yield "DeepSpeedCPUAdam", 28, math.inf, _deepspeed_cpu
+        return
+    yield "FusedAdam, DeepSpeed", 28, math.inf, _deepspeed_gpu
+    yield "FusedAdam, Transformer Engine", 28, math.inf, _transformer_engine
+    yield "FusedAdam, Apex", 28, math.inf, _apex
+    # Read x, g, m, v; write x, m, v: of the states a byte each, and a scale for every block.
+    yield "AdamW 8-bit, bitsandbytes", 16, 1000, _bitsandbytes
+    # It compiles itself for every kind of tensor.
+    yield "AdamW 8-bit, torchao", 16, 1, _torchao
 
 
-def _deepspeed() -> Make:
-    # It compiles itself by ninja, which may stand beside this Python and not on the PATH.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+def _deepspeed_cpu() -> Make:
+    _find_ninja()
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     DeepSpeedCPUAdam([torch.nn.Parameter(torch.zeros(1))])
     return DeepSpeedCPUAdam
+
+
+def _deepspeed_gpu() -> Make:
+    _find_ninja()
+    from deepspeed.ops.adam import FusedAdam
+
+    FusedAdam([torch.nn.Parameter(torch.zeros(1, device="cuda"))])
+    return partial(FusedAdam, adam_w_mode=True)
+
+
+def _find_ninja() -> None:
+    """DeepSpeed compiles itself by ninja, which may stand beside this Python and not on the PATH."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+def _bitsandbytes() -> Make:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
+
+
+def _torchao() -> Make:
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit
 
 
 def _transformer_engine() -> Make:

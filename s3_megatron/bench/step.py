@@ -1,8 +1,6 @@
 """The time of one optimizer step: contenders taking turns in one process, beside the machine's own bandwidth."""
 
 import platform
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -13,20 +11,28 @@ import torch
 from rich.table import Table
 
 from s3_megatron import machine
-from s3_megatron.bench import host
+from s3_megatron.bench import host, timing
 from s3_megatron.bench.contenders import ADAMW, Contender, contenders
+from s3_megatron.bench.timing import WARM_UP, Times
 from s3_megatron.kernels.cpu import library
 
 SHARDS = 1000
 S3 = "S3 p=3"
-WARM_UP = 3
+# Shards of a large model on a GPU, where a tensor of 30,000 weights takes no time beside its launch.
+MANY, MANY_FROM = 10_000, 300_000_000
+# Elements: Megatron's buffers begin every parameter at a multiple of it (DistributedOptimizer, megatron-core 0.19.2).
+ALIGNMENT = 64
 # Bytes a second that a core of a usual offload node gets, with all of them busy.
 SLOW_CORE = 8e9
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender on one size and layout; times in milliseconds, bandwidth in 10^9 bytes a second."""
+    """One contender on one size and layout; times in milliseconds, bandwidth in 10^9 bytes a second.
+
+    ``ms`` is the whole step, as a trainer waits for it. On a GPU ``kernel_ms`` is what it is busy, ``graph_ms`` a
+    replay of the step captured in a CUDA graph, and bandwidth that of ``kernel_ms``.
+    """
 
     parameters: int
     tensors: int
@@ -37,6 +43,10 @@ class Row:
     share_of_stream: float
     ratio: float  # to fused AdamW in the same rounds
     ms_at_slow_cores: float  # computed: the measured time, or what the bytes take at SLOW_CORE
+    share_of_copy: float
+    kernel_ms: float | None = None
+    kernel_ratio: float | None = None  # to fused AdamW's, alike
+    graph_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,103 +54,136 @@ class Result:
     """All rows of a run, and what it ran on."""
 
     machine: dict[str, Any]
-    stream: float  # 10^9 bytes a second
+    stream: float  # 10^9 bytes a second, of a loop that works in place
+    copy: float  # 10^9 bytes a second, read and written, of a copy
     rows: list[Row]
     host: list[host.Host]
     missing: list[str]
 
 
 def measure(
-    device: str, sizes: list[int], threads: int, repeats: int, on_progress: Callable[[str], None] = lambda text: None
+    device: str,
+    sizes: list[int],
+    threads: int,
+    repeats: int,
+    on_progress: Callable[[str], None] = lambda text: None,
+    on_rows: Callable[[Result], None] = lambda result: None,
 ) -> Result:
-    """Time a step of every contender at every size, as one tensor and as a thousand of odd sizes.
+    """Time a step of every contender at every size, as one tensor and as a thousand (and more) of odd sizes.
 
     A time is the median of ``repeats`` rounds after three; in a round each contender takes one step, so that what
-    slows the machine slows all.
+    slows the machine slows all. ``on_rows`` gets what there is whenever there is more.
     """
     torch.set_num_threads(threads)
     found, missing = contenders(device)
-    stream = _stream(device, repeats)
-    rows: list[Row] = []
+    stream, copy = _ceilings(device, repeats)
+    result = Result(_machine(device, threads, repeats), stream / 1e9, copy / 1e9, [], [], missing)
     for size in sizes:
-        for tensors in (1, SHARDS):
+        for tensors in (1, SHARDS, *((MANY,) if device != "cpu" and size >= MANY_FROM else ())):
             on_progress(f"{size:,} parameters in {tensors:,} tensors")
             params = _parameters(size, tensors, device)
-            entrants = [contender for contender in found if size <= contender.largest]
-            times = _times([(entrant, entrant.make(params)) for entrant in entrants], device, repeats)
-            adamw = statistics.median(times[ADAMW])
-            rows += [_row(entrant, size, tensors, times[entrant.name], stream, adamw, threads) for entrant in entrants]
+            entrants = [one for one in found if size <= one.largest and tensors <= one.most]
+            times, graphs = _times(entrants, params, device, repeats, missing)
+            for one in entrants:
+                if one.name in times:
+                    adamw = times.get(ADAMW, times[one.name])
+                    row = _row(one, size, tensors, times[one.name], adamw, result, threads, graphs.get(one.name))
+                    result.rows.append(row)
+            on_rows(result)
             del params  # before the next ones
     on_progress("host time")
     compared = [contender for contender in found if contender.name in (S3, ADAMW)]
-    times_of_host = host.measure(compared, device, repeats)
-    return Result(_machine(device, threads, repeats), stream / 1e9, rows, times_of_host, missing)
+    result.host.extend(host.measure(compared, device, repeats))
+    on_rows(result)
+    return result
 
 
 def _row(
-    contender: Contender, size: int, tensors: int, times: list[float], stream: float, adamw: float, threads: int
+    contender: Contender,
+    size: int,
+    tensors: int,
+    times: Times,
+    adamw: Times,
+    result: Result,
+    threads: int,
+    graph: float | None = None,
 ) -> Row:
-    seconds, moved = statistics.median(times), contender.bytes * size
+    moved = contender.bytes * size
+    busy = times.whole if times.kernels is None else times.kernels
+    bandwidth = moved / busy / 1e9
     return Row(
         parameters=size,
         tensors=tensors,
         name=contender.name,
-        ms=seconds * 1e3,
+        ms=times.whole * 1e3,
         bytes=contender.bytes,
-        bandwidth=moved / seconds / 1e9,
-        share_of_stream=moved / seconds / stream,
-        ratio=seconds / adamw,
-        ms_at_slow_cores=max(seconds, moved / (SLOW_CORE * threads)) * 1e3,
+        bandwidth=bandwidth,
+        share_of_stream=bandwidth / result.stream,
+        ratio=times.whole / adamw.whole,
+        ms_at_slow_cores=max(times.whole, moved / (SLOW_CORE * threads)) * 1e3,
+        share_of_copy=bandwidth / result.copy,
+        kernel_ms=None if times.kernels is None else times.kernels * 1e3,
+        kernel_ratio=None if times.kernels is None or adamw.kernels is None else times.kernels / adamw.kernels,
+        graph_ms=None if graph is None else graph * 1e3,
     )
 
 
 def _times(
-    entrants: list[tuple[Contender, torch.optim.Optimizer]], device: str, repeats: int
-) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {contender.name: [] for contender, _ in entrants}
-    for round in range(WARM_UP + repeats):
-        for contender, optimizer in entrants:
-            seconds = _time(optimizer.step, device)
-            if round >= WARM_UP:
-                times[contender.name].append(seconds)
-    return times
-
-
-def _time(run: Callable[[], object], device: str) -> float:
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start_event.record()
-    run()
-    end_event.record()
-    torch.cuda.synchronize()
-    return float(start_event.elapsed_time(end_event)) / 1e3
+    entrants: list[Contender], params: list[torch.nn.Parameter], device: str, repeats: int, missing: list[str]
+) -> tuple[dict[str, Times], dict[str, float | None]]:
+    """Time the contenders in turns, and graphs of those that can be captured; one that fails is told in ``missing``."""
+    racing = {}
+    for contender in entrants:
+        optimizer = contender.make(params)
+        try:
+            optimizer.step()  # allocates its state, and compiles
+        except RuntimeError as error:  # of memory, or of a kernel that does not fit this GPU
+            line = next(iter(str(error).strip().splitlines()), "")
+            missing.append(f"{contender.name}, {len(params):,} tensors: {line}")
+        else:
+            racing[contender.name] = optimizer
+    times: dict[str, list[Times]] = {name: [] for name in racing}
+    for _ in range(WARM_UP + repeats):
+        for name, optimizer in racing.items():
+            times[name].append(timing.once(optimizer.step, device))
+    del racing
+    graphs = {
+        one.name: timing.replayed(one.make(params, **one.capturable).step, device, repeats)
+        for one in entrants
+        if one.name in times and one.capturable is not None and device != "cpu"
+    }
+    return {name: timing.median(taken[WARM_UP:]) for name, taken in times.items()}, graphs
 
 
 def _parameters(size: int, tensors: int, device: str) -> list[torch.nn.Parameter]:
-    """Cut one flat buffer of weights and one of gradients into tensors of odd sizes, as a rank's shard is cut."""
-    generator = torch.Generator().manual_seed(0)
-    cuts = torch.randperm(size - 1, generator=generator)[: tensors - 1].sort().values + 1
-    lengths = torch.diff(cuts, prepend=torch.tensor([0]), append=torch.tensor([size])).tolist()
-    weights = torch.randn(size, generator=generator).to(device)
-    grads = (torch.randn(size, generator=generator) * 1e-3).to(device)
+    """Cut one flat buffer of weights and one of gradients into tensors of odd sizes, as Megatron cuts a rank's shard.
+
+    Every tensor begins at a multiple of ``ALIGNMENT`` elements.
+    """
+    shares = torch.rand(tensors, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    ends = (shares.cumsum(0) / shares.sum() * (size - tensors)).long() + torch.arange(1, tensors + 1)
+    lengths = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.int64)).tolist()
+    padded = [-(-length // ALIGNMENT) * ALIGNMENT for length in lengths]
+    torch.manual_seed(0)
+    weights, grads = (torch.randn(sum(padded), device=device) for _ in range(2))
+    grads *= 1e-3
     params = []
-    for weight, grad in zip(weights.split(lengths), grads.split(lengths), strict=True):
-        params.append(torch.nn.Parameter(weight))
-        params[-1].grad = grad
+    for length, weight, grad in zip(lengths, weights.split(padded), grads.split(padded), strict=True):
+        params.append(torch.nn.Parameter(weight[:length]))
+        params[-1].grad = grad[:length]
     return params
 
 
-def _stream(device: str, repeats: int) -> float:
-    """Measure what the memory gives a loop that does nothing else, a <- a + 3 b in place: bytes a second.
+def _ceilings(device: str, repeats: int) -> tuple[float, float]:
+    """Measure what the memory gives loops that do nothing else: bytes a second of a <- a + 3 b, and of a copy.
 
-    In place as a step is: a loop that writes what it has not read moves more than it seems to.
+    The first is in place as a step is: on a CPU a loop that writes what it has not read moves more than it seems to.
     """
-    a, b = (torch.randn(60_000_000, device=device) for _ in range(2))
-    times = [_time(lambda: a.add_(b, alpha=3.0), device) for _ in range(WARM_UP + repeats)]
-    return 3 * a.element_size() * a.numel() / statistics.median(times[WARM_UP:])
+    a, b = (torch.randn(60_000_000 if device == "cpu" else 500_000_000, device=device) for _ in range(2))
+    size = a.element_size() * a.numel()
+    added = timing.steady(lambda: a.add_(b, alpha=3.0), device, repeats)
+    copied = timing.steady(lambda: a.copy_(b), device, repeats)
+    return 3 * size / added, 2 * size / copied
 
 
 def _machine(device: str, threads: int, repeats: int) -> dict[str, Any]:
@@ -171,30 +214,49 @@ def as_json(result: Result, command: str) -> dict[str, Any]:
     return {"command": command, **asdict(result)}
 
 
+_CAPTIONS = {
+    "cpu": "ms slow: computed, at 8 GB/s a core",
+    "cuda": "ms: the whole step; kernel ms: the GPU alone, of which GB/s are; graph ms: a captured step, replayed",
+}
+
+
+def _cells(row: Row, device: str) -> dict[str, str]:
+    """What is shown of a row, by the column's heading."""
+    common = {"ms": f"{row.ms:.2f}", "x AdamW": f"{row.ratio:.2f}", "bytes": f"{row.bytes}"}
+    if device == "cpu":
+        slow = {"stream": f"{row.share_of_stream:.0%}", "ms slow": f"{row.ms_at_slow_cores:.2f}"}
+        return {**common, "GB/s": f"{row.bandwidth:.1f}", **slow}
+    return {
+        **common,
+        "kernel ms": _text(row.kernel_ms),
+        "kernel x": _text(row.kernel_ratio),
+        "GB/s": f"{row.bandwidth:.0f}",
+        "copy": f"{row.share_of_copy:.0%}",
+        "graph ms": _text(row.graph_ms),
+    }
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def tables(result: Result) -> Iterator[Table]:
     """Lay out the rows, one table a size and layout."""
     for size, tensors in dict.fromkeys((row.parameters, row.tensors) for row in result.rows):
         table = Table(
             title=f"{size:,} parameters, {tensors:,} tensor{'s' * (tensors > 1)}",
             title_justify="left",
-            caption="ms slow: computed, at 8 GB/s a core",
+            caption=_CAPTIONS[result.machine["device"]],
             caption_justify="left",
             box=None,
         )
         table.add_column("", no_wrap=True)
-        for heading in ("ms", "bytes", "GB/s", "stream", "x AdamW", "ms slow"):
+        rows = [row for row in result.rows if (row.parameters, row.tensors) == (size, tensors)]
+        cells = [_cells(row, result.machine["device"]) for row in rows]
+        for heading in cells[0]:
             table.add_column(heading, justify="right", no_wrap=True)
-        for row in result.rows:
-            if (row.parameters, row.tensors) == (size, tensors):
-                table.add_row(
-                    row.name,
-                    f"{row.ms:.2f}",
-                    f"{row.bytes}",
-                    f"{row.bandwidth:.1f}",
-                    f"{row.share_of_stream:.0%}",
-                    f"{row.ratio:.2f}",
-                    f"{row.ms_at_slow_cores:.2f}",
-                )
+        for row, cell in zip(rows, cells, strict=True):
+            table.add_row(row.name, *cell.values())
         yield table
     table = Table(title="host time of a step, tensors of one element", title_justify="left", box=None)
     table.add_column("tensors", justify="right")

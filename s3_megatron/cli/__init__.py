@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,13 +105,25 @@ def step(
     if min(sizes) <= bench.SHARDS:
         raise S3Error(f"--parameters is {min(sizes)}: it must be more than {bench.SHARDS}, one for each tensor")
     with errors.status("measuring") as status:
-        result = bench.measure(device, sizes, threads or machine.cores(), repeats, status.update)
+        keep = partial(_keep, json_file, shlex.join(["s3-megatron", *sys.argv[1:]]))
+        result = bench.measure(device, sizes, threads or machine.cores(), repeats, status.update, keep)
     for table in bench.tables(result):
         console.print(table)
-    line(f"stream {result.stream:.1f} GB/s on {result.machine['processor']}, kernel: {result.machine['kernel']}")
+    ceilings = f"stream {result.stream:.1f} GB/s, copy {result.copy:.1f} GB/s"
+    line(f"{ceilings} on {result.machine['processor']}, kernel: {result.machine['kernel']}")
     for reason in result.missing:
         line(f"not measured: {reason}")
-    _write_json(json_file, bench.as_json(result, shlex.join(["s3-megatron", *sys.argv[1:]])))
+    if json_file is not None:
+        line(f"wrote {json_file}")
+
+
+def _keep(path: Path | None, command: str, result: Any) -> None:
+    """Write what is measured so far: the large sizes come last, and take long."""
+    if path is not None:
+        from s3_megatron.bench import step as bench
+        from s3_megatron.files import write_file
+
+        write_file(path, (json.dumps(bench.as_json(result, command), indent=1) + "\n").encode())
 
 
 @bench_app.command()

@@ -19,6 +19,7 @@ from s3_megatron.errors import S3Error
 from s3_megatron.jobs.catalog import CONFIGS, find
 from s3_megatron.jobs.cluster import Cluster
 from s3_megatron.jobs.job import Job
+from s3_megatron.jobs.node.gpus import least_memory
 from s3_megatron.jobs.recipe import Recipe
 
 
@@ -68,21 +69,25 @@ def _recipe(name: str, settings: list[str]) -> Recipe:
     return validated(Recipe, merged, path)
 
 
-def _cluster(name: str, settings: list[str]) -> dict[str, Any]:
+def _cluster(name: str, settings: list[str]) -> Cluster:
     path = find("cluster", name)
-    return validated(
-        Cluster, lambda as_written: _merged(path, _read(path, as_written), settings, as_written), path
-    ).model_dump()
+    return validated(Cluster, lambda as_written: _merged(path, _read(path, as_written), settings, as_written), path)
 
 
-def _here(cluster: dict[str, Any]) -> dict[str, Any]:
-    """Settle ``accelerator: auto``, by the GPUs' device files: asking torch would take seconds."""
-    if cluster["accelerator"] == "auto":
+def _here(cluster: Cluster) -> dict[str, Any]:
+    """Settle ``accelerator: auto``, by the GPUs' device files: asking torch would take seconds.
+
+    The GPUs' own memory then counts, where the file says none.
+    """
+    settled = cluster.model_dump()
+    if cluster.accelerator == "auto":
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if hidden is None else len(hidden.split(",")) * bool(hidden)
-        cluster["accelerator"] = "gpu" if gpus else "cpu"
-        cluster["ranks_per_node"] = gpus or cluster["ranks_per_node"]
-    return cluster
+        settled["accelerator"] = "gpu" if gpus else "cpu"
+        settled["ranks_per_node"] = gpus or settled["ranks_per_node"]
+        if gpus and "memory_gib" not in cluster.gpu.model_fields_set and (memory := least_memory()):
+            settled["gpu"]["memory_gib"] = memory
+    return settled
 
 
 def _read(path: Path, as_written: bool) -> DictConfig:

@@ -185,7 +185,7 @@ class S3(torch.optim.Optimizer):
                 lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device="cpu"),
                 self.grad_scale,
                 self.found_inf,
-                None if seed is None else torch.as_tensor(seed, device=params[0].device),
+                _on(params[0].device, seed),
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 p=group["p"],
@@ -296,3 +296,10 @@ class S3(torch.optim.Optimizer):
                 continue
             value = torch.as_tensor(value, dtype=dtype).to(group["params"][0].device)
             group[name] = held.copy_(value) if isinstance(held, Tensor) else value
+
+
+def _on(device: torch.device, seed: int | Tensor | None) -> Tensor | None:
+    """The seed as a tensor there. Not as_tensor for a number: it copies from the host, which then waits for the GPU."""
+    if seed is None or isinstance(seed, Tensor):
+        return None if seed is None else seed.to(device)
+    return torch.full((), seed, dtype=torch.int64, device=device)

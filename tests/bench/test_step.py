@@ -8,7 +8,9 @@ from typer.testing import CliRunner
 
 from s3_megatron import cli
 from s3_megatron.bench import step as bench
+from s3_megatron.bench import timing
 from s3_megatron.bench.contenders import ADAMW
+from s3_megatron.bench.timing import Times
 
 
 @pytest.mark.slow
@@ -41,11 +43,17 @@ def test_every_contender_takes_its_steps_and_is_compared_with_fused_adamw(tmp_pa
 def test_bandwidth_and_ratios_are_computed_from_the_median():
     """10^9 parameters at 28 bytes in 2 s are 14 GB/s: a quarter of a stream of 56, and half of an AdamW of 4 s."""
     contender = bench.Contender("S3", lambda params: None, 28)
-    row = bench._row(contender, 10**9, 1, [2.0, 1.0, 9.0], stream=56e9, adamw=4.0, threads=2)
+    result = bench.Result({}, 56.0, 28.0, [], [], [])
+    taken = timing.median([Times(2.0), Times(1.0), Times(9.0)])
+    row = bench._row(contender, 10**9, 1, taken, Times(4.0), result, threads=2)
     assert (row.ms, row.bandwidth, row.share_of_stream, row.ratio) == (2000, 14, 0.25, 0.5)
+    assert (row.share_of_copy, row.kernel_ms, row.graph_ms) == (0.5, None, None)
     # 28 GB at 16 GB/s take 1.75 s: at 8 GB/s a core the same step is bound by its own 2 s.
     assert row.ms_at_slow_cores == 2000
-    assert bench._row(contender, 10**9, 1, [1.0], stream=56e9, adamw=4.0, threads=2).ms_at_slow_cores == 1750
+    assert bench._row(contender, 10**9, 1, Times(1.0), Times(4.0), result, threads=2).ms_at_slow_cores == 1750
+    # On a GPU the bandwidth is its own, whatever Python takes beside it.
+    row = bench._row(contender, 10**9, 1, Times(2.0, 1.0), Times(4.0, 0.5), result, threads=2, graph=1.5)
+    assert (row.bandwidth, row.ratio, row.kernel_ms, row.kernel_ratio, row.graph_ms) == (28, 0.5, 1000, 2, 1500)
 
 
 def test_shards_cover_the_parameters_once_and_are_of_odd_sizes():
@@ -53,6 +61,9 @@ def test_shards_cover_the_parameters_once_and_are_of_odd_sizes():
     assert sum(param.numel() for param in params) == 100_003 and len({param.numel() for param in params}) > 50
     addresses = [param.data_ptr() for param in params]
     assert addresses == sorted(addresses) and min(param.numel() for param in params) > 0
+    assert {address - addresses[0] for address in addresses} <= set(range(0, addresses[-1], 64 * 4)) | {0}
+    assert all(param.grad.shape == param.shape and not torch.equal(param.grad, param) for param in params)
+    assert bench._parameters(7, 1, "cpu")[0].numel() == 7
 
 
 @pytest.mark.parametrize(

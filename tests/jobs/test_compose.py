@@ -168,6 +168,16 @@ def test_without_a_scheduler_there_is_one_node_with_what_it_has(monkeypatch: pyt
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     job = compose.load("gpt2_345m", "local")
     assert (job.cluster.accelerator, job.ranks, job.rehearsed) == ("gpu", 4, False)
+    assert job.cluster.gpu.memory_gib == 80, "nvidia-smi does not say here"
+
+
+def test_the_memory_of_the_gpus_that_are_here_counts(monkeypatch: pytest.MonkeyPatch):
+    """80 GiB were assumed of every GPU, and a job that cannot fit a smaller one passed its check."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(compose, "least_memory", lambda: 23.99)  # nvidia-smi: these machines have none
+    assert compose.load("gpt2_345m", "local").cluster.gpu.memory_gib == 23.99
+    assert compose.load("gpt2_345m", "local", ["cluster.gpu.memory_gib=40"]).cluster.gpu.memory_gib == 40
+    assert compose.load("gpt2_345m", "slurm").cluster.gpu.memory_gib == 80, "the cluster's file says so"
 
 
 def test_flags_say_what_the_recipe_says():

@@ -65,6 +65,44 @@ def test_a_gpu_that_fell_off_the_bus(tools: Path) -> None:
     assert state == "bad" and "fails with 15: Unable to determine" in text
 
 
+def test_an_answer_that_is_not_understood(tools: Path) -> None:
+    """A driver's warning on stdout with exit code 0 ended the check in a ValueError, which was taken for a fault of the
+    shared storage: no node was excluded."""
+    nvidia_smi(tools, "WARNING: infoROM is corrupted at gpu 0000:3B:00.0\n" + GPUS)
+    state, text = states()["gpus"]
+    assert state == "bad" and "answers 'WARNING: infoROM is corrupted" in text and "4 values" in text
+    nvidia_smi(tools, apps="GPU-b, 4711\n")
+    assert states()["gpu processes"][0] == "not checked"
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"),
+    [
+        ("GPU-b", 1),
+        ("GPU-b,GPU-a", 2),
+        ("GPU-", 0),  # two begin so
+        ("1,0", 2),
+        ("0,-1,1", 1),  # CUDA stops at what it does not know
+        ("", 0),
+        ("MIG-GPU-a/1/0", 2),  # a part of a GPU, which no row shows
+    ],
+)
+def test_the_gpus_that_a_job_was_given(tools: Path, visible: str, seen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some schedulers give UUIDs; all GPUs of the node were counted then, and others' processes held against it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert states()["gpus"][1] == f"{seen} of 2 seen by nvidia-smi"
+
+
+def test_the_smallest_gpus_memory(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tools / "sizes").write_text("0, GPU-a, 81559\n1, GPU-b, 24564\n")
+    script(tools, "nvidia-smi", f"cat {tools}/sizes")
+    assert gpus.least_memory() == 24564 / 1024
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a")
+    assert gpus.least_memory() == 81559 / 1024
+    (tools / "sizes").write_text("0, GPU-a, [N/A]\n")
+    assert gpus.least_memory() is None
+
+
 def test_memory_errors(tools: Path) -> None:
     nvidia_smi(tools, "0, GPU-a, 0, 0\n1, GPU-b, 2, 7\n")
     assert states()["ecc"] == ("bad", "uncorrected memory errors since the driver was loaded: GPU 1: 2")

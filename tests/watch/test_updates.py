@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from s3_megatron.watch import updates
 from s3_megatron.watch.updates import adam_update_statistics
 
 
@@ -41,3 +42,22 @@ def test_optimizers_of_another_kind_count_as_nothing() -> None:
     param.grad = torch.ones(3)
     optimizer.step()
     assert adam_update_statistics(optimizer).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("settings", [{"fused": True}, {"foreach": True}])
+def test_however_adam_keeps_its_step_and_however_large_a_weight_is(settings: dict, monkeypatch) -> None:
+    """Fused AdamW counts in tensors on the weights' device; states are looked at in parts, the last of
+    which is short. Float32 arithmetic of four roundings, against float64: 1e-6."""
+    monkeypatch.setattr(updates, "_AT_ONCE", 10)
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(7, 3))
+    optimizer = torch.optim.AdamW([param], **settings)
+    for _ in range(3):
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+    state = optimizer.state[param]
+    mean, square = (state[name].double() / (1 - beta**3) for name, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999)))
+    wanted = (mean / (square.sqrt() + 1e-8)).abs()
+    torch.testing.assert_close(
+        adam_update_statistics(optimizer), torch.stack([wanted.sum(), wanted.max()]), rtol=1e-6, atol=0.0
+    )

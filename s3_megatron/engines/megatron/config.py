@@ -53,11 +53,25 @@ _UNSUPPORTED = {
 }
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Shows a help text that argparse cannot fill in as it is: one of megatron-core 0.19.2's has a bare %.
+
+    That is --moe-paged-stash-buffer-size-factor-cuda's; with it, --help of a whole entry ended in a ValueError.
+    """
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        try:
+            return super()._expand_help(action)
+        except (KeyError, TypeError, ValueError):
+            return action.help or ""
+
+
 def add_flags(original: Callable[..., argparse.ArgumentParser]) -> Callable[..., argparse.ArgumentParser]:
     """Wrap ``megatron.training.arguments._add_training_args`` (0.17.1 to 0.19.2), which defines ``--optimizer``."""
 
     @functools.wraps(original)
     def _add_training_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser.formatter_class = _Formatter
         parser = original(parser)
         # Megatron's usage is hundreds of lines, which would bury the one line that says what is wrong.
         parser.usage = "%(prog)s [Megatron flags; --help lists them]"

@@ -88,8 +88,9 @@ def _watch(part: MegatronOptimizer) -> Watched:
 
 def adam_statistics(optimizer: torch.optim.Optimizer, elements: int) -> Tensor:
     """Give ``Watched.statistics`` of an Adam that moved ``elements``."""
-    statistics = torch.zeros(5, dtype=torch.float64)
-    statistics[:2] = adam_update_statistics(optimizer)
+    found = adam_update_statistics(optimizer)
+    statistics = torch.zeros(5, dtype=torch.float64, device=found.device)
+    statistics[:2] = found
     statistics[4] = elements
     return statistics
 

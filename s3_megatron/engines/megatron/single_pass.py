@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer, clip_grads
 from megatron.core.optimizer import optimizer as host
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MixedPrecisionOptimizer
 from torch import Tensor
@@ -164,18 +164,27 @@ def norm_of_unscaled(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``get_grad_norm_fp32`` of ``megatron.core.optimizer.optimizer`` (0.17.1 to 0.19.2).
 
     It reduces over ranks. The 2-norm of a list is the one of its tensors' norms, so each gradient that is still scaled
-    gives way to its norm.
+    gives way to its norm. So do S3's other gradients where the host has neither Transformer Engine nor Apex: its
+    ``local_multi_tensor_l2_norm`` waits for the GPU once a tensor.
     """
 
     @functools.wraps(original)
     def get_grad_norm_fp32(grads_for_norm: Any, *args: Any, **kwargs: Any) -> Any:
         known: dict[Tensor, Tensor] = {grad: norm for single in _live for grad, norm in single.norms.items()}
-        if not known:
-            return original(grads_for_norm, *args, **kwargs)
-        if args or kwargs.get("norm_type", 2) != 2:
+        two = not args and kwargs.get("norm_type", 2) == 2
+        if known and not two:
             raise S3Error("megatron-core asks for another norm than the 2-norm, as 0.19.2 does not: report this one")
+        if not two or isinstance(grads_for_norm, Tensor):
+            return original(grads_for_norm, *args, **kwargs)
         norms = [known[grad] for grad in grads_for_norm if grad in known]
         others = [grad for grad in grads_for_norm if grad not in known]
+        if getattr(clip_grads.l2_norm_impl, "__name__", "") == "local_multi_tensor_l2_norm":
+            ours = {param.grad for single in _live for param in single.part.get_parameters()}
+            apart = [grad for grad in others if grad not in ours or type(grad) is not Tensor]
+            if len(apart) < len(others):
+                ours -= set(apart)
+                norms += torch._foreach_norm([grad for grad in others if grad in ours])
+                others = apart
         return original([*([torch.stack(norms)] if norms else []), *others], **kwargs)
 
     return get_grad_norm_fp32

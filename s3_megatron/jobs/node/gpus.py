@@ -52,15 +52,38 @@ def _query(what: str, fields: Sequence[str]) -> list[dict[str, str]] | str:
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0:
         return f"nvidia-smi fails with {done.returncode}: {' '.join((done.stdout + done.stderr).split())}"
-    return [dict(zip(fields, (cell.strip() for cell in line.split(",")), strict=True)) for line in lines]
+    rows = [[cell.strip() for cell in line.split(",")] for line in lines]
+    # A warning of the driver, or of a wrapper, comes on stdout, too, and with exit code 0.
+    if odd := [line for line, cells in zip(lines, rows, strict=True) if len(cells) != len(fields)]:
+        return f"nvidia-smi answers {odd[0]!r} where {len(fields)} values were asked for"
+    return [dict(zip(fields, cells, strict=True)) for cells in rows]
 
 
 def _ours(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Leave out GPUs of other jobs on this node, which nvidia-smi shows where SLURM does not confine devices."""
-    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if all(device.isdecimal() for device in mine):
-        return [row for row in rows if row["index"] in mine]
-    return rows
+    """Leave out GPUs of other jobs on this node, which nvidia-smi shows where SLURM does not confine devices.
+
+    CUDA_VISIBLE_DEVICES has indices or UUIDs, or the beginnings of UUIDs, and CUDA stops at one that it does not know.
+    Parts of a GPU (MIG) have UUIDs of their own, of which nvidia-smi's rows know nothing.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or "MIG-" in visible:
+        return rows
+    mine: list[dict[str, str]] = []
+    for device in (part.strip() for part in visible.split(",")):
+        one = [row for row in rows if device and (row["index"] == device or row["uuid"].startswith(device))]
+        if len(one) != 1:
+            break
+        mine += one
+    return mine
+
+
+def least_memory() -> float | None:
+    """The GiB of the smallest GPU here that this process may use, as nvidia-smi has it; None where it does not say."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    rows = _query("--query-gpu", ("index", "uuid", "memory.total"))
+    sizes = [] if isinstance(rows, str) else [row["memory.total"] for row in _ours(rows)]
+    return min(map(int, sizes)) / 1024 if sizes and all(size.isdecimal() for size in sizes) else None
 
 
 def _count(seen: int, wanted: int, where: str) -> Check:

@@ -72,7 +72,7 @@ def s3_step_(
             together, or a tensor's memory is not its value. Nothing has been written.
     """
     # Triton takes a second to import.
-    from s3_megatron.kernels.triton.launch import step_
+    from s3_megatron.kernels.triton.launch import form, step_
 
     hyperparameters = {
         "lr": 0.0 if lr.device.type != "cpu" else float(lr),
@@ -91,7 +91,7 @@ def s3_step_(
         "found_inf": found_inf,
         "statistics": statistics,
         "rounding_seed": rounding_seed,
-        "FORM": int(p) if p in (1, 2, 3) else 0,
+        "FORM": form(p),
         "NESTEROV": nesterov,
     }
     columns: Columns = [params, grads, exp_avgs, exp_avg_roots, *([model_params] if model_params else [])]

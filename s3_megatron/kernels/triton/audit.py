@@ -5,19 +5,16 @@ entries, lr, scale, found_inf) are not counted: 64 bytes to 1,024 elements.
 """
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from s3_megatron.kernels.triton import kernel
-from s3_megatron.kernels.triton.launch import options
+from s3_megatron.kernels.triton import kernel, sass
+from s3_megatron.kernels.triton.launch import form, options
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -60,7 +57,11 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one variant does on one target; ``narrowest`` is the smallest access in bits, ``spilled`` in bytes."""
+    """What one variant does on one target; ``narrowest`` is the smallest access in bits, ``spilled`` in bytes.
+
+    NVIDIA's only: a thread's ``instructions``, its vector ``loads``, and how many of them are issued before it waits
+    for one (``together``). 0 on AMD's, where none of them is read from the machine code.
+    """
 
     target: str
     layout: Layout
@@ -73,6 +74,9 @@ class Row:
     registers: int
     spilled: int
     shared: int
+    instructions: int
+    loads: int
+    together: int
 
 
 def audit(targets: Iterable[str] = TARGETS, layouts: Iterable[Layout] = (Layout(),)) -> list[Row]:
@@ -88,9 +92,10 @@ def compiled(target: GPUTarget, layout: Layout, **extra: int) -> triton.compiler
         "GRAD": getattr(tl, layout.grad),
         "STATE": getattr(tl, layout.state),
         "MODEL": getattr(tl, layout.model) if layout.model else None,
-        "FORM": int(layout.p) if layout.p in (1, 2, 3) else 0,
+        "FORM": form(layout.p),
         "NESTEROV": layout.nesterov,
         "ALIGNED": layout.aligned,
+        "TOGETHER": target.backend == "cuda",
         "BLOCK": kernel.BLOCK,
     }
     signature = {}
@@ -120,6 +125,8 @@ def _row(name: str, layout: Layout) -> Row:
     cuda = target.backend == "cuda"
     loads, stores = accesses(target, built.asm["ptx" if cuda else "amdgcn"])
     registers, spilled = resources(built)
+    listed = sass.instructions(built.asm["cubin"]) if cuda else []
+    together, vector_loads = sass.loads_before_a_wait(listed)
     least_loaded, least_stored = layout.least
     return Row(
         target=name,
@@ -133,13 +140,16 @@ def _row(name: str, layout: Layout) -> Row:
         registers=registers,
         spilled=spilled,
         shared=built.metadata.shared,
+        instructions=len(listed),
+        loads=vector_loads,
+        together=together,
     )
 
 
 def _ptx_accesses(assembly: str) -> Iterable[tuple[str, int]]:
     """Find PTX's global accesses; local ones count too, so that a spill shows as too many bytes."""
     arguments = set(re.findall(r"ld\.param\.b64\s+(%rd\d+)", assembly))
-    pattern = r"\b(ld|st)\.(?:global|local)[\w:.]*?(?:\.v(\d))?\.[bfus](\d+)\s(.*)"
+    pattern = r"\b(ld|st)\.(?:volatile\.)?(?:global|local)[\w:.]*?(?:\.v(\d))?\.[bfus](\d+)\s(.*)"
     for kind, vector, bits, operands in re.findall(pattern, assembly):
         address = re.search(r"\[\s*(%rd\d+)", operands)
         # Uniform: 64-bit scalars are table entries and the seed, a bare argument is lr, scale or found_inf.
@@ -157,13 +167,8 @@ def _amd_accesses(assembly: str) -> Iterable[tuple[str, int]]:
 
 def _cuda_resources(cubin: bytes) -> tuple[int, int]:
     """Return registers a thread and bytes of stack and local memory, from the cuobjdump of Triton's wheel."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace").stdout
-    values = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    found = re.findall(r"(REG|STACK|LOCAL):(\d+)", sass.dump(cubin, "--dump-resource-usage"))
+    values = {name: int(value) for name, value in found}
     return values["REG"], values["STACK"] + values["LOCAL"]
 
 

@@ -12,7 +12,9 @@ from s3_megatron.kernels.triton.roots import next_root_and_reach
 # Columns of the row table, int64: five addresses and the number of elements.
 COLUMNS = tl.constexpr(6)
 # Eight elements a thread: one 128-bit access for 2-byte types, two for float32, so some 100 bytes a thread are under
-# way at once. No autotune: nothing but memory binds here, and a tuner would run the update several times over.
+# way at once where the loads stay together: ptxas, left alone, moves all but two of eight behind arithmetic, to save
+# registers (sass.py, and tests/kernels/triton/test_compiled.py). No autotune: nothing but memory binds here, and a
+# tuner would run the update several times over.
 BLOCK = 1024
 ELEMENTS_PER_THREAD = 8
 
@@ -38,10 +40,10 @@ RUN_TIME = [
 
 
 @triton.jit
-def load_state(exp_avg, exp_avg_root, mask):
+def load_state(exp_avg, exp_avg_root, mask, TOGETHER: tl.constexpr):
     """Read m and r as float32: with ``store_state`` the only place that knows the state's format."""
-    m = tl.load(exp_avg, mask=mask, other=0.0).to(tl.float32)
-    return m, tl.load(exp_avg_root, mask=mask, other=0.0).to(tl.float32)
+    m = tl.load(exp_avg, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
+    return m, tl.load(exp_avg_root, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
 
 
 @triton.jit
@@ -130,9 +132,10 @@ def s3_step(
     GRAD: tl.constexpr,
     STATE: tl.constexpr,
     MODEL: tl.constexpr,  # None: no model weight to write
-    FORM: tl.constexpr,  # p if it is 1, 2 or 3, otherwise 0
+    FORM: tl.constexpr,  # p if it is 1, 2 or 3, 15 for 1.5, otherwise 0
     NESTEROV: tl.constexpr,
     ALIGNED: tl.constexpr,  # 16-byte addresses and a multiple of 16 elements
+    TOGETHER: tl.constexpr,  # keep the loads in front of the arithmetic: volatile, which ptxas does not move
     BLOCK: tl.constexpr,
 ):
     """Move one block by one S3 step, float32 inside."""
@@ -155,9 +158,9 @@ def s3_step(
     g_at = _pointers(tl.load(entry + 1), start, lane, GRAD, ALIGNED)
     m_at = _pointers(tl.load(entry + 2), start, lane, STATE, ALIGNED)
     r_at = _pointers(tl.load(entry + 3), start, lane, STATE, ALIGNED)
-    x = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32)
-    m, r = load_state(m_at, r_at, mask)
+    x = tl.load(x_at, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
+    g = tl.load(g_at, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
+    m, r = load_state(m_at, r_at, mask, TOGETHER)
 
     if scale is not None:
         sign *= tl.load(scale)

@@ -42,10 +42,17 @@ def step_(columns: Columns, hyperparameters: dict[str, Any]) -> None:
                 STATE=state,
                 MODEL=model[0] if model else None,
                 ALIGNED=launch.aligned,
+                # LLVM has AMD's GPUs wait for every volatile load.
+                TOGETHER=torch.version.hip is None,
                 BLOCK=kernel.BLOCK,
                 **options(_warp_size(device)),
             )
     laid.put_back()
+
+
+def form(p: float) -> int:
+    """The kernel's FORM: p by one of its own formulas, or 0."""
+    return {1: 1, 1.5: 15, 2: 2, 3: 3}.get(p, 0)
 
 
 def options(warp_size: int) -> dict[str, Any]:

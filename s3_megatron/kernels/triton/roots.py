@@ -45,6 +45,8 @@ def _small_power(t, FORM: tl.constexpr):
         return t
     elif FORM == 2:
         return t * t
+    elif FORM == 15:
+        return t * tl.sqrt(t)
     else:
         return t * t * t
 
@@ -52,6 +54,8 @@ def _small_power(t, FORM: tl.constexpr):
 @triton.jit
 def _guess(v, FORM: tl.constexpr):
     """Return y near ``v ** (-1/FORM)``, ``z = v * y^(FORM-1)`` near the root, and the error ``h = 1 - z*y``.
+
+    FORM 15, p = 3/2, takes the cube root's: both its roots, v^(2/3) and v^(-2/3), are made of y.
 
     The exponent is divided on the bits: an integer division by 3 is slow, a float multiplication is not.
     """
@@ -74,13 +78,12 @@ def _root(v, inverse_p, FORM: tl.constexpr):
     elif FORM == 1:
         return v
     else:
-        _, z, h = _guess(v, FORM)
+        y, z, h = _guess(v, FORM)
         if FORM == 2:
             return tl.fma(z * h, _polynomial2(h), z)
-        q = tl.fma(h, 0.4287402927875519, 0.4585475027561188)
-        q = tl.fma(h, q, 0.4938008785247803)
-        q = tl.fma(h, q, 0.5555365085601807)
-        return tl.fma(z * h, tl.fma(h, q, 0.6666666865348816), z)
+        elif FORM == 15:
+            return _times_minus_third(v * y, h)
+        return _times_minus_two_thirds(z, h)
 
 
 @triton.jit
@@ -93,9 +96,26 @@ def _inverse_root(v, inverse_p, FORM: tl.constexpr):
         y, _, h = _guess(v, FORM)
         if FORM == 2:
             return tl.fma(y * h, _polynomial2(h), y)
-        q = tl.fma(h, 0.14578986167907715, 0.1744770109653473)
-        q = tl.fma(h, q, 0.22221580147743225)
-        return tl.fma(y * h, tl.fma(h, q, 0.33332908153533936), y)
+        elif FORM == 15:
+            return _times_minus_two_thirds(y * y, h)
+        return _times_minus_third(y, h)
+
+
+@triton.jit
+def _times_minus_third(x, h):
+    """``x * (1-h) ** (-1/3)``."""
+    q = tl.fma(h, 0.14578986167907715, 0.1744770109653473)
+    q = tl.fma(h, q, 0.22221580147743225)
+    return tl.fma(x * h, tl.fma(h, q, 0.33332908153533936), x)
+
+
+@triton.jit
+def _times_minus_two_thirds(x, h):
+    """``x * (1-h) ** (-2/3)``."""
+    q = tl.fma(h, 0.4287402927875519, 0.4585475027561188)
+    q = tl.fma(h, q, 0.4938008785247803)
+    q = tl.fma(h, q, 0.5555365085601807)
+    return tl.fma(x * h, tl.fma(h, q, 0.6666666865348816), x)
 
 
 @triton.jit

@@ -1,34 +1,13 @@
 """The Triton kernel in Triton's interpreter. test_numerics.py runs this file in a process of its own: the interpreter
 is chosen when Triton is imported."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from triton.runtime import interpreter
 
-sys.path.insert(0, str(Path(__file__).parent))
-from triton_oracle import EDGES, Problem, check, expected
+from s3_megatron.kernels.triton import kernel, launch, s3_step_, trial, unavailable
+from tests.kernels.triton.conversions import exact_conversions  # noqa: F401  (of every test here)
+from tests.kernels.triton.triton_oracle import EDGES, Problem, check, expected
 
-from s3_megatron.kernels.triton import kernel, launch, s3_step_, unavailable
-
-
-@pytest.fixture(autouse=True)
-def exact_conversions(monkeypatch):
-    """The interpreter of Triton 3.7.1 truncates to bfloat16 and mangles its denormals; the compiled kernel rounds to
-    nearest even (test_compiled.py)."""
-
-    def convert(data, source, target, rounding_mode):
-        integers = {16: torch.int16, 32: torch.int32}
-        bits = torch.from_numpy(data.view(f"int{source.primitive_bitwidth}").copy())
-        value = bits.view(_TORCH[source.name]).to(_TORCH[target.name])
-        return value.view(integers[target.primitive_bitwidth]).numpy().reshape(data.shape)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
-
-
-_TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SIZES = (0, 1, 15, 16, 17, 1025)
 # weight, gradient, state, model weight: what engines use, every dtype in every place.
@@ -56,6 +35,21 @@ def _strides(problem: Problem) -> Problem:
 
 def test_the_interpreter_makes_it_available():
     assert unavailable() is None
+
+
+def test_the_doctors_launch(monkeypatch):
+    """The doctor said "GPU: Triton" of any GPU that torch saw, and launched nothing on it."""
+    assert trial.fault("cpu") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "s3_step_", lambda *args, **kwargs: None)
+        assert trial.fault("cpu").startswith("a launch is off by ")
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("Triton Error [CUDA]: device kernel image is invalid\nand more")
+
+    monkeypatch.setattr(launch, "step_", fails)
+    wanted = "a launch fails: RuntimeError: Triton Error [CUDA]: device kernel image is invalid"
+    assert trial.fault("cpu") == wanted
 
 
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3, 8])
@@ -209,6 +203,7 @@ def test_elements_beyond_two_to_the_31():
             torch.tensor([*row, 0, 2**31 + elements]),
             **_arguments(),
             ALIGNED=aligned,
+            TOGETHER=True,
         )
         begin, end = (Problem(*([x[0][:elements]] for x in _columns(y)), settings=y.settings) for y in (before, after))
         check(begin, end)

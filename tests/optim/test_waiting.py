@@ -1,0 +1,89 @@
+"""A step never waits for the GPU: the class and the foreach kernel on a GPU that is not there (tests/fake_gpu.py)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from s3_megatron.kernels import op, triton
+from s3_megatron.optim import S3
+from s3_megatron.watch.updates import adam_update_statistics
+from tests.fake_gpu import fake_gpu, never_waiting
+
+BRAIN = torch.bfloat16
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"state_dtype": BRAIN},
+    {"state_dtype": BRAIN, "rounding_seed": 0},
+    {"state_dtype": BRAIN, "rounding_seed": 0, "capturable": True},
+    {"p": 1.5, "betas": (0.9, 0.95), "nesterov": False},
+]
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """A Triton kernel that could run and does nothing, for tensors without values have no addresses; what it got."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    monkeypatch.setattr(triton, "s3_step_", lambda *columns, **settings: calls.append(settings))
+    for cached in (op.choose, op._announce):
+        cached.cache_clear()
+    yield calls
+    for cached in (op.choose, op._announce):
+        cached.cache_clear()
+
+
+def stepped(**settings: Any) -> None:
+    params = [torch.nn.Parameter(torch.randn(size, device="cuda")) for size in (3, 5)]
+    optimizer = S3(params, lr=0.1, weight_decay=0.1, **settings)
+    optimizer.update_statistics = torch.zeros(5, dtype=torch.float64, device="cuda")
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(1, device="cuda"), torch.zeros(1, device="cuda")
+    for param in params:
+        param.grad = torch.randn_like(param)
+    with never_waiting():
+        for _ in range(3):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ",".join(settings) or "defaults")
+def test_a_step_does_not_wait(launched: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    """With ``rounding_seed`` every step copied the seed from the host and waited for it: tests/gpu, which has torch
+    watch over that, called the kernel and not the class. Making the optimizer may wait."""
+    with fake_gpu():
+        stepped(**settings)
+    assert len(launched) == 3, "the kernel for GPUs was to be called"
+    for call in launched:
+        seed = call["rounding_seed"]
+        assert (seed is None) == ("rounding_seed" not in settings) and (seed is None or seed.device.type == "cuda")
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ",".join(settings) or "defaults")
+def test_a_step_by_foreach_does_not_wait(settings: dict[str, Any]) -> None:
+    with fake_gpu():
+        stepped(implementation="foreach", **settings)
+
+
+def test_adams_update_is_reduced_where_it_is() -> None:
+    """It went to the host in float64, 2.8 GB for 345M weights on one GPU, at every logged iteration."""
+    with fake_gpu(), never_waiting():
+        param = torch.nn.Parameter(torch.randn(7, device="cuda"))
+        optimizer = torch.optim.AdamW([param])
+        optimizer.state[param] = {"step": 3, "exp_avg": torch.randn_like(param), "exp_avg_sq": torch.rand_like(param)}
+        assert adam_update_statistics(optimizer).device.type == "cuda"
+
+
+def test_waiting_is_seen() -> None:
+    """The checks above can fail: what waits is refused, each in its way."""
+    with fake_gpu(), never_waiting():
+        x = torch.randn(5, device="cuda")
+        for wait in (
+            lambda: torch.as_tensor(5, device="cuda"),
+            lambda: x.cpu(),
+            lambda: x.sum().item(),
+            lambda: x.nonzero(),
+            lambda: torch.empty(5).copy_(x),
+        ):
+            with pytest.raises(Exception, match=r"waits|_local_scalar_dense|nonzero"):
+                wait()
+        torch.empty(5).copy_(x, non_blocking=True)
