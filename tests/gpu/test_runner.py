@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from benchmarks.gpu import __main__ as visit
-from benchmarks.gpu import card, report, runner, steps, wheels
+from benchmarks.gpu import card, page, report, runner, steps, wheels
 from benchmarks.gpu.runner import FAILED, LATE, PASSED, SKIPPED, Outcome, Step
 from tests.launcher import ROOT
 
@@ -193,3 +193,21 @@ def test_wheels_are_pinned_repacked_and_looked_at(tmp_path: Path, monkeypatch: p
     assert missing["torchao"] == f"torchao is neither installed nor in {tmp_path.name}/: make gpu-wheels"
     complaint = wheels.install(tmp_path, tmp_path / "site")
     assert complaint is not None and "\n" not in complaint, "pip's own words, in a line"
+
+
+def test_the_page_says_what_is_there_and_the_documentation_has_it(tmp_path: Path) -> None:
+    """Nothing is claimed of a GPU that was not measured: the line or the tables are printed from what is kept."""
+    assert page.page(tmp_path) == page.NONE
+    visit_folder = tmp_path / "H200-2026-11-28"
+    visit_folder.mkdir()
+    entry = {
+        "state": PASSED,
+        "seconds": 12.3,
+        "tests": {"passed": 3, "failed": 0, "skipped": 0, "recorded": {}, "failures": []},
+    }
+    found = {"command": "make gpu", "date": "2026-11-28T05:00:00+00:00", "steps": {"kernel": entry}}
+    found["card"] = {"name": "NVIDIA H200", "driver": "580", "torch": "2.11"}
+    (visit_folder / "gpu.json").write_text(json.dumps(found))
+    shown = page.page(tmp_path)
+    assert "NVIDIA H200, driver 580, torch 2.11, 2026-11-28" in shown and "| kernel | passed | 12 | 3 passed |" in shown
+    assert page.page() in (ROOT / "docs/kernels.md").read_text()
