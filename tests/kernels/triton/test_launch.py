@@ -72,7 +72,7 @@ def test_two_launches_and_nothing_is_compiled_twice(compiling):
     _step(**_pointers(0))
     _step(**_pointers(1))
     assert len({id(built) for built in compiling.launched}) == 4
-    _step(p=1.5)
+    _step(p=2.5)
     _step(p=8)
     assert len({id(built) for built in compiling.launched}) == 6
 
