@@ -8,8 +8,10 @@ import functools
 import json
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -17,7 +19,9 @@ from s3_megatron.train.entry import prepare
 from tests.megatron.gpt import HAS_ENTRY, SCRIPT
 from tests.ranks import ranks
 
-Job = tuple[str, list[str]]  # "megatron" or "deepspeed", and the entry's flags
+# "megatron", "deepspeed", or "frozen" (Megatron with all but the last norm and the output layer frozen), and the
+# entry's flags.
+Job = tuple[str, list[str]]
 
 
 def train_all(jobs: Sequence[Job], nproc: int, folder: Path) -> None:
@@ -25,6 +29,25 @@ def train_all(jobs: Sequence[Job], nproc: int, folder: Path) -> None:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = ranks(["-m", "tests.trainings", str(folder / "jobs.json")], nproc=nproc, timeout=280)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+@contextmanager
+def frozen() -> Iterator[None]:
+    """Build models whose embedding and layers are not trained: the first of two stages has nothing to train."""
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    build = GPTModel.__init__
+
+    def freeze(self: GPTModel, *args: Any, **more: Any) -> None:
+        build(self, *args, **more)
+        for name, param in self.named_parameters():
+            param.requires_grad_(name.startswith(("decoder.final_layernorm", "output_layer")))
+
+    GPTModel.__init__ = freeze
+    try:
+        yield
+    finally:
+        GPTModel.__init__ = build
 
 
 def main() -> None:
@@ -37,7 +60,8 @@ def main() -> None:
         else:
             sys.path.insert(0, str(SCRIPT.parent))
             train = functools.partial(runpy.run_path, str(SCRIPT), run_name="__main__")
-        train()
+        with frozen() if engine == "frozen" else nullcontext():
+            train()
         from megatron.training.training import destroy_global_state  # not before prepare()
 
         destroy_global_state()

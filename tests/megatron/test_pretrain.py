@@ -51,13 +51,35 @@ def resumed(precision: str | None, layout: str, folder: Path) -> Job:
     return "megatron", [*command, "--watch-dir", str(folder / f"{name}-{layout}")]
 
 
+def frozen(name: str, folder: Path, *load: str) -> Job:
+    """A run on two pipeline stages, of which the first holds nothing but frozen weights; fp32, saved in the default."""
+    command = flags(iterations=LAST, pipeline_parallel=2, extra=("--untie-embeddings-and-output-weights", *load))
+    return "frozen", [*command, "--ckpt-format", "torch_dist", "--watch-dir", str(folder / name)]
+
+
+def in_parts(folder: Path) -> list[Job]:
+    """What else goes on: a frozen stage, and weights alone with the flag that we advise."""
+    stage, weights = str(folder / "frozen-saved"), folder / "weights-saved"
+    save, load = ("--save-interval", str(SAVED_AT)), ("--ckpt-step", str(SAVED_AT), "--ckpt-format", "torch_dist")
+    alone = flags(iterations=SAVED_AT, checkpoints=weights, save_every=SAVED_AT, extra=("--no-save-optim",))
+    fresh = flags(iterations=LAST, extra=("--load", str(weights), *load, "--no-load-optim"))
+    return [
+        frozen("frozen", folder, "--save", stage, *save),
+        frozen("frozen-resumed", folder, "--load", stage, *load[:2]),
+        ("megatron", [*alone, "--watch-dir", str(folder / "weights")]),
+        ("megatron", [*fresh, "--watch-dir", str(folder / "weights-fresh")]),
+    ]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where every run has left its metrics, after one launch for each number of ranks."""
     folder = tmp_path_factory.mktemp("layouts")
     for ranks in (2, 1, 4):
         first = [base(precision, folder) for precision in TOLERANCE] if ranks == 2 else []
-        train_all([*first, *(resumed(*case, folder) for case in CASES if LAYOUTS[case[1]][0] == ranks)], ranks, folder)
+        first += in_parts(folder) if ranks == 2 else []
+        jobs = [*first, *(resumed(*case, folder) for case in CASES if LAYOUTS[case[1]][0] == ranks)]
+        train_all(jobs, ranks, folder)
     return folder
 
 
@@ -89,3 +111,19 @@ def test_every_layout_goes_on_with_the_same_losses(folder: Path, precision: str 
     worst = max(abs(loss / uninterrupted[iteration] - 1) for iteration, loss in seen.items())
     print(f"{layout} {precision}: losses differ by {worst:.1e} at most")
     assert worst <= (0.0 if layout == "dp2" else TOLERANCE[precision])
+
+
+def test_a_frozen_pipeline_stage_is_saved_and_goes_on(folder: Path) -> None:
+    """Its optimizer holds nothing; the first save was an AssertionError without a text, of Adam too."""
+    uninterrupted, seen = losses(folder, "frozen"), losses(folder, "frozen-resumed")
+    assert uninterrupted[LAST] < uninterrupted[1], "the output layer learns"
+    assert seen == {iteration: uninterrupted[iteration] for iteration in range(SAVED_AT + 1, LAST + 1)}
+
+
+def test_weights_alone_go_on_with_fresh_state_as_the_refusal_advises(folder: Path) -> None:
+    """After --no-save-optim a resume is refused, with --no-load-optim as the way on: these weights, the schedule from
+    its beginning, and the update of a first step."""
+    full, fresh = losses(folder, "fp32"), losses(folder, "weights-fresh")
+    assert fresh[SAVED_AT + 1] == full[SAVED_AT + 1], "the weights are the checkpoint's"
+    first = read_metrics(folder / "weights-fresh").train[SAVED_AT + 1]
+    assert first["update_max"] == pytest.approx((1 - 0.95**2) ** (2 / 3), rel=1e-5)
