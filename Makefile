@@ -82,7 +82,7 @@ test-machines: $(STAMP) ## first runs on odd machines, made of this one by unsha
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m machines tests/launch/test_machines.py
 
 # TORCH=PATH: a source tree of pytorch, of a version in tests/peers; nothing is written into it.
-test-peers: $(STAMP) ## run torch's own optimizer tests with S3 beside AdamW, from a checkout: TORCH=PATH; 10 minutes
+test-peers: $(STAMP) ## run torch's own optimizer tests with S3 beside AdamW, from a checkout: TORCH=PATH; 13 minutes
 	@$(BIN)/python -m tests.peers.run --check "$$TORCH"
 	@$(MAKE) $(VENV)/.peers
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m peers tests/peers

@@ -266,6 +266,19 @@ def check_what_the_last_micro_batch_leaves_out_is_used() -> None:
             same(run, reference)
 
 
+def check_gathered_weights_are_all_there() -> None:
+    """0.17.6 waits for the last of several gathers alone: gloo then wrote a weight as it had been over the one that was
+    loaded, once in some runs of check_zero_3_loads_the_weights_that_are_asked_for. The large one comes late here."""
+    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 4, "zero_optimization": {"stage": 3}}):
+        weights = [nn.Linear(*sizes, bias=False).weight for sizes in ((2048, 2048), (2, 2))]
+    for weight in weights:
+        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+            weight.data.fill_(2.0)
+    for _ in range(3):
+        with deepspeed.zero.GatheredParameters(weights):
+            assert [float((weight != 2.0).sum()) for weight in weights] == [0.0, 0.0]
+
+
 def check_schedulers_keep_to_the_rate() -> None:
     """DeepSpeed's OneCycle wrote betas of 0.8 to 0.9 and 0.99 into S3's groups, and weights moved by 1.7 rates."""
     one = {"cycle_min_lr": LR / 10, "cycle_max_lr": LR, "cycle_first_step_size": 4}

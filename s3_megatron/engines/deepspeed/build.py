@@ -134,7 +134,7 @@ def configure_optimizer(original: Callable[..., None]) -> Callable[..., None]:
         if _IS_0_17 and is_flat(self.optimizer):
             loss_scale.look_on_every_rank(self.optimizer)
         gradients.forget_after_the_step(self.optimizer)
-        gradients.take_every_micro_batch(self.optimizer)
+        gradients.take_every_micro_batch(self.optimizer, self.param_names)
         if self.fp16_enabled():
             loss_scale.grow_after_the_step(self.optimizer)
         stepping.start(self)

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from deepspeed.utils import log_dist
@@ -77,13 +77,13 @@ def forget_after_the_step(wrapper: Any) -> None:
     swap.replace(wrapper, "zero_grad", zero_and_forget)
 
 
-def take_every_micro_batch(wrapper: Any) -> None:
+def take_every_micro_batch(wrapper: Any, param_names: Mapping[Tensor, str]) -> None:
     """Let a step of ZeRO's ``wrapper``, 2 or 3 under offload, take what only its earlier micro-batches have reached.
 
     DeepSpeed copies a gradient to where the offloaded optimizer reads it as the last micro-batch is reduced, if that
     reaches the parameter. What earlier ones had accumulated of the others was lost, whatever the optimizer. 0.19.8 can
     copy it before the step, which it does where a loop decides by itself when to step; 0.17.6 cannot: there one
-    warning names the parameters when it happens.
+    warning gives their ``param_names``, which are the engine's, when it happens: its ZeRO-3 has none.
     """
     third = is_stage3(wrapper)
     if third:
@@ -110,7 +110,7 @@ def take_every_micro_batch(wrapper: Any) -> None:
                     setattr(wrapper, active, every)
             elif not warned and (lost := [param for param in _without_norm(wrapper) if _has_gradient(wrapper, param)]):
                 warned = True
-                names = ", ".join(str(wrapper.param_names.get(param, "?")) for param in lost)
+                names = ", ".join(param_names.get(param, "?") for param in lost)
                 log_dist(
                     f"DeepSpeed loses the gradients of {names} in this step: its last micro-batch does not use them, "
                     "and under offload_optimizer ZeRO 2 and 3 of DeepSpeed 0.17 drop what earlier ones gave; use ZeRO "
