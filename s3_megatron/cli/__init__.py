@@ -156,12 +156,21 @@ def compare(
         int | None, typer.Option(metavar="N", min=1, help="Runs at once on a CPU.", show_default="one a core")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it takes here; train nothing.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write report.md and pictures of the cells there; train nothing.")
+    ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Pack cells and report into DIR/DATE-EXPERIMENT; train nothing."),
+    ] = None,
 ) -> None:
-    """Train an optimizer comparison's runs (docs/evidence.md); run again, it goes on where it was."""
+    """Train an optimizer comparison's runs (docs/evidence.md) and report; run again, it goes on where it was."""
     import torch
 
     from s3_megatron.evidence import experiments
+    from s3_megatron.evidence import report as reports
     from s3_megatron.evidence.compare import compare as run
+    from s3_megatron.evidence.record import pack
 
     if device not in ("cpu", "cuda"):
         raise S3Error(f"--device is {device}: it must be cpu or cuda")
@@ -169,10 +178,17 @@ def compare(
         raise S3Error("--device cuda needs a GPU, and torch sees none")
     asked = experiments.load(experiment)
     folder = out or Path("runs/evidence") / asked.name
+    if record:
+        line(f"wrote {pack(experiment, asked, folder, record)}")
+        return
+    if report:
+        line(f"wrote {reports.write(asked, folder)}")
+        return
     count = 1 if device == "cuda" else workers or machine.cores()
     whole = run(asked, folder, console, device=device, minutes=minutes, workers=count, dry_run=dry_run)
     if not dry_run:
         line(f"{folder} is whole" if whole else f"{folder} has cells to run yet: the same command goes on")
+        line(f"wrote {reports.write(asked, folder)}")
 
 
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:

@@ -105,6 +105,7 @@ class Experiment:
     tuning: Tuning | None = None
     factor: float = 2.0  # between neighbouring rates
     neighbours: int = 0  # how many of the seeds run the rates beside the best, too
+    paper: dict[str, str] = field(default_factory=dict)  # what the paper has for a contender, with its rates
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
@@ -113,6 +114,8 @@ class Experiment:
         )
         _require(bool(self.seeds) and len(set(self.seeds)) == len(self.seeds), f"seeds {self.seeds}", "distinct")
         _require(self.factor > 1, f"factor {self.factor}", "> 1")
+        for name in self.paper:
+            _require(name in self.contenders, f"paper.{name}", f"one of {', '.join(self.contenders)}")
         if self.tuning:
             _require(
                 self.tuning.seed not in self.seeds,
@@ -128,10 +131,15 @@ class Experiment:
 
     @property
     def sha256(self) -> str:
-        """The hash of all that decides a run or a ranking; what title and comments say does not."""
+        """The hash of all that decides a run or a ranking; what title, paper and comments say does not."""
         content = dataclasses.asdict(self)
-        del content["title"]
+        del content["title"], content["paper"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def source(name: str) -> Path:
+    """The file of an experiment, by its name under configs/experiments, or by its path."""
+    return Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
 
 
 def load(name: str) -> Experiment:
@@ -140,7 +148,7 @@ def load(name: str) -> Experiment:
     Raises:
         S3Error: there is none, or a key or value is wrong; the text names the key.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
+    path = source(name)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,0 +1,127 @@
+"""Pictures of an experiment: loss and spikes against the rate, differences over seeds, recovery from one gradient."""
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, median
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from s3_megatron.evidence import findings
+from s3_megatron.evidence.findings import Findings
+from s3_megatron.files import write_file
+
+MARKERS = "osD^vP*X"
+
+
+def draw(found: Findings, folder: Path) -> list[str]:
+    """Draw what the cells suffice for, into ``folder``; returns the names of the files."""
+    drawn = []
+    for name, picture in PICTURES.items():
+        figure = Figure(figsize=(11, 4.6), dpi=110, layout="constrained")
+        FigureCanvasAgg(figure)
+        if picture(found, figure):
+            figure.suptitle(f"{found.experiment.title}: {found.finished} of {found.total} cells", fontsize=11)
+            image = io.BytesIO()
+            figure.savefig(image, format="png")
+            write_file(folder / name, image.getvalue())
+            drawn.append(name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    return drawn
+
+
+def _rates(found: Findings, figure: Figure) -> bool:
+    setup = next(iter(found.experiment.setups))
+    runs = {name: by for name in found.experiment.contenders if len(by := found.by_rate(name, setup)) > 1}
+    if not runs:
+        return False
+    losses, spikes = figure.subplots(1, 2)
+    best = math.inf
+    for name, by in runs.items():
+        style = _style(found, name)
+        means = [fmean(map(findings.final_loss, some)) for some in by.values()]
+        best = min(best, *means)
+        losses.plot(list(by), means, label=name, **style)
+        if any(len(some) > 1 for some in by.values()):
+            low = [min(map(findings.final_loss, some)) for some in by.values()]
+            high = [max(map(findings.final_loss, some)) for some in by.values()]
+            losses.fill_between(list(by), low, high, color=style["color"], alpha=0.15, linewidth=0)
+        spikes.plot(list(by), [fmean(len(r["spikes"]) for r in some) for some in by.values()], **style)
+    losses.set_ylim(best - 0.02, best + 0.5)  # what diverged is above
+    which = "one run each, by the tuning seed" if found.experiment.tuning else "mean over the seeds, and their range"
+    _dress(losses, f"final validation loss, nats: {which}", "peak rate")
+    _dress(spikes, "spikes a run", "peak rate")
+    for axes in (losses, spikes):
+        axes.set_xscale("log")
+    losses.legend(frameon=False, fontsize=8)
+    return True
+
+
+def _differences(found: Findings, figure: Figure) -> bool:
+    setup = next(iter(found.experiment.setups))
+    ranked = [r for r in found.ranking(setup) if r.paired.pairs > 1]
+    if not ranked:
+        return False
+    axes, reference = figure.subplots(), found.experiment.reference
+    ours = found.final(reference, setup)[0].losses
+    for place, r in enumerate(ranked):
+        theirs = found.final(r.contender, setup)[0].losses
+        points = [theirs[seed] - ours[seed] for seed in theirs if seed in ours]
+        style = _style(found, r.contender)
+        axes.plot(points, [place] * len(points), "o", color=style["color"], alpha=0.35, markersize=5)
+        axes.plot([r.paired.low, r.paired.high], [place, place], color=style["color"], linewidth=2.5)
+        axes.plot([r.paired.mean], [place], "D", color=style["color"], markersize=7, markeredgecolor="white")
+    axes.set_yticks(range(len(ranked)), [f"{r.contender}\n{reference} {r.verdict}" for r in ranked], fontsize=8)
+    axes.set_ylim(len(ranked) - 0.5, -0.5)
+    axes.axvline(0, color="black", linewidth=1)
+    title = f"final loss minus {reference}'s: seeds (dots), mean (diamond), 95% interval (line)"
+    _dress(axes, title, f"nats; to the right {reference} is lower")
+    return True
+
+
+def _recovery(found: Findings, figure: Figure) -> bool:
+    recoveries = found.recoveries()
+    if not recoveries:
+        return False
+    largest, steps = figure.subplots(1, 2)
+    for name in found.experiment.contenders:
+        kicks = sorted({r.kick for r in recoveries if r.contender == name})
+        groups = [[r for r in recoveries if (r.contender, r.kick) == (name, kick)] for kick in kicks]
+        style = _style(found, name)
+        largest.plot(kicks, [max(r.largest for r in some) for some in groups], label=name, **style)
+        waits = [median(math.nan if r.loss is None else r.loss for r in some) for some in groups]
+        steps.plot(kicks, waits, **style)
+    for axes in (largest, steps):
+        axes.set_xscale("log")
+    for bound in (1, 7.27):
+        largest.axhline(bound, color="black", linewidth=0.8, linestyle=":")
+    largest.legend(frameon=False, fontsize=8)
+    _dress(largest, "largest |u| from the kick on; dotted: 1 and 7.27", "one gradient times")
+    _dress(steps, "steps until the loss has recovered, median; none: not within the run", "one gradient times")
+    return True
+
+
+PICTURES: dict[str, Callable[[Findings, Figure], bool]] = {
+    "rates.png": _rates,
+    "differences.png": _differences,
+    "recovery.png": _recovery,
+}
+
+
+def _style(found: Findings, name: str) -> dict[str, object]:
+    place = list(found.experiment.contenders).index(name)
+    color = colormaps["tab10"](place % 10)
+    width = 2.2 if name == found.experiment.reference else 1.3
+    return {"color": color, "marker": MARKERS[place % len(MARKERS)], "markersize": 4.5, "linewidth": width}
+
+
+def _dress(axes: Axes, title: str, label: str) -> None:
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_xlabel(label, fontsize=9)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
