@@ -12,7 +12,7 @@ SCRIPTS = $(shell git ls-files --cached --others --exclude-standard | grep -v '\
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help venv demo gpu gpu-wheels test test-fast test-slurm test-hosts test-dist test-machines test-peers dist lint sanitize clean
+.PHONY: help venv demo evidence-quick gpu gpu-wheels test test-fast test-slurm test-hosts test-dist test-machines test-peers dist lint sanitize clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	    rm -rf $(VENV) && "$$python" -m venv $(VENV); fi
 	@echo "installing torch, megatron-core and deepspeed: takes 2-4 minutes the first time"
 	@$(INSTALL) $(BUILD)
-	@$(INSTALL) --no-build-isolation --editable '.[megatron,deepspeed,data,jobs,demo,dev]'
+	@$(INSTALL) --no-build-isolation --editable '.[megatron,deepspeed,data,jobs,demo,evidence,dev]'
 	@touch $(STAMP)
 
 # A mistyped variable would be ignored, and the other engine trained.
@@ -50,6 +50,9 @@ gpu: ## prove kernel and engines on this machine's GPU: 6 minutes (MINUTES=6 OUT
 
 gpu-wheels: $(STAMP) ## fill .whl/ with what a GPU machine without a network lacks: 18 MB
 	@$(BIN)/python -m benchmarks.gpu.wheels
+
+evidence-quick: $(STAMP) ## compare three optimizers on a toy, from plan to record: shows that it runs, under a minute
+	@exec $(BIN)/python -m s3_megatron.evidence.quick
 
 # One thread a process: the distributed tests start as many processes as there are cores, and more.
 test: $(STAMP) ## run the whole test suite: 13 to 15 minutes on 2 cores

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 ALPHA = 0.01
-# Nats. Tuning goes by single runs: the best rates of two equal optimizers differ by luck, and a little their losses, too.
+# Nats. Tuning goes by single runs, so two equal optimizers get different rates by luck, and then losses.
 MARGIN = 0.01
 CONFIDENCE = 0.95
 WITHIN = 0.05  # nats over the best, for the width of a range of rates

@@ -87,7 +87,7 @@ def test_a_planted_winner_is_ranked_first():
 
 
 def test_equal_optimizers_are_not_ranked():
-    """200 grids, tuned by the plan, all contenders equal, runs with noise of .01: at most alpha of the experiments rank anything.
+    """200 grids, tuned by the plan, all contenders equal, noise of .01: at most alpha of the experiments rank anything.
 
     By p alone, as the rule first was, 16 of 200 did: one of two equal optimizers is tuned to a rate beside the
     best one, since tuning runs have noise, and eight seeds see it. So the rule asks for more than MARGIN.
