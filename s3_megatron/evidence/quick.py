@@ -36,7 +36,9 @@ def run(folder: Path, console: Console) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     if not compare(experiment, folder, console, device="cpu", minutes=math.inf, workers=machine.cores()):
         raise S3Error(f"{folder} has cells to run yet, and nothing was to stop it")
-    console.print(report.write(experiment, folder).read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        report.write(experiment, folder).read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True
+    )
     return record.pack(NAME, experiment, folder, folder)
 
 

@@ -49,7 +49,8 @@ def train(
         factor = schedule.rate_factor(step)
         tokens = text.windows(corpus.train, starts[step], setup.length + 1)
         loss = stack.losses(tokens, getattr(torch, setup.products))
-        grads = list(torch.autograd.grad(loss.sum(), weights))
+        # As backward() leaves them: torch's fused AdamW takes a transposed gradient for another one (2.13, on CPUs).
+        grads = [g.contiguous() for g in torch.autograd.grad(loss.sum(), weights)]
         losses[step], norms[step] = loss.detach(), clip_(grads, setup.clip)
         if step == setup.kick_step:
             torch._foreach_mul_(grads, setup.kick)
