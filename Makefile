@@ -15,7 +15,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: help venv demo evidence-quick gpu gpu-wheels test test-fast test-slurm test-hosts test-dist test-machines test-peers dist lint sanitize clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 venv: $(STAMP) ## build .venv (every other target does it by itself)
 

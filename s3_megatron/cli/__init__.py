@@ -167,10 +167,13 @@ def compare(
     """Train an optimizer comparison's runs (docs/evidence.md) and report; run again, it goes on where it was."""
     import torch
 
-    from s3_megatron.evidence import experiments
-    from s3_megatron.evidence import report as reports
-    from s3_megatron.evidence.compare import compare as run
-    from s3_megatron.evidence.record import pack
+    try:
+        from s3_megatron.evidence import experiments
+        from s3_megatron.evidence import report as reports
+        from s3_megatron.evidence.compare import compare as run
+        from s3_megatron.evidence.record import pack
+    except ModuleNotFoundError as error:
+        raise S3Error(f"compare needs {error.name}: pip install 's3-megatron[evidence]'") from None
 
     if device not in ("cpu", "cuda"):
         raise S3Error(f"--device is {device}: it must be cpu or cuda")

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from s3_megatron import cli, evidence
 from s3_megatron.errors import S3Error
 from s3_megatron.evidence import compare, experiments, plan, quick
 from s3_megatron.evidence.cells import CellsFile
@@ -50,7 +51,7 @@ def quick_file(tmp_path_factory) -> Path:
     content = yaml.safe_load((experiments.CONFIGS / "quick.yaml").read_text())
     del content["contenders"]["lion"]
     content |= {"text": str(folder / "text.xz"), "seeds": [1, 2]}
-    (folder / "quick.yaml").write_text(yaml.safe_dump(content))
+    (folder / "quick.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return folder / "quick.yaml"
 
 
@@ -216,7 +217,7 @@ class TestRefusals:
     )
     def test_an_experiment_that_contradicts_itself(self, change, message, quick_file, tmp_path):
         path = tmp_path / "bad.yaml"
-        path.write_text(yaml.safe_dump(yaml.safe_load(quick_file.read_text()) | change))
+        path.write_text(yaml.safe_dump(yaml.safe_load(quick_file.read_text()) | change, sort_keys=False))
         with pytest.raises(S3Error, match=message) as caught:
             experiments.load(str(path))
         assert str(caught.value).startswith("bad.yaml: ") and "\n" not in str(caught.value)
@@ -269,6 +270,16 @@ class TestRefusals:
         monkeypatch.undo()
         file.add([second])
         assert len(CellsFile(path, asked, simulated.TEXT).results) == 2
+
+    def test_scipy_is_asked_for_before_anything_is_trained(self, monkeypatch):
+        for name in [name for name in sys.modules if name.startswith(("scipy", "s3_megatron.evidence.statistics"))]:
+            monkeypatch.delitem(sys.modules, name)
+        for name in ("statistics", "findings", "report", "record"):
+            monkeypatch.delitem(sys.modules, f"s3_megatron.evidence.{name}", raising=False)
+            monkeypatch.delattr(evidence, name, raising=False)
+        monkeypatch.setitem(sys.modules, "scipy", None)
+        with pytest.raises(S3Error, match=r"compare needs scipy: pip install 's3-megatron\[evidence\]'"):
+            cli.compare("table2-small")
 
     def test_a_folder_in_use(self, quick_file, tmp_path, monkeypatch):
         from filelock import FileLock
