@@ -188,6 +188,13 @@ class TestTuning:
         assert found.best[0] < 4e-3 and not found.at_edge
 
 
+@pytest.mark.parametrize("path", sorted(experiments.CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_can_be_planned_and_is_in_the_page_of_rules(path):
+    asked = experiments.load(path.stem)
+    assert Plan(asked, simulated.TEXT).ready({})
+    assert f"`{path.stem}`" in (Path(__file__).parents[2] / "docs/evidence.md").read_text()
+
+
 class TestRefusals:
     """Bad input: one line, and nothing half-written."""
 
