@@ -97,12 +97,7 @@ class CellsFile:
             self._append({**self.head, "commit": commit()})
             return
         head, *results = read_lines(self.path, whole)
-        for what, ours in self.head.items():
-            if head.get(what) != ours:
-                raise S3Error(
-                    f"{self.path} has cells of another {what} ({head.get(what)}, and this is {ours}): check out commit "
-                    f"{head.get('commit')}, with which it was begun, or give another folder by --out"
-                )
+        check_head(self.path, head, self.head, "give another folder by --out")
         if whole != data:
             os.truncate(self.path, len(whole))
         self.results = {result["key"]: result for result in results}
@@ -128,6 +123,16 @@ class CellsFile:
             if self.path.exists():
                 os.truncate(self.path, size)
             raise S3Error(f"{self.path} cannot be written: {error.strerror or error}; what it has is whole") from None
+
+
+def check_head(path: Path, head: Result, ours: dict[str, str], otherwise: str) -> None:
+    """Raise S3Error where a cells file's first line is not as ``ours``; it ends with what to do ``otherwise``."""
+    for what, value in ours.items():
+        if head.get(what) != value:
+            raise S3Error(
+                f"{path} has cells of another {what} ({head.get(what)}, and this is {value}): check out commit "
+                f"{head.get('commit')}, with which it was begun, or {otherwise}"
+            )
 
 
 def read_lines(path: Path, data: bytes) -> list[dict[str, Any]]:

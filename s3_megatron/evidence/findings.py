@@ -10,7 +10,7 @@ from pathlib import Path
 
 from s3_megatron.errors import S3Error
 from s3_megatron.evidence import statistics
-from s3_megatron.evidence.cells import Cell, Result, read_lines
+from s3_megatron.evidence.cells import Cell, Result, check_head, read_lines
 from s3_megatron.evidence.experiments import Experiment
 from s3_megatron.evidence.plan import Plan, loss_of
 from s3_megatron.evidence.statistics import Paired
@@ -219,10 +219,5 @@ def read(path: Path, experiment: Experiment) -> tuple[Mapping[str, str], Finding
         ) from None
     head, *results = read_lines(path, data[: data.rfind(b"\n") + 1]) or [{}]
     ours = {"experiment": experiment.name, "rules": experiment.sha256[:16]}
-    for what, value in ours.items():
-        if head.get(what) != value:
-            raise S3Error(
-                f"{path} has cells of another {what} ({head.get(what)}, and this is {value}): check out commit "
-                f"{head.get('commit')}, with which it was begun, or name its experiment"
-            )
+    check_head(path, head, ours, "name its experiment")
     return head, Findings(experiment, results)

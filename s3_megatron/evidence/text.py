@@ -43,7 +43,7 @@ def cut(data: bytes) -> Text:
 
 
 def folder() -> Path:
-    """Where texts are kept: S3_EVIDENCE_TEXT, or the user's cache."""
+    """Where texts are kept: in the user's cache."""
     return user_folder("XDG_CACHE_HOME", ".cache") / "s3-megatron" / "text"
 
 
@@ -78,7 +78,7 @@ def make(name: str, path: Path) -> None:
             reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
             raise S3Error(
                 f"the text {name} is Debian's package {package}, which cannot be fetched here ({reason}): "
-                f"make {path} on a machine with apt-get by s3-megatron compare --text {name}, and carry it here"
+                f"run the same command with --dry-run on a machine with apt-get, which makes {path}, and carry it here"
             ) from None
     write_file(path, lzma.compress(data))
 

@@ -109,7 +109,10 @@ class Workers:
                     "a worker was killed, perhaps for its memory; what is finished is kept: run the same command again"
                 ) from None
             except torch.OutOfMemoryError as error:
-                raise S3Error(f"a stack of {len(cells)} does not fit: {error}; run again with --members") from None
+                raise S3Error(
+                    f"a stack of {len(cells)} does not fit into the GPU's memory: end what else is on it, and run the "
+                    f"same command again ({str(error).splitlines()[0]})"
+                ) from None
         return found
 
 
