@@ -7,9 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 # How long a holder on another machine may be silent, in seconds: file servers show a change after up to 60.
 LEASE_SECONDS = 120.0
@@ -31,10 +35,18 @@ def held(folder: Path, lost: Callable[[str], None]) -> Iterator[None]:
         FolderIsHeld: another run has the folder.
         S3Error: it cannot be written.
     """
+    from filelock import FileLock
+
     try:
-        from filelock import LeaseCompromise, SoftFileLease, Timeout
+        from filelock import LeaseCompromise, SoftFileLease
     except ImportError:  # NVIDIA's container pins an older one
-        with _locked(folder):
+        with _taken(FileLock(folder / "lock", timeout=2), folder) as lock:
+            if lock.is_locked:
+                print(
+                    "filelock before 3.30 has no leases: a second run in this folder is noticed on this machine, and "
+                    "on others if its file system passes locks on",
+                    file=sys.stderr,
+                )
             yield
         return
 
@@ -42,45 +54,34 @@ def held(folder: Path, lost: Callable[[str], None]) -> Iterator[None]:
         if loss.reason == "owner-changed":
             lost(f"{folder} is no longer this run's: {_holder(folder)} has it")
 
-    lease = SoftFileLease(folder / "lease", lease_duration=LEASE_SECONDS, on_compromise=compromised, thread_local=False)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if _is_of_an_earlier_start(folder):
-            (folder / "lease").unlink(missing_ok=True)
-        _, where, *_ = [*_words(folder), "-", "-"]
-        lease.acquire(timeout=2 if where == platform.node() else LEASE_SECONDS + 5, poll_interval=0.5)
-    except Timeout as error:
-        raise FolderIsHeld(f"{folder} is held by {_holder(folder)}: one run at a time") from error
-    except OSError as error:
-        raise S3Error(f"{folder} cannot be held: {error.strerror or error}") from error
-    try:
-        _write_holder(folder)
+    _, where, *_ = [*_words(folder), "-", "-"]
+    lease = SoftFileLease(
+        folder / "lease",
+        timeout=2 if where == platform.node() else LEASE_SECONDS + 5,
+        poll_interval=0.5,
+        lease_duration=LEASE_SECONDS,
+        on_compromise=compromised,
+        thread_local=False,
+    )
+    with _taken(lease, folder):
         yield
-    finally:
-        lease.release()
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` by a lock of the kernel, which a process that ends gives back; for a filelock without leases.
+def _taken(lock: "BaseFileLock", folder: Path) -> Iterator["BaseFileLock"]:
+    """Hold ``folder`` by ``lock``: a lease, or a lock of the kernel, which a process that ends gives back.
 
     Raises:
         FolderIsHeld: another run has the folder.
         S3Error: it cannot be written.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
-    lock = FileLock(folder / "lock", timeout=2)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if _is_of_an_earlier_start(folder):
-            (folder / "lock").unlink(missing_ok=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
         lock.acquire()
-        print(
-            "filelock before 3.30 has no leases: a second run in this folder is noticed on this machine, and on others "
-            "if its file system passes locks on",
-            file=sys.stderr,
-        )
     except Timeout as error:
         raise FolderIsHeld(f"{folder} is held by {_holder(folder)}: one run at a time") from error
     except NotImplementedError:  # what filelock makes of ENOSYS
@@ -88,15 +89,11 @@ def _locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise S3Error(f"{folder} cannot be held: {error.strerror or error}") from error
     try:
-        _write_holder(folder)
-        yield
+        words = (_start(), platform.node(), str(os.getpid()), time.strftime("%F %T"))
+        write_file(folder / "holder", f"{' '.join(words)}\n".encode())
+        yield lock
     finally:
         lock.release()
-
-
-def _write_holder(folder: Path) -> None:
-    words = (_start(), platform.node(), str(os.getpid()), time.strftime("%F %T"))
-    write_file(folder / "holder", f"{' '.join(words)}\n".encode())
 
 
 def _start() -> str:

@@ -4,10 +4,9 @@ A row is one parameter's tensors; a column is a kind of them: weights, gradients
 """
 
 import functools
-from bisect import bisect_right
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -66,8 +65,8 @@ class _Known:
     metadata: Any  # TensorGuards
     addresses: np.ndarray
     sizes: np.ndarray
-    # Of what is written, by rising address.
-    begins: np.ndarray
+    # Of what is written, as _meets_written takes it.
+    starts: np.ndarray
     ends: np.ndarray
 
     def fits(self, columns: Columns, every: list[Tensor]) -> bool:
@@ -75,19 +74,19 @@ class _Known:
         if not self.metadata.check(*every):
             return False
         addresses = _addresses(columns)
-        if addresses.tobytes() == self.addresses.tobytes():
-            return True
-        moved = np.flatnonzero((addresses != self.addresses).any(axis=0)).tolist()
-        addresses_but_gradients = addresses.copy()
-        addresses_but_gradients[GRADIENTS] = self.addresses[GRADIENTS]
-        if (addresses_but_gradients != self.addresses).any():
+        differ = addresses != self.addresses
+        moved = np.flatnonzero(differ[GRADIENTS]).tolist()
+        differ[GRADIENTS] = False
+        if differ.any():
             return False
+        if not moved:
+            return True
         grads, begins = [columns[GRADIENTS][row] for row in moved], addresses[GRADIENTS, moved]
-        width, sizes = columns[GRADIENTS][0].element_size(), self.sizes[moved]
+        width = columns[GRADIENTS][0].element_size()
+        needed = self.sizes[moved] * width
         room = np.array([x.untyped_storage().nbytes() - x.storage_offset() * width for x in grads])
-        # The first written tensor that ends behind the gradient's beginning must begin behind its end.
-        behind = self.begins[np.searchsorted(self.ends, begins, side="right")]
-        if ((sizes > 0) & ((begins == 0) | (room < sizes * width) | (behind < begins + sizes * width))).any():
+        meets = _meets_written(begins, needed, self.starts, self.ends)
+        if ((needed > 0) & ((begins == 0) | (room < needed) | meets)).any():
             return False
         self.addresses = addresses
         return True
@@ -190,15 +189,14 @@ def _lay_out(columns: Columns, every: list[Tensor]) -> Rows:
     sizes, addresses = np.array(numbers[:count]), _addresses(straight)
     if ((addresses == 0) & (sizes > 0)).any():
         raise Unfit("a tensor has no memory")
-    written = _look_closely(columns, straight, addresses.tolist(), numbers[:count])
+    starts, ends = _look_closely(columns, straight, addresses, sizes)
     # Of copies the addresses tell nothing of what they are copied from, and to.
     if straight is columns and TensorGuards is not None:
         if len(_known) >= _KNOWN_AT_MOST:
             _known.clear()
         metadata = TensorGuards(*every, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        begins, ends = np.array([*written, (np.iinfo(np.int64).max,) * 2]).T
         _known[int(addresses[0, 0]), int(addresses[2, 0]), len(every)] = _Known(
-            metadata, addresses, sizes, begins, ends
+            metadata, addresses, sizes, starts, ends
         )
     return Rows(columns, straight, addresses, sizes)
 
@@ -224,29 +222,32 @@ def _straight(column: Sequence[Tensor], *, resolve: bool) -> Sequence[Tensor]:
 
 
 def _look_closely(
-    columns: Columns, straight: Columns, addresses: list[list[int]], sizes: list[int]
-) -> list[tuple[int, int]]:
-    """Raise where a tensor seen for the first time is not what it looks like; return where is written, in order."""
+    columns: Columns, straight: Columns, addresses: np.ndarray, sizes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Raise where a tensor seen for the first time is not what it looks like; return what ``_meets_written`` takes."""
     examine(columns)
-    written: list[tuple[int, int]] = []
-    read: list[tuple[int, int]] = []
-    for index, column in enumerate(straight):
-        if index != GRADIENTS and any(map(Tensor.is_neg, column)):
-            raise Unfit("a tensor has the negative bit")
-        width = column[0].element_size()
-        for at, size in zip(addresses[index], sizes, strict=True):
-            if size:
-                (read if index == GRADIENTS else written).append((at, at + size * width))
-    written.sort()
-    if any(end > begin for (_, end), (begin, _) in pairwise(written)):
+    if any(any(map(Tensor.is_neg, column)) for index, column in enumerate(straight) if index != GRADIENTS):
+        raise Unfit("a tensor has the negative bit")
+    some = sizes > 0
+    widths = np.array([[column[0].element_size()] for column in straight])
+    begins, lengths = addresses[:, some], sizes[some] * widths
+    written, their_lengths = (np.delete(each, GRADIENTS, axis=0).ravel() for each in (begins, lengths))
+    order = np.argsort(written)
+    starts, ends = written[order], (written + their_lengths)[order]
+    if (ends[:-1] > starts[1:]).any():
         raise Unfit("two tensors share memory")
-    ends = [end for _, end in written]
-    for begin, end in read:
-        # The first written tensor that ends behind the gradient's beginning must begin behind its end.
-        next_one = bisect_right(ends, begin)
-        if next_one < len(written) and written[next_one][0] < end:
-            raise Unfit("a gradient shares memory with what is written")
-    return written
+    starts = np.append(starts, np.iinfo(np.int64).max)
+    if _meets_written(begins[GRADIENTS], lengths[GRADIENTS], starts, ends).any():
+        raise Unfit("a gradient shares memory with what is written")
+    return starts, ends
+
+
+def _meets_written(begins: np.ndarray, lengths: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Whether each range of bytes meets one of those that are written, which rise; ``starts`` has one beyond all.
+
+    The first written one that ends behind a range's beginning must begin behind its end.
+    """
+    return starts[np.searchsorted(ends, begins, side="right")] < begins + lengths
 
 
 def _same_lengths(columns: Columns) -> None:

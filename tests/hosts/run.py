@@ -12,8 +12,8 @@ import venv
 from datetime import date
 from pathlib import Path
 from shutil import rmtree
-from xml.etree import ElementTree
 
+from tests import junit
 from tests.hosts import table
 from tests.launch.dockerfile import ROOT, pins
 
@@ -63,12 +63,7 @@ def run(pair: str) -> dict[str, str]:
     subprocess.run(command, cwd=ROOT, env=env, check=False)
     if not report.exists():
         sys.exit(f"pytest wrote no report for {pair}: see above")
-    outcomes = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        kinds = {child.tag for child in case}
-        outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        outcomes[f"{case.get('classname', '').replace('.', '/')}::{case.get('name')}"] = outcome
-    return outcomes
+    return {f"{where.replace('.', '/')}::{name}": became for where, name, became in junit.outcomes(report)}
 
 
 def main(asked: list[str]) -> None:

@@ -38,7 +38,7 @@ class Problem:
         kinds = [WIDE if x is None else x.dtype for x in self.columns]
         return library.Settings(
             lr=LR, weight_decay=DECAY, scale=0.5, beta1=BETA, one_minus_beta1=1 - BETA, beta2=BETA,
-            one_minus_beta2=1 - BETA, p=self.p, bound=1.0, form=int(self.p) if self.p in (1, 2, 3) else 0,
+            one_minus_beta2=1 - BETA, p=self.p, bound=1.0, form=library.form(self.p),
             nesterov=self.nesterov, stochastic=self.stochastic, param=library.TYPES[kinds[0]],
             grad=library.TYPES[kinds[1]], state=library.TYPES[kinds[2]], model=library.TYPES[kinds[4]],
             seed=(0x243F6A88, 0x85A308D3),

@@ -12,8 +12,8 @@ import tempfile
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
-from xml.etree import ElementTree
 
+from tests import junit
 from tests.peers import expected
 from tests.peers.expected import Outcome
 from tests.peers.suites import SUITES, Suite, copy_tests
@@ -54,12 +54,7 @@ def version_of(checkout: str) -> str:
 
 def outcomes(report: Path) -> dict[str, str]:
     """What became of every test: "passed", "failed", or "skipped"."""
-    found = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        kinds = {child.tag for child in case}
-        became = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        found[f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"] = became
-    return found
+    return {f"{where.rpartition('.')[2]}::{name}": became for where, name, became in junit.outcomes(report)}
 
 
 def run(suite: Suite, tests: Path, options: list[str]) -> dict[str, str]:

@@ -90,7 +90,7 @@ def s3_step_(
         one_minus_beta2=1 - beta2,
         p=p,
         bound=1.0 if beta1 == beta2 else math.inf,
-        form=int(p) if p in (1, 2, 3) else 0,
+        form=library.form(p),
         nesterov=nesterov,
         forgets=beta2 == 0,
         stochastic=rounding_seed is not None and exp_avgs[0].dtype == torch.bfloat16,

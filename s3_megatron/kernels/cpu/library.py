@@ -31,6 +31,11 @@ class Settings(ctypes.Structure):
     ]
 
 
+def form(p: float) -> int:
+    """Return the formulas for an exponent, ``S3Settings.form``: 0 are those for any."""
+    return {1: 1, 2: 2, 3: 3, 1.5: 4}.get(p, 0)
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """Load the library: the one installed with the package, else one from the cache, compiled there at first use.

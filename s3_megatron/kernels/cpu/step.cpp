@@ -262,7 +262,7 @@ static void choose(const S3Row &row, int64_t begin, int64_t end, int64_t first, 
     (s.form == 1     ? run<1, KIND>
      : s.form == 2   ? run<2, KIND>
      : s.form == 3   ? run<3, KIND>
-     : s.p == 1.5f   ? run<HALVES, KIND>
+     : s.form == HALVES ? run<HALVES, KIND>
                      : run<0, KIND>)(row, begin, end, first, s, out);
 }
 

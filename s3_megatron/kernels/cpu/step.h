@@ -22,7 +22,7 @@ struct S3Settings {
     float beta1, one_minus_beta1, beta2, one_minus_beta2;
     float p;
     float bound;              // of |update|: 1, or infinity where the betas differ
-    int32_t form;             // 1, 2 or 3 for these exponents, 0 for any other
+    int32_t form;             // 1, 2 or 3 for these exponents, 4 for 1.5, 0 for any other
     int32_t nesterov;
     int32_t forgets;          // beta2 is 0: r plays no part
     int32_t stochastic;       // round the states stochastically (bfloat16 only)
