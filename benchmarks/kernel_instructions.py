@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from s3_megatron.bench.step import _stream as stream
+from s3_megatron.bench.step import ceilings
 from s3_megatron.kernels.cpu import library
 from s3_megatron.machine import processor
 
@@ -65,7 +65,7 @@ def step(loop: int, p: float, states: str, size: int, times: int = 1) -> Callabl
     m, r = torch.zeros(2, size, dtype=dtype)
     settings = library.Settings(
         lr=1e-4, weight_decay=0.1, scale=1.0, beta1=0.95, one_minus_beta1=0.05, beta2=0.95, one_minus_beta2=0.05, p=p,
-        bound=1.0, form=int(p) if p in (1, 2, 3) else 0, nesterov=1, stochastic=stochastic,
+        bound=1.0, form=library.form(p), nesterov=1, stochastic=stochastic,
         state=library.TYPES[dtype],
     )  # fmt: skip
     row = (x.data_ptr(), g.data_ptr(), m.data_ptr(), r.data_ptr(), None, size)
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    bandwidth = stream("cpu", ROUNDS)
+    bandwidth, _ = ceilings("cpu", ROUNDS)
     found = list(rows(bandwidth))
     table = Table(title=f"{processor()}: {bandwidth / 1e9:.1f} GB/s a thread", title_justify="left")
     for column in ("loop", "p", "states", "instructions an element", "arithmetic ns", "memory ns", "bound by"):

@@ -1,6 +1,7 @@
 """Running steps, each within its own limit and in its own processes, so that none can stop the next."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -119,6 +121,12 @@ def _finish(one: _Running, folder: Path) -> Outcome:
     if code == 0:
         return Outcome(one.step, PASSED, seconds)
     return Outcome(one.step, FAILED, seconds, f"exit code {code}: {last_line(folder / f'{one.step.name}.log')}")
+
+
+def write_numbers(figures: Any) -> None:
+    """Write a step's figures, as JSON, where ``run`` has asked for them; a program that nobody watches writes none."""
+    if path := os.environ.get(NUMBERS):
+        Path(path).write_text(json.dumps(figures), encoding="utf-8")
 
 
 def last_line(log: Path) -> str:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.runner import write_numbers
 from s3_megatron import machine
 from s3_megatron.jobs import compose, memory
 from s3_megatron.jobs.flags import ENTRIES, deepspeed_file, megatron_flags
@@ -128,8 +129,7 @@ def main() -> None:
     args = parser.parse_args()
     figures = measure(args.optimizer, args.dry)
     print(json.dumps(figures, indent=1))
-    if path := os.environ.get("S3_GPU_NUMBERS"):
-        Path(path).write_text(json.dumps(figures), encoding="utf-8")
+    write_numbers(figures)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,9 @@ for a rehearsal, in Triton's interpreter.
 
 import argparse
 import importlib.util
-import json
-import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.gpu.runner import write_numbers
+from s3_megatron.bench import timing
+from s3_megatron.bench.timing import WARM_UP
 from s3_megatron.kernels.triton import kernel, s3_step_
 
-WARM_UP, ROUNDS = 3, 15
+ROUNDS = 15
 _TOGETHER = "volatile=TOGETHER"
 F32, BF16 = torch.float32, torch.bfloat16
 # Name: dtypes of the states and of the model's weights, if any, and settings; weights and gradients are float32.
@@ -70,25 +70,10 @@ def _compiled(folder: Path, name: str, source: str) -> Any:
     return module.s3_step
 
 
-def timed(run: Callable[[], object], device: str) -> float:
-    """Milliseconds of ``run``, of the GPU's clock where there is one."""
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return (time.perf_counter() - start) * 1e3
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end))
-
-
 def copied(elements: int, device: str, rounds: int) -> float:
     """10^9 bytes a second of a float32 copy, counting what is read and what is written."""
     source, target = torch.randn(elements, device=device), torch.empty(elements, device=device)
-    times = [timed(lambda: target.copy_(source), device) for _ in range(WARM_UP + rounds)]
-    return 8 * elements / statistics.median(times[WARM_UP:]) / 1e6
+    return 8 * elements / timing.steady(lambda: target.copy_(source), device, rounds) / 1e9
 
 
 def measure(elements: int, device: str, rounds: int = ROUNDS) -> dict[str, Any]:
@@ -105,7 +90,7 @@ def measure(elements: int, device: str, rounds: int = ROUNDS) -> dict[str, Any]:
                 for _ in range(WARM_UP + rounds):
                     for variant, one in found.items():
                         kernel.s3_step = one
-                        times[variant].append(timed(run, device))
+                        times[variant].append(timing.queued(run, device) * 1e3)
                 for variant, took in times.items():
                     ms = statistics.median(took[WARM_UP:])
                     rate = size * elements / ms / 1e6
@@ -153,8 +138,7 @@ def main() -> None:
     args = parser.parse_args()
     found = measure(int(args.elements), args.device, args.rounds)
     Console(width=100).print(table(found))
-    if path := os.environ.get("S3_GPU_NUMBERS"):
-        Path(path).write_text(json.dumps(found), encoding="utf-8")
+    write_numbers(found)
 
 
 if __name__ == "__main__":

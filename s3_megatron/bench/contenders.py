@@ -12,7 +12,7 @@ import torch
 
 from s3_megatron.optim import S3
 
-ADAMW = "AdamW, torch fused"
+S3_BY_DEFAULT, ADAMW = "S3 p=3", "AdamW, torch fused"
 type Make = Callable[..., torch.optim.Optimizer]
 
 
@@ -41,7 +41,7 @@ def contenders(device: str) -> tuple[list[Contender], list[str]]:
     adamw = partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.1)
     # All of them hold their states at once; a GPU of 80 GB has room for some of 10^9 weights.
     some = math.inf if device == "cpu" else 400e6
-    found = [Contender("S3 p=3", partial(s3, p=3), full, capturable=graph)]
+    found = [Contender(S3_BY_DEFAULT, partial(s3, p=3), full, capturable=graph)]
     found += [Contender(f"S3 p={p}", partial(s3, p=p), full, some, capturable=graph) for p in (2, 1)]
     found += [
         Contender("S3 p=3, bf16 states", partial(s3, state_dtype=torch.bfloat16), half, capturable=graph),

@@ -1,12 +1,12 @@
 """The host's time of one step: what Python, torch and a launch take, apart from arithmetic."""
 
 import statistics
-import time
 from dataclasses import dataclass
 
 import torch
 
 from s3_megatron.bench.contenders import Contender
+from s3_megatron.bench.timing import WARM_UP, called
 
 TENSORS = (1, 1_000, 10_000)
 
@@ -29,14 +29,12 @@ def measure(entrants: list[Contender], device: str, repeats: int) -> list[Host]:
     for tensors in TENSORS:
         optimizers = [(entrant.name, entrant.make(_parameters(tensors, device))) for entrant in entrants]
         times: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
-        for _ in range(3 + repeats):
+        for _ in range(WARM_UP + repeats):
             for name, optimizer in optimizers:
                 if device != "cpu":
                     torch.cuda.synchronize()
-                start = time.perf_counter()
-                optimizer.step()
-                times[name].append(time.perf_counter() - start)
-        found += [Host(tensors, name, statistics.median(seconds[3:]) * 1e3) for name, seconds in times.items()]
+                times[name].append(called(optimizer.step))
+        found += [Host(tensors, name, statistics.median(seconds[WARM_UP:]) * 1e3) for name, seconds in times.items()]
     return found
 
 

@@ -12,12 +12,11 @@ from rich.table import Table
 
 from s3_megatron import machine
 from s3_megatron.bench import host, timing
-from s3_megatron.bench.contenders import ADAMW, Contender, contenders
+from s3_megatron.bench.contenders import ADAMW, S3_BY_DEFAULT, Contender, contenders
 from s3_megatron.bench.timing import WARM_UP, Times
 from s3_megatron.kernels.cpu import library
 
 SHARDS = 1000
-S3 = "S3 p=3"
 # Shards of a large model on a GPU, where a tensor of 30,000 weights takes no time beside its launch.
 MANY, MANY_FROM = 10_000, 300_000_000
 # Elements: Megatron's buffers begin every parameter at a multiple of it (DistributedOptimizer, megatron-core 0.19.2).
@@ -76,7 +75,7 @@ def measure(
     """
     torch.set_num_threads(threads)
     found, missing = contenders(device)
-    stream, copy = _ceilings(device, repeats)
+    stream, copy = ceilings(device, repeats)
     result = Result(_machine(device, threads, repeats), stream / 1e9, copy / 1e9, [], [], missing)
     for size in sizes:
         for tensors in (1, SHARDS, *((MANY,) if device != "cpu" and size >= MANY_FROM else ())):
@@ -92,7 +91,7 @@ def measure(
             on_rows(result)
             del params  # before the next ones
     on_progress("host time")
-    compared = [contender for contender in found if contender.name in (S3, ADAMW)]
+    compared = [contender for contender in found if contender.name in (S3_BY_DEFAULT, ADAMW)]
     result.host.extend(host.measure(compared, device, repeats))
     on_rows(result)
     return result
@@ -130,7 +129,7 @@ def _row(
 
 def _times(
     entrants: list[Contender], params: list[torch.nn.Parameter], device: str, repeats: int, missing: list[str]
-) -> tuple[dict[str, Times], dict[str, float | None]]:
+) -> tuple[dict[str, Times], dict[str, float]]:
     """Time the contenders in turns, and graphs of those that can be captured; one that fails is told in ``missing``."""
     racing = {}
     for contender in entrants:
@@ -174,7 +173,7 @@ def _parameters(size: int, tensors: int, device: str) -> list[torch.nn.Parameter
     return params
 
 
-def _ceilings(device: str, repeats: int) -> tuple[float, float]:
+def ceilings(device: str, repeats: int) -> tuple[float, float]:
     """Measure what the memory gives loops that do nothing else: bytes a second of a <- a + 3 b, and of a copy.
 
     The first is in place as a step is: on a CPU a loop that writes what it has not read moves more than it seems to.
@@ -260,9 +259,9 @@ def tables(result: Result) -> Iterator[Table]:
         yield table
     table = Table(title="host time of a step, tensors of one element", title_justify="left", box=None)
     table.add_column("tensors", justify="right")
-    for name in (S3, ADAMW):
+    for name in (S3_BY_DEFAULT, ADAMW):
         table.add_column(f"{name}: ms", justify="right", no_wrap=True)
     for tensors in host.TENSORS:
         ms = {row.name: row.ms for row in result.host if row.tensors == tensors}
-        table.add_row(f"{tensors:,}", *(f"{ms[name]:.3f}" for name in (S3, ADAMW)))
+        table.add_row(f"{tensors:,}", *(f"{ms[name]:.3f}" for name in (S3_BY_DEFAULT, ADAMW)))
     yield table

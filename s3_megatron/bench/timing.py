@@ -24,19 +24,14 @@ class Times:
 def once(step: Callable[[], object], device: str) -> Times:
     """Time one step."""
     if device == "cpu":
-        return Times(_host(step))
+        return Times(called(step))
     torch.cuda.synchronize()
     start = time.perf_counter()
     step()
     torch.cuda.synchronize()
     whole = time.perf_counter() - start
     torch.cuda._sleep(_HELD)
-    begin, end = _events()
-    begin.record()
-    step()
-    end.record()
-    torch.cuda.synchronize()
-    return Times(whole, float(begin.elapsed_time(end)) / 1e3)
+    return Times(whole, queued(step, device))
 
 
 def median(times: list[Times]) -> Times:
@@ -45,10 +40,8 @@ def median(times: list[Times]) -> Times:
     return Times(statistics.median(one.whole for one in times), statistics.median(kernels) if kernels else None)
 
 
-def replayed(step: Callable[[], object], device: str, repeats: int) -> float | None:
-    """The median seconds of a step captured in a CUDA graph; None on a CPU."""
-    if device == "cpu":
-        return None
+def replayed(step: Callable[[], object], device: str, repeats: int) -> float:
+    """The median seconds of a step captured in a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # a first step allocates, which a graph may not
@@ -62,25 +55,23 @@ def replayed(step: Callable[[], object], device: str, repeats: int) -> float | N
 
 def steady(run: Callable[[], object], device: str, repeats: int) -> float:
     """The median seconds of something that Python queues at once, by the GPU's clock where there is one."""
-    times = []
-    for _ in range(WARM_UP + repeats):
-        if device == "cpu":
-            times.append(_host(run))
-            continue
-        begin, end = _events()
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(float(begin.elapsed_time(end)) / 1e3)
-    return statistics.median(times[WARM_UP:])
+    return statistics.median([queued(run, device) for _ in range(WARM_UP + repeats)][WARM_UP:])
 
 
-def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+def queued(run: Callable[[], object], device: str) -> float:
+    """Seconds of what a call queues, by the GPU's clock where there is one."""
+    if device == "cpu":
+        return called(run)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
 
 
-def _host(run: Callable[[], object]) -> float:
+def called(run: Callable[[], object]) -> float:
+    """Seconds until a call returns: on a GPU, until all is queued."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

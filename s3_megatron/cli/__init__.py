@@ -121,9 +121,8 @@ def _keep(path: Path | None, command: str, result: Any) -> None:
     """Write what is measured so far: the large sizes come last, and take long."""
     if path is not None:
         from s3_megatron.bench import step as bench
-        from s3_megatron.files import write_file
 
-        write_file(path, (json.dumps(bench.as_json(result, command), indent=1) + "\n").encode())
+        _store(path, bench.as_json(result, command))
 
 
 @bench_app.command()
@@ -195,9 +194,12 @@ def compare(
 
 
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:
-    if path is None:
-        return
+    if path is not None:
+        _store(path, content)
+        line(f"wrote {path}")
+
+
+def _store(path: Path, content: dict[str, Any]) -> None:
     from s3_megatron.files import write_file
 
     write_file(path, (json.dumps(content, indent=1) + "\n").encode())
-    line(f"wrote {path}")

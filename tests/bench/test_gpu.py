@@ -44,7 +44,7 @@ def test_a_gpus_rows_have_the_kernels_time_a_graphs_and_the_copys_bandwidth(card
     monkeypatch.setattr(step, "MANY", 20)
     monkeypatch.setattr(step, "SHARDS", 10)
     chosen = ("S3 p=3", "S3 p=3, bf16 stochastic", "S3 p=3, foreach", contenders.ADAMW, "AdamW, torch foreach")
-    monkeypatch.setattr(step, "_ceilings", lambda device, repeats: (30e9, 20e9))  # of 2 GB each, on a GPU
+    monkeypatch.setattr(step, "ceilings", lambda device, repeats: (30e9, 20e9))  # of 2 GB each, on a GPU
     monkeypatch.setattr(step.host, "TENSORS", (1, 10))
     monkeypatch.setattr(contenders, "_others", lambda device: iter(()))  # each needs a real GPU
     few = [dataclasses.replace(one, most=15 if "foreach" in one.name else 99)
