@@ -12,7 +12,7 @@ SCRIPTS = $(shell git ls-files --cached --others --exclude-standard | grep -v '\
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help venv demo evidence-quick gpu gpu-wheels test test-fast test-slurm test-hosts test-dist test-machines test-peers dist lint sanitize clean
+.PHONY: help venv demo evidence-quick gpu gpu-wheels test test-fast test-slurm test-hosts test-dist test-machines test-peers dist lint format sanitize clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -67,7 +67,7 @@ test-slurm: $(STAMP) ## run jobs on a real SLURM of four nodes on this machine: 
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
 
 # PAIRS="0.17.1-0.17.6 ..." runs some; tests/hosts has them.
-test-hosts: $(STAMP) ## run the engines' tests on every version of Megatron and DeepSpeed that S3 stands for
+test-hosts: $(STAMP) ## run the engines' tests on every version of Megatron and DeepSpeed in docs/versions.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.hosts.run $(PAIRS)
 
 # CXX=aarch64-linux-gnu-g++ (Debian's g++-aarch64-linux-gnu) builds the wheel for Arm.
@@ -104,6 +104,11 @@ lint: $(STAMP) ## ruff, mypy, import-linter, shellcheck, shfmt, hadolint
 	$(BIN)/shellcheck $(SCRIPTS)
 	$(BIN)/shfmt -i 4 -ci -d $(SCRIPTS)
 	$(BIN)/hadolint Dockerfile
+
+format: $(STAMP) ## lay out Python and shell as `make lint` wants it
+	$(BIN)/ruff check --no-cache --fix-only .
+	$(BIN)/ruff format --no-cache .
+	$(BIN)/shfmt -i 4 -ci -w $(SCRIPTS)
 
 sanitize: $(STAMP) ## run the C++ kernel's tests under ASan and UBSan
 	@OMP_NUM_THREADS=2 PYTHONPATH=. $(BIN)/python tests/kernels/sanitize.py

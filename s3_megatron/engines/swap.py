@@ -25,7 +25,7 @@ class SymbolSwap:
             where = getattr(owner, "__name__", type(owner).__name__)
             raise S3Error(
                 f"{self._host} has no {where}.{name}, which s3_megatron replaces: install a version from "
-                "the README's table, or report this one"
+                "the table in docs/versions.md, or report this one"
             )
         original = getattr(owner, name)
         setattr(owner, name, make(original))

@@ -68,7 +68,8 @@ def check_step(betas: tuple[float, float], p: float) -> None:
 _has_warned = False
 
 
-@torch.compiler.assume_constant_result  # called while a step is compiled, and no part of what is compiled
+# Called while a step is compiled, and no part of what is compiled.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _warn_of_two_betas(beta1: float, beta2: float) -> None:
     """Say once a process, on rank 0, that the bound does not hold."""
     global _has_warned

@@ -75,7 +75,7 @@ def _replace(stack: contextlib.ExitStack, owner: Any, name: str, new: Any) -> No
     if not hasattr(owner, name):
         raise S3Error(
             f"the rehearsal replaces {owner.__name__}.{name}, which is gone: use torch 2.13 and a megatron-core from "
-            "the README's table"
+            "the table in docs/versions.md"
         )
     stack.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, new)

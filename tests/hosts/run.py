@@ -1,7 +1,7 @@
 """Runs the engines' tests on every pair of host versions, each in a venv of its own (``make test-hosts``).
 
 ``python -m tests.hosts.run [PAIR ...]``: a pair is a file in tests/hosts, whose lines take the place of those in
-constraints.txt. The venvs stay in .hosts/. With all pairs it also writes README's table.
+constraints.txt. The venvs stay in .hosts/. With all pairs it also writes the table in docs/versions.md.
 """
 
 import os
@@ -78,9 +78,9 @@ def main(asked: list[str]) -> None:
     text = table.markdown(["Megatron, DeepSpeed, torch", *names], rows)
     print(f"\n{text}")
     if not asked:
-        readme = ROOT / "README.md"
+        page = ROOT / "docs/versions.md"
         made = f"{text}\n`make test-hosts`, {date.today()}, 2 CPU cores, gloo.\n"
-        readme.write_text(PLACE.sub(lambda _: made, readme.read_text()))
+        page.write_text(PLACE.sub(lambda _: made, page.read_text()))
     sys.exit(any(outcome == "failed" for column in columns.values() for outcome in column.values()))
 
 

@@ -1,4 +1,4 @@
-"""The window of versions, the pairs, the patches and README's table name the same versions."""
+"""The window of versions, the pairs, the patches and docs/versions.md name the same versions."""
 
 import re
 from pathlib import Path
@@ -12,25 +12,25 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def readmes_table() -> list[list[str]]:
-    """The cells of README's table, line by line, without the one of dashes."""
-    text = (ROOT / "README.md").read_text()
+def table_of_versions() -> list[list[str]]:
+    """The cells of the table in docs/versions.md, line by line, without the one of dashes."""
+    text = (ROOT / "docs/versions.md").read_text()
     lines = text.partition("<!-- make test-hosts -->\n")[2].partition("<!-- end -->")[0].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     return [line for line in cells if set(line[0]) != {"-"}]
 
 
 @pytest.mark.parametrize(("window", "position"), [(MEGATRON, 0), (DEEPSPEED, 1)], ids=["megatron", "deepspeed"])
-def test_every_version_of_the_window_is_run_patched_and_in_readme(window: Window, position: int) -> None:
+def test_every_version_of_the_window_is_run_patched_and_in_the_table(window: Window, position: int) -> None:
     pairs = {path.stem.split("-")[position] for path in HERE.glob("*.txt")}
     folder = {"megatron-core": "megatron-lm"}.get(window.host, window.host)
     patches = {path.stem for path in (ROOT / "patches" / folder).glob("*.patch")}
-    (_, *columns), *_ = readmes_table()
+    (_, *columns), *_ = table_of_versions()
     assert pairs == patches == {column.split(", ")[position] for column in columns} == set(window.tested)
 
 
-def test_readmes_table_is_of_these_features_and_nothing_failed() -> None:
-    _, *rows = readmes_table()
+def test_the_table_is_of_these_features_and_nothing_failed() -> None:
+    _, *rows = table_of_versions()
     assert [row[0] for row in rows] == [row[0] for row in table.rows({})]
     cells = [cell for row in rows for cell in row[1:]]
     assert cells and all(re.fullmatch(r"\d+ passed(, \d+ skipped)?", cell) for cell in cells), cells

@@ -27,7 +27,9 @@ def use_gloo() -> None:
 
     operations = deepspeed.ops.__compatible_ops__
     if _SHARED_MEMORY not in operations:
-        raise S3Error(f"this DeepSpeed has no op {_SHARED_MEMORY}: install a version from the README's table")
+        raise S3Error(
+            f"this DeepSpeed has no op {_SHARED_MEMORY}: install a version from the table in docs/versions.md"
+        )
     operations[_SHARED_MEMORY] = False
     if deepspeed.__version__.startswith(("0.17.", "0.18.")):
         SymbolSwap("this DeepSpeed").replace(Init, "_allgather_params_coalesced", _one_by_one)

@@ -195,7 +195,7 @@ def _require(part: Any, *names: str) -> None:
         if not hasattr(part, name):
             raise S3Error(
                 f"this megatron-core's {type(part).__name__} has no {name}, through which S3 makes its single pass in "
-                "0.19.2: install a version from the README's table, or report this one"
+                "0.19.2: install a version from the table in docs/versions.md, or report this one"
             )
 
 
