@@ -26,6 +26,7 @@ from s3_megatron.jobs import compose, memory
 from s3_megatron.jobs.flags import ENTRIES, deepspeed_file, megatron_flags
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.recipe import Data
+from s3_megatron.watch.file import read_metrics
 
 # Megatron hides INFO otherwise, and with it the line that says which kernel steps.
 _SAY = ["--logging-level", "20"]
@@ -106,9 +107,8 @@ def measure(optimizer: str, dry: bool) -> dict[str, Any]:
         print(shown.text)
         if shown.code:
             sys.exit(shown.code)
-        events = [json.loads(line) for line in (run / "watch/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    trained = [event for event in events if event["event"] == "train"]
-    seconds = [event["seconds"] for event in trained if event["seconds"] is not None][-2 * iterations // 3 :]
+        trained = list(read_metrics(run / "watch").train.values())
+    seconds = [event.seconds for event in trained if event.seconds is not None][-2 * iterations // 3 :]
     estimate = memory.estimate(made)
     return {
         "optimizer": optimizer,
@@ -117,7 +117,7 @@ def measure(optimizer: str, dry: bool) -> dict[str, Any]:
         "optimizer_ms": shown.optimizer_ms(),
         "peak_gib": shown.peak_gib(),
         "estimated_gib": (estimate.total - estimate.fixed) / memory.GIB,
-        "loss": trained[-1]["lm_loss"],
+        "loss": trained[-1].losses["lm_loss"],
     }
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from s3_megatron.demo.engines import ENGINES
 from s3_megatron.demo.report import NOTE, Outcome
+from s3_megatron.watch.events import Evaluation, Train
 
 S3_COLOR, ADAMW_COLOR, MARK_COLOR = "#0b6e99", "#d1670a", "#b3262b"
 
@@ -46,11 +47,11 @@ def _losses(axes: Axes, outcome: Outcome, report: Mapping[str, Any]) -> None:
         (outcome.adamw, ADAMW_COLOR, f"AdamW, validation {report['adamw']['val_loss']:.3f} at the end"),
         (outcome.s3, S3_COLOR, f"S3, validation {report['s3']['val_loss']:.3f} at the end"),
     ):
-        iterations, losses = _series(metrics.train, "lm_loss")
+        iterations, losses = _losses_of(metrics.train)
         axes.plot(iterations, losses, color=color, linewidth=0.8, alpha=0.3)
         axes.plot(iterations, _smooth(losses), color=color, linewidth=1.8, label=name)
-        axes.plot(*_series(metrics.validation, "lm_loss"), "o", color=color, markersize=6, markeredgecolor="white")
-    iterations, losses = _series(outcome.resumed.train, "lm_loss")
+        axes.plot(*_losses_of(metrics.validation), "o", color=color, markersize=6, markeredgecolor="white")
+    iterations, losses = _losses_of(outcome.resumed.train)
     again = [(i, loss) for i, loss in zip(iterations, _smooth(losses), strict=True) if i > resume["resumed_from"]]
     label = f"S3 after kill and resume, largest gap {resume['loss_gap']:g}"
     axes.plot(*zip(*again, strict=True), color="black", linewidth=1.2, linestyle=(0, (1, 2)), label=label)
@@ -73,7 +74,10 @@ def _losses(axes: Axes, outcome: Outcome, report: Mapping[str, Any]) -> None:
 def _updates(axes: Axes, outcome: Outcome) -> None:
     for metrics, color, name in ((outcome.adamw, ADAMW_COLOR, "AdamW"), (outcome.s3, S3_COLOR, "S3")):
         for key, style in (("largest", "-"), ("mean", "--")):
-            series = _series(metrics.train, "update_max" if key == "largest" else "update_mean")
+            sizes = {
+                i: each.updates.max if key == "largest" else each.updates.mean for i, each in metrics.train.items()
+            }
+            series = _series(sizes)
             axes.plot(*series, color=color, linewidth=1.3, linestyle=style, label=f"{name}, {key}")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -89,6 +93,10 @@ def _smooth(values: list[float], window: int = 15) -> list[float]:
     return [fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
-def _series(events: Mapping[int, Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    points = [(i, event[key]) for i, event in sorted(events.items()) if event[key] is not None]
+def _losses_of(events: Mapping[int, Train] | Mapping[int, Evaluation]) -> tuple[list[int], list[float]]:
+    return _series({i: event.losses["lm_loss"] for i, event in events.items()})
+
+
+def _series(values: Mapping[int, float | None]) -> tuple[list[int], list[float]]:
+    points = [(i, value) for i, value in sorted(values.items()) if value is not None]
     return [i for i, _ in points], [value for _, value in points]

@@ -18,7 +18,8 @@ from s3_megatron.demo.engines import ENGINES
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.recipe import S3, AdamW, Recipe
 from s3_megatron.jobs.trial import Interruption
-from s3_megatron.watch.metrics import Metrics, read_metrics
+from s3_megatron.watch.events import Evaluation, Train
+from s3_megatron.watch.file import Metrics, read_metrics
 
 NOTE = "One seed, one rate each, a tiny model: a demonstration that it works, not evidence that S3 is better."
 
@@ -87,25 +88,27 @@ def summarize(outcome: Outcome, s3: Recipe, adamw: Recipe, *, gpus: int, corpus:
             "resumed_from": interruption.resumed_from,
             "iterations_lost": interruption.iterations_lost,
             "loss_gap": interruption.loss_gap(outcome.s3, outcome.resumed),
-            "val_loss": _last(outcome.resumed.validation)["lm_loss"],
+            "val_loss": _last(outcome.resumed.validation).losses["lm_loss"],
         },
     }
 
 
 def _figures(metrics: Metrics) -> dict[str, Any]:
-    updates = [event for event in metrics.train.values() if event["update_max"] is not None]
+    updates = [event.updates for event in metrics.train.values()]
+    largest = [each.max for each in updates if each.max is not None]
+    means = [each.mean for each in updates if each.mean is not None]
     described = ("wrapper", "world_size", "parameters", "shard_elements")
     sizes = ("state_bytes_per_param_rank", "master_bytes_per_param_rank")
     return {
-        "val_loss": _last(metrics.validation)["lm_loss"],
-        "train_loss": _last(metrics.train)["lm_loss"],
-        **{key: metrics.optimizer[key] for key in (*described, *sizes)},
-        "largest_update": max((event["update_max"] for event in updates), default=None),
-        "largest_mean_update": max((event["update_mean"] for event in updates), default=None),
+        "val_loss": _last(metrics.validation).losses["lm_loss"],
+        "train_loss": _last(metrics.train).losses["lm_loss"],
+        **{key: getattr(metrics.optimizer, key) for key in (*described, *sizes)},
+        "largest_update": max(largest, default=None),
+        "largest_mean_update": max(means, default=None),
     }
 
 
-def _last(events: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+def _last[T: (Train, Evaluation)](events: Mapping[int, T]) -> T:
     return events[max(events)]
 
 

@@ -1,6 +1,6 @@
 """Replacing symbols of a host, loudly and reversibly."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from s3_megatron.errors import S3Error
@@ -30,6 +30,22 @@ class SymbolSwap:
         original = getattr(owner, name)
         setattr(owner, name, make(original))
         self._undo.append((owner, name, original))
+
+    def replace_in(self, owners: Sequence[Any], name: str, make: Callable[[Any], Any]) -> None:
+        """Replace one function that several modules hold as ``name``: where they hold the same, one wrapper serves all.
+
+        Raises:
+            S3Error: as ``replace``.
+        """
+        made: dict[Any, Any] = {}
+
+        def make_once(original: Any) -> Any:
+            if original not in made:
+                made[original] = make(original)
+            return made[original]
+
+        for owner in owners:
+            self.replace(owner, name, make_once)
 
     def undo(self) -> None:
         """Put every original back, the last replaced first."""

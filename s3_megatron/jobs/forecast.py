@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from s3_megatron.jobs.recipe import Schedule
+from s3_megatron.watch.events import Event, Train
 
 # Iterations after the first that are enough for an estimate, and for one to correct it by.
 FIRST, SECOND = 6, 40
@@ -32,9 +32,9 @@ class Forecast:
         self._started = time.monotonic()
         self._starts -= 1
 
-    def event(self, event: dict[str, Any]) -> None:
+    def event(self, event: Event) -> None:
         """See a line of a metrics file."""
-        if event["event"] != "train" or self._done == SECOND:
+        if not isinstance(event, Train) or self._done == SECOND:
             return
         now = time.monotonic()
         if self._first is None:

@@ -1,6 +1,5 @@
 """Starting a training run on this machine, following it, losing one of its ranks, and ending it cleanly."""
 
-import json
 import re
 import subprocess
 import sys
@@ -8,13 +7,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import psutil
 
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.node.processes import ranks
-from s3_megatron.watch.metrics import FILE_NAME
+from s3_megatron.watch.events import Event
+from s3_megatron.watch.file import Tail
 
 # The node agent's last line, which names the failure that came first.
 _VERDICT = re.compile(r"^attempt: \w+ on \S+: (.+)")
@@ -28,27 +28,6 @@ PATIENCE = 10
 
 # A killed rank's peers hang in gloo: 5 seconds are enough to end them.
 END_SOON = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
-
-
-class Tail:
-    """Reads the events that a run appends to its metrics file, from now on."""
-
-    def __init__(self, watch_dir: Path) -> None:
-        """Start at the present end of ``watch_dir``'s metrics file, which need not exist yet."""
-        self._path = watch_dir / FILE_NAME
-        self._offset = self._path.stat().st_size if self._path.exists() else 0
-
-    def events(self) -> list[dict[str, Any]]:
-        """Return the events of the whole lines written since the last call."""
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            whole, _, _ = file.read().rpartition(b"\n")
-        if not whole:
-            return []
-        self._offset += len(whole) + 1
-        return [json.loads(line) for line in whole.splitlines() if line]
 
 
 class Guarded:
@@ -124,7 +103,7 @@ class Training(Guarded):
         self._tail = Tail(run / "watch")
         super().__init__(command, run / "logs" / "job.log", env)
 
-    def events(self) -> Iterator[dict[str, Any]]:
+    def events(self) -> Iterator[Event]:
         """Yield what the run logs until it has ended."""
         running = True
         while running:

@@ -4,10 +4,11 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from s3_megatron.watch.events import Event, Train
 
 # Seconds between two plain lines of a stage: a log of ten minutes has a screen of them.
 PLAIN_SECONDS = 15.0
@@ -66,18 +67,18 @@ class RunLine(StageLine):
 
     _rate = 0.0
 
-    def event(self, event: dict[str, Any]) -> None:
+    def event(self, event: Event) -> None:
         """Show a line of the metrics file."""
-        if event["event"] != "train":
+        if not isinstance(event, Train):
             return
-        if event["seconds"]:
+        if event.seconds:
             # Smoothed over about ten iterations: single ones include checkpoints and validation.
-            self._rate += 0.1 * (event["seconds"] - self._rate) if self._rate else event["seconds"]
+            self._rate += 0.1 * (event.seconds - self._rate) if self._rate else event.seconds
         self._progress.update(self._task, status="training")
-        figures = f"loss {event['lm_loss']:.3f}"
+        figures = f"loss {event.losses.get('lm_loss', math.nan):.3f}"
         if self._rate:  # a run's first iteration has no time
             figures += f", {self._rate:.2f} s/iteration"
-        self.advance(event["iteration"], figures)
+        self.advance(event.iteration, figures)
 
     def _share(self, done: float) -> str:
         return f"iteration {done:.0f} of {self._total:.0f}"

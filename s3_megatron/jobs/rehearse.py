@@ -24,7 +24,7 @@ from s3_megatron.jobs.progress import say
 from s3_megatron.jobs.recipe import Data, Model, Recipe
 from s3_megatron.jobs.render import render
 from s3_megatron.jobs.trial import Trial
-from s3_megatron.watch.metrics import read_metrics
+from s3_megatron.watch.file import read_metrics
 
 MOST_COPIES = 2  # they shard the optimizer as any number of them does
 MOST_RANKS = 8  # each takes about 0.7 GB and, at its start, a core for 5 to 10 seconds

@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -15,7 +14,8 @@ from s3_megatron.errors import S3Error
 from s3_megatron.jobs import slurm
 from s3_megatron.jobs.node import verdict
 from s3_megatron.jobs.runs import Run
-from s3_megatron.watch.metrics import read_metrics
+from s3_megatron.watch.events import Train
+from s3_megatron.watch.file import FILE_NAME, newest_train
 
 # Iterations that the speed is the median of.
 RECENT = 20
@@ -41,18 +41,17 @@ class Status:
 def status(run: Run) -> Status:
     """Read how ``run`` is."""
     recipe = run.job.recipe
-    train = read_metrics(run.path / "watch").train
-    timed = [event["seconds"] for _, event in sorted(train.items()) if event["seconds"] is not None]
-    recent = timed[-RECENT:]  # the first iteration of a start has none
+    train = newest_train(run.path / "watch", RECENT)
+    recent = [event.seconds for event in train if event.seconds is not None]  # the first of a start has none
     tokens = recipe.schedule.global_batch_size * recipe.model.seq_length
-    last: dict[str, Any] = train[max(train)] if train else {}
+    last = train[-1] if train else Train(iteration=0)
     attempts = sorted((run.path / "attempts").glob("*"), key=lambda path: path.stat().st_ctime)
     return Status(
         run=run,
         state=_state(run, attempts),
-        iteration=last.get("iteration", 0),
+        iteration=last.iteration,
         iterations=recipe.schedule.train_iters,
-        loss=last.get("lm_loss"),
+        loss=last.losses.get("lm_loss"),
         tokens_per_second=tokens / statistics.median(recent) if recent else None,
         saved=newest(run.path / "checkpoints"),
         restarts=max(0, len(attempts) - 1),
@@ -128,7 +127,7 @@ def _local_state(run: Run, attempts: Sequence[Path]) -> str:
         return f"not started: s3-megatron resume {run.path.name}"
     if said := list(verdict.read(attempts[-1]).values()):
         return f"stopped ({said[0]['verdict']}): s3-megatron resume {run.path.name}"
-    heartbeat = run.path / "watch/metrics.jsonl"
+    heartbeat = run.path / "watch" / FILE_NAME
     silent = time.time() - max(path.stat().st_mtime for path in (attempts[-1], heartbeat) if path.exists())
     return "running" if silent < QUIET else f"silent for {_age(silent)}: killed? s3-megatron resume {run.path.name}"
 

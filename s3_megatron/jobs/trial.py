@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -11,7 +10,8 @@ from s3_megatron.errors import S3Error
 from s3_megatron.jobs.forecast import Forecast
 from s3_megatron.jobs.process import Training
 from s3_megatron.jobs.progress import RunLine, run_line
-from s3_megatron.watch.metrics import Metrics
+from s3_megatron.watch.events import Event, Train
+from s3_megatron.watch.file import Metrics
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Interruption:
                 f"the resumed run has no loss of iteration {missing[0] if missing else first}, which the "
                 "uninterrupted one has: run both again"
             )
-        return max(abs(whole.train[i]["lm_loss"] - resumed.train[i]["lm_loss"]) for i in iterations)
+        return max(abs(whole.train[i].losses["lm_loss"] - resumed.train[i].losses["lm_loss"]) for i in iterations)
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Trial:
             with self._start(line) as training:
                 for event in training.events():
                     self._see(event, line)
-                    if event["event"] == "train":
-                        killed_at = event["iteration"]
+                    if isinstance(event, Train):
+                        killed_at = event.iteration
                         if killed_at == kill_at:
                             line.note(f"SIGKILL to rank {training.kill_last_rank()} at iteration {killed_at}")
                 if killed_at < kill_at:
@@ -79,7 +79,7 @@ class Trial:
             first = self._finish(line)
         return Interruption(killed_at, first - 1)
 
-    def _see(self, event: dict[str, Any], line: RunLine) -> None:
+    def _see(self, event: Event, line: RunLine) -> None:
         line.event(event)
         self.forecast.event(event)
 
@@ -93,8 +93,8 @@ class Trial:
         first = 0
         with self._start(line) as training:
             for event in training.events():
-                if event["event"] == "train" and not first:
-                    first = event["iteration"]
+                if isinstance(event, Train) and not first:
+                    first = event.iteration
                     if first > 1:
                         line.note(f"resumed from the checkpoint of iteration {first - 1}")
                 self._see(event, line)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from s3_megatron.kernels import formats, scalars
 from s3_megatron.kernels.rows import examine
+from s3_megatron.watch.statistics import LARGEST
 
 # What torch._foreach_* takes and gives.
 type Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -135,7 +136,7 @@ def _root(tensors: Tensors, p: float) -> Tensors:
 
 
 def _accumulate(statistics: Tensor, updates: Tensors, grads: Tensors, found_inf: Tensor | None) -> None:
-    """Add this step's statistics (modified in place) without a host synchronisation; see ``kernels.op``."""
+    """Add this step's statistics (modified in place) without a host synchronisation; in the order of FIELDS."""
     elements = sum(u.numel() for u in updates)
     if not elements:
         return
@@ -152,4 +153,4 @@ def _accumulate(statistics: Tensor, updates: Tensors, grads: Tensors, found_inf:
     )
     statistics += sums if found_inf is None else torch.where(found_inf == 0, sums, 0.0)
     largest = torch.stack([u.abs().max() for u, _ in pairs]).max()
-    statistics[1] = torch.maximum(statistics[1], largest.to(torch.float64))
+    statistics[LARGEST] = torch.maximum(statistics[LARGEST], largest.to(torch.float64))

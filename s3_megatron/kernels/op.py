@@ -61,9 +61,8 @@ def step_(
         exp_avgs: m, float32, bfloat16 or float64 (modified in place).
         exp_avg_roots: r, of m's dtype (modified in place).
         model_params: empty, or for each parameter a tensor, in low precision, to which its new value is written too.
-        statistics: None, or float64 [sum |u|, max |u|, count |u| > 0.9, count sign(u) == sign(g), elements], to
-            which this step's are added (modified in place); u is the update in units of the rate, 0 where a
-            coordinate was left out.
+        statistics: None, or ``watch.statistics.zeros`` on the parameters' device, to which this step's are added
+            (modified in place); u is the update in units of the rate, 0 where a coordinate was left out.
         lr: learning rate, 0-dim, on the CPU or on the parameters' device.
         scale: None, or one float32 on the parameters' device by which gradients are multiplied first (1 / loss
             scale, and the clip coefficient).

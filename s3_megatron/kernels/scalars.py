@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
+from s3_megatron.watch.statistics import FIELDS
 
 
 def check(weight: Tensor, statistics: Tensor | None, **numbers: Tensor | None) -> None:
@@ -28,9 +29,9 @@ def check(weight: Tensor, statistics: Tensor | None, **numbers: Tensor | None) -
             raise S3Error(f"{name} is {x.dtype}: it must be a real number")
     if statistics is None:
         return
-    fits = statistics.shape == (5,) and statistics.dtype == torch.float64 and statistics.is_contiguous()
+    fits = statistics.shape == (len(FIELDS),) and statistics.dtype == torch.float64 and statistics.is_contiguous()
     if not fits or statistics.device != weight.device:
         raise S3Error(
             f"statistics has shape {list(statistics.shape)} and {statistics.dtype} on {statistics.device}: it must be "
-            f"5 contiguous float64 on {weight.device}"
+            f"{len(FIELDS)} contiguous float64 on {weight.device}"
         )

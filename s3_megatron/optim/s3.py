@@ -60,7 +60,7 @@ class S3(torch.optim.Optimizer):
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
-    # Over the last step, if somebody put five float64 zeros here: see ``statistics`` in kernels.op.
+    # Over the last step, where ``watch.statistics.zeros`` were put here, on the weights' device.
     update_statistics: Tensor | None = None
 
     @names_what_it_takes

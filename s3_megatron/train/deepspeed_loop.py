@@ -23,11 +23,10 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args, get_timers
 from torch import Tensor, nn
 
-from s3_megatron.engines.deepspeed import activity, decay_groups, register, use_gloo
-from s3_megatron.engines.deepspeed.layout import masters
-from s3_megatron.engines.megatron import metrics
+from s3_megatron.engines.deepspeed import decay_groups, register, use_gloo
+from s3_megatron.engines.deepspeed import watch as deepspeed_watch
+from s3_megatron.engines.megatron import watch as megatron_watch
 from s3_megatron.engines.swap import SymbolSwap
-from s3_megatron.optim import S3
 from s3_megatron.train import deepspeed_checkpoint, gpt
 from s3_megatron.train.deepspeed_config import Config, DeepSpeedFlags
 
@@ -123,7 +122,8 @@ def setup_model_and_optimizer(
     )
     optimizer = EngineOptimizer(engine)
     scheduler = host.get_optimizer_param_scheduler(optimizer)
-    _observe(engine, elements)
+    if (run := megatron_watch.run()) is not None:
+        run.observer.add([deepspeed_watch.part(engine, args.optimizer)], elements)
     args.iteration, args.num_floating_point_operations_so_far = deepspeed_checkpoint.load(engine, scheduler)
     return [EngineModel(engine)], optimizer, scheduler
 
@@ -155,25 +155,6 @@ def _param_groups(model: nn.Module) -> list[dict[str, Any]]:
         group["wd_mult"] = float("weight_decay" not in group)
     groups[0]["default_config"] = True
     return groups
-
-
-def _observe(engine: Any, elements: int) -> None:
-    optimizer, wrapper = engine.basic_optimizer, engine.optimizer
-    held = masters(wrapper)
-    size = sum(tensor.numel() for tensor in held)
-    statistics: Callable[[], Tensor] = functools.partial(metrics.adam_statistics, optimizer, size)
-    if isinstance(optimizer, S3):
-        mine = activity(engine)
-        if metrics.watching():
-            mine.watch()
-
-        def statistics() -> Tensor:
-            assert mine.statistics is not None, "watch() makes them"
-            return mine.statistics
-
-    copies = 0 if wrapper is optimizer else sum(tensor.numel() * tensor.element_size() for tensor in held)
-    watched = metrics.Watched(optimizer, type(wrapper).__name__, size, copies, statistics)
-    metrics.observe([watched], elements)
 
 
 def train_step(

@@ -1,1 +1,1 @@
-"""What a person sees of a run; it knows no engine, engines feed it."""
+"""What a person sees of a run; it knows no engine and no optimizer of ours, they feed it."""

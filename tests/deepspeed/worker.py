@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from s3_megatron.engines.deepspeed import activity, register, unregister, use_gloo
 from s3_megatron.engines.deepspeed.layout import masters
+from s3_megatron.engines.deepspeed.watch import part
 from tests import checks
 from tests.checks import refuses
 from tests.deepspeed import checkpoints, features, limits
@@ -220,6 +221,17 @@ def check_statistics_of_a_step_are_of_all_groups() -> None:
         second = (1 - 0.95**3) ** (2 / 3)  # a constant gradient meets the bound
         assert abs(largest / second - 1) < 1e-6
         assert abs(total / agreeing / second - 1) < 1e-6 and agreeing <= elements
+
+
+def check_adams_sizes_are_known_at_every_stage() -> None:
+    """Of ZeRO-3 they were 0. A first update is g / (|g| + 1e-8), and padding has no gradient."""
+    for stage in (0, 1, 2, 3):
+        run = Run(stage, optimizer="AdamW", params={"torch_adam": True})
+        watched = part(run.engine)
+        run.step(gradients(0))
+        total, largest, _, _, elements = watched.statistics().tolist()
+        assert elements == watched.elements == sum(m.numel() for m in masters(run.wrapper)), stage
+        assert abs(largest - 1) < 1e-5 and 0.5 < total / elements <= 1, stage
 
 
 def check_stock_adam_is_bit_identical_with_and_without_s3() -> None:

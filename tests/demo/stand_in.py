@@ -18,20 +18,12 @@ from s3_megatron.demo import __main__ as demo
 from s3_megatron.jobs.forecast import Forecast
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.trial import Trial
-from s3_megatron.watch.metrics import MetricsWriter
+from s3_megatron.watch.events import Evaluation, Optimizer, Train, Updates
+from s3_megatron.watch.file import Writer
 
 HELPER = "import time; time.sleep(120)"
 RANK = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {HELPER!r}]); time.sleep(120)"
-OPTIMIZER = {
-    "event": "optimizer",
-    "name": "s3",
-    "wrapper": "DistributedOptimizer",
-    "world_size": 2,
-    "parameters": 1001,
-    "shard_elements": [501, 500],
-    "state_bytes_per_param_rank": 4.0,
-    "master_bytes_per_param_rank": 2.0,
-}
+OPTIMIZER = Optimizer("s3", "DistributedOptimizer", 2, 1001, [501, 500], 4.0, 2.0)
 
 
 def trial(job: Job, run: Path, title: str, forecast: Forecast) -> Trial:
@@ -54,7 +46,7 @@ def train(run: Path, iterations: int) -> None:
         sys.exit(code)
 
     signal.signal(signal.SIGTERM, lambda *_: end(1))
-    writer, saved = MetricsWriter(run / "watch"), run / "saved"
+    writer, saved = Writer(run / "watch"), run / "saved"
     writer.write(OPTIMIZER)
     start = int(saved.read_text()) if saved.exists() else 0
     for iteration in range(start + 1, iterations + 1):
@@ -64,12 +56,11 @@ def train(run: Path, iterations: int) -> None:
         if any(rank.poll() is not None for rank in ranks):
             print("ValueError: a rank is gone")
             end(1)
-        figures = {"lm_loss": 4 + 4 * math.exp(-iteration / 40), "lr": 1e-3, "grad_norm": 1.0, "seconds": 0.01}
-        moved = {"update_mean": 0.1, "update_max": 0.5, "skipped": False}
-        writer.write({"event": "train", "iteration": iteration, **figures, **moved})
+        figures = {"lr": 1e-3, "grad_norm": 1.0, "seconds": 0.01, "updates": Updates(0.1, 0.5)}
+        writer.write(Train(iteration, {"lm_loss": 4 + 4 * math.exp(-iteration / 40)}, **figures))
         if iteration % 32 == 0:
             saved.write_text(str(iteration))
-    writer.write({"event": "validation", "iteration": iterations, "lm_loss": 4.1})
+    writer.write(Evaluation("validation", iterations, {"lm_loss": 4.1}))
     end(0)
 
 

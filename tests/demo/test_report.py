@@ -1,6 +1,7 @@
 """The report, from small metrics files written by the same writer that training uses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +13,25 @@ from s3_megatron.demo import figure, report
 from s3_megatron.demo.runs import load
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.trial import Interruption
-from s3_megatron.watch.metrics import MetricsWriter
+from s3_megatron.watch.events import Evaluation, Event, Optimizer, Train, Updates
+from s3_megatron.watch.file import Writer
 
 INTERRUPTION = Interruption(killed_at=7, resumed_from=4)
 CORPUS = {"python": "3.12.1", "bytes": 8_000_000}
-OPTIMIZER = {
-    "event": "optimizer",
-    "name": "s3",
-    "wrapper": "DistributedOptimizer",
-    "world_size": 2,
-    "parameters": 1001,
-    "shard_elements": [501, 500],
-    "state_bytes_per_param_rank": 4.0,
-    "master_bytes_per_param_rank": 2.0,
-}
+OPTIMIZER = Optimizer("s3", "DistributedOptimizer", 2, 1001, [501, 500], 4.0, 2.0)
 
 
-def step(iteration: int, *, shift: float = 0.0, update: float = 0.5) -> dict[str, Any]:
-    loss = 8 - 0.1 * iteration + shift
-    rest = {"lr": 1e-3, "grad_norm": 1.0, "skipped": False, "seconds": 0.2}
-    moved = {"update_mean": update / 5, "update_max": update}
-    return {"event": "train", "iteration": iteration, "lm_loss": loss, **moved, **rest}
+def step(iteration: int, *, shift: float = 0.0, update: float = 0.5) -> Train:
+    loss = {"lm_loss": 8 - 0.1 * iteration + shift}
+    return Train(iteration, loss, lr=1e-3, grad_norm=1.0, updates=Updates(update / 5, update), seconds=0.2)
 
 
-def validation(loss: float) -> dict[str, Any]:
-    return {"event": "validation", "iteration": 10, "lm_loss": loss}
+def validation(loss: float) -> Evaluation:
+    return Evaluation("validation", 10, {"lm_loss": loss})
 
 
-def write(folder: Path, *events: dict[str, Any]) -> None:
-    writer = MetricsWriter(folder / "watch")
+def write(folder: Path, *events: Event) -> None:
+    writer = Writer(folder / "watch")
     for event in events:
         writer.write(event)
 
@@ -51,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
     write(tmp_path / "s3", OPTIMIZER, *map(step, range(1, 11)), validation(6.5))
     write(tmp_path / "s3-killed", OPTIMIZER, *map(step, range(1, 5)), *(step(i, shift=1) for i in range(5, 8)))
     write(tmp_path / "s3-killed", OPTIMIZER, *map(step, range(5, 11)), validation(6.5))
-    adam = {**OPTIMIZER, "name": "adam"}
+    adam = replace(OPTIMIZER, name="adam")
     write(tmp_path / "adamw", adam, *(step(i, shift=0.2, update=3.0) for i in range(1, 11)), validation(6.7))
     return tmp_path
 
@@ -125,7 +116,7 @@ def test_a_resumed_run_that_stopped_early_has_no_gap(folder: Path):
         ([OPTIMIZER, step(1)], "validation"),
     ],
 )
-def test_a_run_that_did_not_end_is_named(folder: Path, events: list[dict[str, Any]], part: str):
+def test_a_run_that_did_not_end_is_named(folder: Path, events: list[Event], part: str):
     (folder / "adamw/watch/metrics.jsonl").unlink()
     write(folder / "adamw", *events)
     with pytest.raises(S3Error, match=f"adamw has no {part} event"):
@@ -135,7 +126,7 @@ def test_a_run_that_did_not_end_is_named(folder: Path, events: list[dict[str, An
 def test_a_run_without_update_sizes_is_reported(folder: Path):
     """Megatron's fp16 skips steps; a skipped one moved nothing and has no update."""
     (folder / "adamw/watch/metrics.jsonl").unlink()
-    skipped = [{**step(i), "update_mean": None, "update_max": None} for i in range(1, 11)]
+    skipped = [replace(step(i), updates=Updates()) for i in range(1, 11)]
     write(folder / "adamw", OPTIMIZER, *skipped, validation(6.7))
     outcome, found = summary(folder)
     assert found["adamw"]["largest_update"] is None

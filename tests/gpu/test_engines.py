@@ -3,7 +3,6 @@
 Without a GPU the same runs are rehearsals: three of them in ``make test``, all in ``make gpu DRY=1``.
 """
 
-import json
 import math
 import os
 import shutil
@@ -19,6 +18,8 @@ pytest.importorskip("pydantic")
 from benchmarks.gpu import training
 from s3_megatron.jobs import memory
 from s3_megatron.jobs.job import Job
+from s3_megatron.watch.events import Train
+from s3_megatron.watch.file import read_metrics
 from tests.gpu.card import REAL, needs_card
 
 VISIT = REAL or os.environ.get("S3_GPU_VISIT") == "1"
@@ -39,7 +40,7 @@ def job(*settings: str) -> Job:
     return training.job("gpt2_tiny", REAL, [*sizes, *settings])
 
 
-def train(made: Job, run: Path, *more: str, torchrun: bool = REAL) -> tuple[str, list[dict[str, Any]]]:
+def train(made: Job, run: Path, *more: str, torchrun: bool = REAL) -> tuple[str, list[Train]]:
     """Train under torchrun, or, which is faster, in a forked rank; returns the output and what was logged."""
     if torchrun:
         shown = training.train(made, run, more, timeout=250)
@@ -50,12 +51,11 @@ def train(made: Job, run: Path, *more: str, torchrun: bool = REAL) -> tuple[str,
         done = ranks(training.command(made, run, more), nproc=1, timeout=200, env=training.environment(made))
         code, text = done.returncode, done.stdout + done.stderr
     assert code == 0, text[-4000:]
-    lines = (run / "watch/metrics.jsonl").read_text().splitlines()
-    return text, [event for event in map(json.loads, lines) if event["event"] == "train"]
+    return text, list(read_metrics(run / "watch").train.values())
 
 
-def falls(events: list[dict[str, Any]]) -> bool:
-    losses = [event["lm_loss"] for event in events if not event["skipped"]]
+def falls(events: list[Train]) -> bool:
+    losses = [event.losses["lm_loss"] for event in events if not event.skipped]
     return len(losses) > 2 and losses[-1] < losses[0]
 
 
@@ -69,8 +69,11 @@ def test_megatron_resumes_in_bf16_where_it_was(tmp_path: Path, record_property: 
     shutil.copytree(tmp_path / f"whole/checkpoints/iter_{SAVED_AT:07d}", saved / f"iter_{SAVED_AT:07d}")
     (saved / "latest_checkpointed_iteration.txt").write_text(str(SAVED_AT))
     _, rest = train(made, tmp_path / "resumed")
-    assert [event["iteration"] for event in rest] == list(range(SAVED_AT + 1, ITERATIONS + 1))
-    off = max(abs(one["lm_loss"] / other["lm_loss"] - 1) for one, other in zip(rest, whole[SAVED_AT:], strict=True))
+    assert [event.iteration for event in rest] == list(range(SAVED_AT + 1, ITERATIONS + 1))
+    off = max(
+        abs(one.losses["lm_loss"] / other.losses["lm_loss"] - 1)
+        for one, other in zip(rest, whole[SAVED_AT:], strict=True)
+    )
     record_property("resume", f"off by {off:.1e}" if off else "equal to the bit")
     assert off <= (1e-4 if REAL else 0.0)
 
@@ -80,9 +83,9 @@ def test_megatrons_fp16_scaler_skips_and_then_trains(tmp_path: Path) -> None:
     """A loss scale at which fp16's gradients overflow, halved after every step that is skipped."""
     scale = ["--fp16", "--initial-loss-scale", str(2**30), "--hysteresis", "1", "--loss-scale-window", "100"]
     text, events = train(job("precision=fp32", "schedule.train_iters=24"), tmp_path, *scale)
-    skipped = [event["skipped"] for event in events]
+    skipped = [event.skipped for event in events]
     assert KERNEL in text and skipped[0] and skipped.count(False) >= 8
-    assert all(math.isfinite(event["lm_loss"]) for event in events if not event["skipped"])
+    assert all(math.isfinite(event.losses["lm_loss"]) for event in events if not event.skipped)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,14 @@ import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from s3_megatron.jobs import compose, memory, throughput
 from s3_megatron.jobs.flags import deepspeed_file, megatron_flags
 from s3_megatron.jobs.job import Job
-from s3_megatron.watch.metrics import read_metrics
+from s3_megatron.watch.events import Optimizer
+from s3_megatron.watch.file import read_metrics
 from tests.launcher import ROOT
 from tests.ranks import ranks
 
@@ -185,7 +185,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def described(runs: Path, name: str) -> dict[str, Any]:
+def described(runs: Path, name: str) -> Optimizer:
     """The run's own words about its optimizer: bytes are the worst rank's, a parameter."""
     optimizer = read_metrics(runs / name / "watch").optimizer
     assert optimizer is not None
@@ -196,9 +196,9 @@ def described(runs: Path, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["dp2", "fp32", "tp2", "pp2"])
 def test_ranks_hold_what_is_estimated(runs: Path, name: str) -> None:
     job, said = small(name), described(runs, name)
-    layout, elements = job.recipe.layout, said["shard_elements"]
+    layout, elements = job.recipe.layout, said.shard_elements
     by_stage = [memory.shard_parameters(job, stage) for stage in range(layout.pipeline)]
-    assert said["parameters"] == by_stage[-1], "the last rank writes"
+    assert said.parameters == by_stage[-1], "the last rank writes"
     estimate = memory.estimate(job)
     masters = 4 if job.recipe.precision == "bf16" else 0
     if layout.pipeline > 1:
@@ -209,7 +209,7 @@ def test_ranks_hold_what_is_estimated(runs: Path, name: str) -> None:
     assert sum(elements) == by_stage[0] * layout.tensor
     assert estimate.exp_avg == estimate.exp_avg_root == 4 * sum(elements) // 2
     assert estimate.masters == masters * sum(elements) // 2
-    held = {key: said[f"{key}_bytes_per_param_rank"] * said["parameters"] for key in ("state", "master")}
+    held = {key: getattr(said, f"{key}_bytes_per_param_rank") * said.parameters for key in ("state", "master")}
     assert held["state"] == pytest.approx(8 * max(elements), rel=1e-12), "m and r in float32, and nothing else"
     assert held["master"] == pytest.approx(masters * max(elements), rel=1e-12)
 
@@ -219,13 +219,13 @@ def test_ranks_hold_what_is_estimated(runs: Path, name: str) -> None:
 def test_deepspeeds_ranks_hold_what_is_estimated(runs: Path, name: str) -> None:
     """Padding is 2 x dp elements for each of the two param groups, or dp for each of ZeRO-3's 52 parameters."""
     job, said = small(name), described(runs, name)
-    assert said["parameters"] == memory.parameters(job)
+    assert said.parameters == memory.parameters(job)
     estimate = memory.estimate(job)
     for ours, theirs in (
-        (estimate.exp_avg + estimate.exp_avg_root, said["state_bytes_per_param_rank"]),
-        (estimate.masters, said["master_bytes_per_param_rank"]),
+        (estimate.exp_avg + estimate.exp_avg_root, said.state_bytes_per_param_rank),
+        (estimate.masters, said.master_bytes_per_param_rank),
     ):
-        assert 0 <= theirs * said["parameters"] - ours <= 8 * 52 * 2
+        assert 0 <= theirs * said.parameters - ours <= 8 * 52 * 2
 
 
 @pytest.mark.distributed

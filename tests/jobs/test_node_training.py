@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from s3_megatron.checkpoints.whole import newest
-from s3_megatron.watch.metrics import read_metrics
+from s3_megatron.watch.file import read_metrics
 from tests.agent import end, start, wait_for
 from tests.train.tiny import FLAGS, MOCK
 

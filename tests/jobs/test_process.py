@@ -9,8 +9,7 @@ import psutil
 import pytest
 
 from s3_megatron.errors import S3Error
-from s3_megatron.jobs.process import Tail, Training
-from s3_megatron.watch.metrics import MetricsWriter
+from s3_megatron.jobs.process import Training
 from tests.terminal import lives
 
 # Starts two "ranks" in sessions of their own, as torchrun does, each with a helper process, and fails when one rank
@@ -81,18 +80,3 @@ def test_the_first_failure_is_told(tmp_path: Path, said: list[str], reason: str)
     with Training(["sh", "-c", 'printf "%s\\n" "$@"; exit 5', "-", *said], tmp_path, os.environ) as training:
         with pytest.raises(S3Error, match=rf"training ended with status 5: {reason} \(whole log"):
             training.check("training")
-
-
-def test_tail_yields_whole_new_lines_only(tmp_path: Path):
-    writer = MetricsWriter(tmp_path)
-    writer.write({"event": "train", "iteration": 1})
-    tail = Tail(tmp_path)
-    assert tail.events() == []
-    writer.write({"event": "train", "iteration": 2})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"event": "tra')
-    assert [event["iteration"] for event in tail.events()] == [2]
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('in", "iteration": 3}\n')
-    assert [event["iteration"] for event in tail.events()] == [3]
-    assert Tail(tmp_path / "not there yet").events() == []

@@ -1,7 +1,6 @@
 """What a person sees of a run, on a terminal and in a log, and how long it is said to take."""
 
 import io
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -10,6 +9,7 @@ from s3_megatron.jobs import forecast, progress
 from s3_megatron.jobs.forecast import Forecast, spoken
 from s3_megatron.jobs.progress import is_live, run_line, stage_line
 from s3_megatron.jobs.recipe import Schedule
+from s3_megatron.watch.events import Train
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def event(iteration: int, seconds: float = 0.2) -> dict[str, Any]:
-    return {"event": "train", "iteration": iteration, "lm_loss": 8 - iteration / 100, "seconds": seconds}
+def event(iteration: int, seconds: float = 0.2) -> Train:
+    return Train(iteration, {"lm_loss": 8 - iteration / 100}, seconds=seconds)
 
 
 class Screen(io.StringIO):

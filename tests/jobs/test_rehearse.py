@@ -10,7 +10,8 @@ from s3_megatron.errors import S3Error
 from s3_megatron.jobs import compose, rehearse, runs
 from s3_megatron.jobs.rehearse import scaled_down
 from s3_megatron.jobs.trial import Interruption, Trial
-from s3_megatron.watch.metrics import MetricsWriter
+from s3_megatron.watch.events import Train
+from s3_megatron.watch.file import Writer
 
 
 def test_the_layout_is_kept_and_the_rest_is_small():
@@ -91,7 +92,7 @@ def test_a_resume_that_is_not_exact_is_an_error(
 ):
     def write(run: Path, shift: float) -> None:
         for i in range(1, rehearse.ITERATIONS + 1):
-            MetricsWriter(run / "watch").write({"event": "train", "iteration": i, "lm_loss": 8 - 0.1 * i + shift})
+            Writer(run / "watch").write(Train(i, {"lm_loss": 8 - 0.1 * i + shift}))
 
     def killed(trial: Trial, kill_at: int, console: Console) -> Interruption:
         write(trial.run, shift)

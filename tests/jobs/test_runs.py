@@ -20,7 +20,8 @@ from s3_megatron.errors import S3Error
 from s3_megatron.jobs import compose, edits, logs, runs, status, submit
 from s3_megatron.jobs.render import render
 from s3_megatron.jobs.runs import Run
-from s3_megatron.watch.metrics import MetricsWriter
+from s3_megatron.watch.events import Train
+from s3_megatron.watch.file import Writer
 
 
 @pytest.fixture(autouse=True)
@@ -174,9 +175,9 @@ def test_status_tells_what_failed_first_and_not_what_was_last(tmp_path: Path):
     assert status.status(run).state == "not started: s3-megatron resume first"
     attempt(run, "7-0", node1=error(0, "node1", "old", 1.0))
     attempt(run, "7-1", node1=error(3, "node1", "NCCL: connection closed", 20.0), node2=error(9, "node2", "OOM", 19.0))
-    writer = MetricsWriter(run.path / "watch")
+    writer = Writer(run.path / "watch")
     for iteration, seconds in ((1, None), (2, 2.0), (3, 2.0)):
-        writer.write({"event": "train", "iteration": iteration, "lm_loss": 8.5, "seconds": seconds})
+        writer.write(Train(iteration, {"lm_loss": 8.5}, seconds=seconds))
     found = status.status(run)
     assert found.error == "rank 9 on node2: OOM" and found.restarts == 1
     assert (found.iteration, found.iterations, found.loss) == (3, 128, 8.5)

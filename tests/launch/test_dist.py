@@ -16,7 +16,7 @@ import torch
 
 import s3_megatron
 from s3_megatron.kernels.cpu import build
-from s3_megatron.watch.metrics import read_metrics
+from s3_megatron.watch.file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 LINKED = {"s3_megatron/jobs/configs": "configs", "s3_megatron/jobs/templates": "launch/slurm"}

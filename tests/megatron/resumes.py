@@ -11,11 +11,9 @@ import torch.distributed as dist
 
 # isort: split  (the harness turns the rehearsal on, which has to come before Megatron is imported)
 from megatron.core.optimizer import ParamKey
-from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.training import global_vars
 
 from s3_megatron.engines.megatron.checkpoint import guard_adam, guard_s3
-from s3_megatron.engines.megatron.metrics import observe_parts
 from s3_megatron.optim import S3
 from tests.checks import refuses, shared_folder
 from tests.megatron.harness import LR, Run, Scattered, Single, gradients, load, save, set_decay
@@ -158,10 +156,3 @@ def check_what_a_guard_of_s3_passes_through_is_looked_at_by_s3_itself() -> None:
     state = adam.part.optimizer.state_dict()
     assert type(run.part.optimizer) is S3
     refuses(lambda: run.part.load_state_dict({**state, "param_groups": tuple(state["param_groups"])}), "S3")
-
-
-def check_an_optimizer_without_an_inner_one_is_not_observed() -> None:
-    """MimoOptimizer of megatron-core 0.19 has none: its modules' optimizers are the ones that step."""
-    adam = Run(optimizer="adam")
-    observe_parts([adam.part, SimpleNamespace(optimizer=None)], [adam.ddp])
-    assert isinstance(adam.optimizer, ChainedOptimizer)

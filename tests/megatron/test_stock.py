@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from s3_megatron.watch.metrics import read_metrics
+from s3_megatron.watch.file import read_metrics
 from tests.megatron.gpt import ENTRY, SCRIPT, flags
 from tests.ranks import ranks
 
@@ -42,7 +42,7 @@ def test_adam_is_bit_identical_with_s3_installed(adams_run: Path, tmp_path: Path
     assert [step for step, _ in stock] == [1, 2, 3, 4, 5, 6] and stock[0] != stock[-1]
     assert exact_losses(tmp_path) == stock
     event = read_metrics(tmp_path).train[6]
-    assert event["update_mean"] > 0 and event["update_saturated"] is None and event["update_agreement"] is None
+    assert event.updates.mean > 0 and event.updates.saturated is None and event.updates.agreement is None
 
 
 def test_adams_checkpoint_is_refused_in_one_line(adams_run: Path, tmp_path: Path) -> None:

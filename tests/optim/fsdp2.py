@@ -33,6 +33,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3, from_adam_state
+from s3_megatron.watch.file import read_metrics
+from s3_megatron.watch.observer import Observer
 from tests import checks
 from tests.checks import refuses, shared_folder
 
@@ -123,6 +125,28 @@ def check_clipping_equals_the_unsharded_run() -> None:
     for run in (sharded, whole):
         run.train(range(STEPS), clip=1e-3)
     compare(sharded, whole)
+
+
+def check_an_observer_has_the_sizes_of_all_ranks() -> None:
+    """Plain PyTorch in three lines, sharded: the last rank writes, and sizes are those of the unsharded run, of S3 and
+    of AdamW. The update is computed from states that differ by 1e-6, as the weights do."""
+    for kind in (S3, torch.optim.AdamW):
+        sizes = []
+        for sharded in (True, False):
+            run, folder = make(sharded, kind=kind), shared_folder()
+            observer = Observer(folder, run.optimizer)
+            for step in range(3):
+                run.train(range(step, step + 1))
+                observer.train(step + 1, {"loss": 1.0})
+            dist.barrier()  # the last rank writes when the others have gone on
+            found = read_metrics(folder)
+            assert found.optimizer is not None and found.optimizer.world_size == dist.get_world_size()
+            elements = sum(param.numel() for param in run.net.parameters())
+            assert sum(found.optimizer.shard_elements) == elements * (1 if sharded else dist.get_world_size())
+            sizes.append(found.train[3].updates.named())
+        for name, value in sizes[0].items():
+            other = sizes[1][name]
+            assert value == other or abs(value / other - 1) < 1e-5, f"{kind.__name__} {name}: {value} and {other}"
 
 
 def check_state_is_partitioned() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from s3_megatron.kernels import op, triton
 from s3_megatron.optim import S3
-from s3_megatron.watch.updates import adam_update_statistics
+from s3_megatron.watch.updates import adam_statistics
 from tests.fake_gpu import fake_gpu, never_waiting
 
 BRAIN = torch.bfloat16
@@ -70,7 +70,7 @@ def test_adams_update_is_reduced_where_it_is() -> None:
         param = torch.nn.Parameter(torch.randn(7, device="cuda"))
         optimizer = torch.optim.AdamW([param])
         optimizer.state[param] = {"step": 3, "exp_avg": torch.randn_like(param), "exp_avg_sq": torch.rand_like(param)}
-        assert adam_update_statistics(optimizer).device.type == "cuda"
+        assert adam_statistics(optimizer).device.type == "cuda"
 
 
 def test_waiting_is_seen() -> None:

@@ -4,7 +4,6 @@ Every interrupted run must end as the uninterrupted one does, loss by loss and b
 before, after, and twice.
 """
 
-import json
 import re
 import statistics
 import sys
@@ -20,7 +19,8 @@ from s3_megatron.errors import S3Error
 from s3_megatron.jobs import compose, status, submit
 from s3_megatron.jobs.node import verdict
 from s3_megatron.jobs.runs import Run
-from s3_megatron.watch.metrics import read_metrics
+from s3_megatron.watch.events import Train
+from s3_megatron.watch.file import Tail, read_metrics
 from tests.slurm.cluster import OVER, Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,10 +72,8 @@ def start(folder: Path, *settings: str) -> Run:
 
 def trained(run: Run) -> list[tuple[int, float]]:
     """Every iteration that was done, in order, with its loss; one that was done twice is there twice."""
-    path = run.path / "watch/metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    events = [json.loads(line) for line in lines if line.endswith("}")]
-    return [(event["iteration"], event["lm_loss"]) for event in events if event["event"] == "train"]
+    events = Tail(run.path / "watch", from_start=True).events()
+    return [(event.iteration, event.losses["lm_loss"]) for event in events if isinstance(event, Train)]
 
 
 def reaches(cluster: Cluster, run: Run, iteration: int) -> None:
@@ -125,8 +123,8 @@ def first(running_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def reference(first: tuple[Run, str]) -> Reference:
     train = read_metrics(first[0].path / "watch").train
-    seconds = statistics.median(event["seconds"] for event in train.values() if event["seconds"] is not None)
-    return Reference({iteration: event["lm_loss"] for iteration, event in train.items()}, seconds)
+    seconds = statistics.median(event.seconds for event in train.values() if event.seconds is not None)
+    return Reference({iteration: event.losses["lm_loss"] for iteration, event in train.items()}, seconds)
 
 
 def test_a_job_on_two_nodes_trains_to_the_end(cluster: Cluster, first: tuple[Run, str]):

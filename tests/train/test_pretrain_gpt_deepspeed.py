@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,7 +17,8 @@ from s3_megatron.errors import S3Error
 from s3_megatron.jobs import compose
 from s3_megatron.jobs.forecast import Forecast
 from s3_megatron.train import entry
-from s3_megatron.watch.metrics import FILE_NAME, Metrics, read_metrics
+from s3_megatron.watch.events import Train
+from s3_megatron.watch.file import Metrics, Tail, read_metrics
 from tests.launcher import ROOT
 from tests.megatron.gpt import flags
 from tests.ranks import ranks
@@ -115,7 +117,7 @@ def over_from_adam(folder: Path) -> list[Job]:
 
 def gap(ours: Metrics, theirs: Metrics) -> float:
     """The largest relative difference of a training loss, over the iterations of ``ours``."""
-    return max(abs(event["lm_loss"] / theirs.train[i]["lm_loss"] - 1) for i, event in ours.train.items())
+    return max(abs(event.losses["lm_loss"] / theirs.train[i].losses["lm_loss"] - 1) for i, event in ours.train.items())
 
 
 @pytest.mark.distributed
@@ -129,15 +131,15 @@ def test_losses_are_megatrons(metrics: dict[str, Metrics], run: Run) -> None:
     assert worst <= BOUND[run.precision]
     # Of one and the same model: accumulated and reduced in bf16 it was off by 3.4e-5, and a wrong average shows as a
     # factor. S3 and the clipping would hide either from the losses.
-    first = [metrics.train[1]["grad_norm"] for metrics in (ours, theirs)]
+    first = [metrics.train[1].grad_norm for metrics in (ours, theirs)]
     assert first[0] == pytest.approx(first[1], rel=1e-6)
-    for name in ("lr", "grad_norm", "update_mean", "update_max", "update_agreement"):
-        last = [metrics.train[run.steps][name] for metrics in (ours, theirs)]
+    for name in ("lr", "grad_norm", "updates.mean", "updates.max", "updates.agreement"):
+        last = [attrgetter(name)(metrics.train[run.steps]) for metrics in (ours, theirs)]
         assert last[0] == pytest.approx(last[1], rel=1e-2), name
     if run.steps == STEPS:
-        held_out = [metrics.validation[STEPS]["lm_loss"] for metrics in (ours, theirs)]
+        held_out = [metrics.validation[STEPS].losses["lm_loss"] for metrics in (ours, theirs)]
         assert held_out[0] == pytest.approx(held_out[1], rel=BOUND[run.precision])
-    assert len({event["lm_loss"] for event in ours.train.values()}) == run.steps, "the losses move"
+    assert len({event.losses["lm_loss"] for event in ours.train.values()}) == run.steps, "the losses move"
 
 
 @pytest.mark.distributed
@@ -153,14 +155,15 @@ def test_a_resumed_run_is_bit_equal(metrics: dict[str, Metrics], run: Run) -> No
 @pytest.mark.parametrize("run", DEEPSPEED, ids=lambda run: run.name)
 def test_what_is_said_of_the_optimizer(metrics: dict[str, Metrics], run: Run) -> None:
     """m, r and the float32 masters, 12 bytes a parameter, are shared by two ranks; masters exist in fp32 too."""
-    event = metrics[run.name].optimizer
-    assert event["wrapper"] == WRAPPERS.get((run.engine, run.precision), "DeepSpeedZeroOptimizer")
-    assert event["parameters"] == metrics["megatron-fp32"].optimizer["parameters"]
-    assert event["shard_elements"] == [event["parameters"] / 2] * 2, "this model needs no padding"
-    assert (event["state_bytes_per_param_rank"], event["master_bytes_per_param_rank"]) == (4.0, 2.0)
+    event, other = metrics[run.name].optimizer, metrics["megatron-fp32"].optimizer
+    assert event is not None and other is not None
+    assert event.wrapper == WRAPPERS.get((run.engine, run.precision), "DeepSpeedZeroOptimizer")
+    assert event.parameters == other.parameters
+    assert event.shard_elements == [event.parameters / 2] * 2, "this model needs no padding"
+    assert (event.state_bytes_per_param_rank, event.master_bytes_per_param_rank) == (4.0, 2.0)
     # A first step moves every coordinate with a gradient by (1 - beta^2)^(2/3).
     first = metrics[run.name].train[1]
-    assert first["update_max"] == pytest.approx((1 - 0.95**2) ** (2 / 3), rel=1e-5)
+    assert first.updates.max == pytest.approx((1 - 0.95**2) ** (2 / 3), rel=1e-5)
 
 
 @pytest.mark.distributed
@@ -168,9 +171,11 @@ def test_coming_over_from_adam(metrics: dict[str, Metrics], folder: Path) -> Non
     """S3 goes on where AdamW stopped, at its own rate and within its own bound."""
     adam, s3 = read_metrics(folder / "adam").train, read_metrics(folder / "from-adam").train
     assert (sorted(adam), sorted(s3)) == ([1, 2, 3, 4], [5, 6, 7, 8])
-    assert s3[5]["lm_loss"] == pytest.approx(adam[4]["lm_loss"], rel=0.02), "the same model on the next batch"
-    assert s3[5]["lr"] == pytest.approx(10 * adam[4]["lr"], rel=0.1)
-    assert all(0 < event["update_max"] <= 1 for event in s3.values())
+    assert s3[5].losses["lm_loss"] == pytest.approx(adam[4].losses["lm_loss"], rel=0.02), (
+        "the same model on the next batch"
+    )
+    assert s3[5].lr == pytest.approx(10 * adam[4].lr, rel=0.1)
+    assert all(0 < event.updates.max <= 1 for event in s3.values())
 
 
 @pytest.mark.distributed
@@ -223,11 +228,10 @@ def test_kill_and_resume_through_the_real_launch(tmp_path: Path) -> None:
     forecast = Forecast(print, starts=2, work=24)
     interruption = trial(job, tmp_path / "run", "S3", forecast).train_through_a_kill(12, Console(quiet=True))
     assert 12 <= interruption.killed_at and interruption.resumed_from in (8, 16)
-    lines = [json.loads(line) for line in (tmp_path / "run/watch" / FILE_NAME).read_text().splitlines()]
     seen: dict[int, list[float]] = {}
-    for event in lines:
-        if event["event"] == "train":
-            seen.setdefault(event["iteration"], []).append(event["lm_loss"])
+    for event in Tail(tmp_path / "run/watch", from_start=True).events():
+        if isinstance(event, Train):
+            seen.setdefault(event.iteration, []).append(event.losses["lm_loss"])
     again = range(interruption.resumed_from + 1, interruption.killed_at + 1)
     assert sorted(seen) == list(range(1, 25)) and len(again) >= 1
     assert all(seen[i][0] == seen[i][1] for i in again)

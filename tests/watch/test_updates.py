@@ -5,24 +5,26 @@ import torch
 from torch import nn
 
 from s3_megatron.watch import updates
-from s3_megatron.watch.updates import adam_update_statistics
+from s3_megatron.watch.statistics import FIELDS, LARGEST
+from s3_megatron.watch.updates import adam_statistics
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
-def test_adams_update_is_what_moved_the_weights(kind: type[torch.optim.Optimizer]) -> None:
+def test_adams_update_is_what_moved_the_weights(kind: type[torch.optim.Optimizer], amsgrad: bool) -> None:
     """In float64 and with a rate of 1, so that rounding the weight hides nothing; decay off, since it is left out."""
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((5, 3), (7,), (0,))]
     groups = [{"params": params[:1]}, {"params": params[1:], "betas": (0.5, 0.9)}]
-    optimizer = kind(groups, lr=1.0, weight_decay=0.0)
-    for _ in range(3):
+    optimizer = kind(groups, lr=1.0, weight_decay=0.0, amsgrad=amsgrad)
+    for step in range(3):
         before = [param.detach().clone() for param in params]
         for param in params:
-            param.grad = torch.randn_like(param)
+            param.grad = torch.randn_like(param) * 0.1**step  # smaller: amsgrad keeps its denominator
         optimizer.step()
     moved = torch.cat([(a - b).abs().flatten() for a, b in zip(before, params, strict=True)]).detach()
     torch.testing.assert_close(
-        adam_update_statistics(optimizer), torch.stack([moved.sum(), moved.max()]), rtol=1e-9, atol=0.0
+        adam_statistics(optimizer)[:2], torch.stack([moved.sum(), moved.max()]), rtol=1e-9, atol=0.0
     )
 
 
@@ -33,15 +35,18 @@ def test_adams_update_exceeds_1_and_is_seen_to() -> None:
     for step in range(3000):
         param.grad = torch.full((1,), 1e-6 if step < 2988 else 1.0)
         optimizer.step()
-    assert adam_update_statistics(optimizer)[1] > 5.0
+    assert adam_statistics(optimizer)[LARGEST] > 5.0
 
 
-def test_optimizers_of_another_kind_count_as_nothing() -> None:
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax])
+def test_optimizers_of_another_kind_count_as_nothing(kind: type[torch.optim.Optimizer]) -> None:
+    """Of NAdam and RAdam, which keep Adam's state, the size of Adam's update was given out as theirs; Adamax was a
+    KeyError, and SGD moved by 0."""
     param = nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.SGD([param], lr=0.1, momentum=0.9)
+    optimizer = kind([param], lr=0.1)
     param.grad = torch.ones(3)
     optimizer.step()
-    assert adam_update_statistics(optimizer).tolist() == [0.0, 0.0]
+    assert adam_statistics(optimizer).tolist() == [0.0] * len(FIELDS)
 
 
 @pytest.mark.parametrize("settings", [{"fused": True}, {"foreach": True}])
@@ -59,5 +64,20 @@ def test_however_adam_keeps_its_step_and_however_large_a_weight_is(settings: dic
     mean, square = (state[name].double() / (1 - beta**3) for name, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999)))
     wanted = (mean / (square.sqrt() + 1e-8)).abs()
     torch.testing.assert_close(
-        adam_update_statistics(optimizer), torch.stack([wanted.sum(), wanted.max()]), rtol=1e-6, atol=0.0
+        adam_statistics(optimizer)[:2], torch.stack([wanted.sum(), wanted.max()]), rtol=1e-6, atol=0.0
     )
+
+
+def test_states_whose_groups_are_empty_are_counted() -> None:
+    """ZeRO-3 fills the param groups only while it steps: of Adam there an |update| of 0 was written."""
+    params = [nn.Parameter(torch.randn(3)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [param]} for param in params])
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.step()
+    wanted = adam_statistics(optimizer)
+    for group in optimizer.param_groups:
+        group["params"] = []
+    torch.testing.assert_close(adam_statistics(optimizer), wanted, rtol=0, atol=0, equal_nan=True)
+    optimizer.param_groups[1]["betas"] = (0.5, 0.5)
+    assert adam_statistics(optimizer).tolist() == [0.0] * len(FIELDS), "whose betas they are is not known"

@@ -11,6 +11,7 @@ from s3_megatron.engines.deepspeed.layout import masters
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels.op import choose
 from s3_megatron.optim import S3
+from s3_megatron.watch import statistics
 
 _ATTRIBUTE = "s3_activity"  # of the engine
 
@@ -21,7 +22,7 @@ class Activity:
     Attributes:
         elements: weights that this rank moves, alignment padding included.
         steps: how often S3 moved them all.
-        statistics: five float64 of the last whole step, as ``statistics`` of ``kernels.op``; None without ``watch``.
+        statistics: ``watch.statistics`` of the last whole step; None without ``watch``.
     """
 
     def __init__(self, optimizer: S3, held: list[Tensor]) -> None:
@@ -37,7 +38,7 @@ class Activity:
 
     def watch(self) -> None:
         """Collect ``statistics`` from the next step on."""
-        self.statistics = torch.zeros(5, dtype=torch.float64, device=self._device)
+        self.statistics = statistics.zeros(device=self._device)
         self._optimizer.update_statistics = torch.zeros_like(self.statistics)
 
     def begin(self) -> None:
@@ -50,10 +51,7 @@ class Activity:
         for group in optimizer.param_groups:
             self.moved += sum(param.numel() for param in group["params"] if param.grad is not None)
         if self.statistics is not None:
-            last = optimizer.update_statistics
-            largest = torch.maximum(self.statistics[1], last[1])
-            self.statistics += last
-            self.statistics[1] = largest
+            statistics.merge_(self.statistics, optimizer.update_statistics)
 
 
 def activity(engine: Any) -> Activity:

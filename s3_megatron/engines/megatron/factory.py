@@ -11,7 +11,7 @@ import torch
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer, distrib_optimizer
 from megatron.core.utils import log_single_rank
 
-from s3_megatron.engines.megatron import metrics, single_pass
+from s3_megatron.engines.megatron import single_pass, watch
 from s3_megatron.engines.megatron.bare_ranks import STEP, save_without_state
 from s3_megatron.engines.megatron.checkpoint import guard_adam, guard_s3
 from s3_megatron.engines.megatron.config import S3OptimizerConfig, refuse_unsupported
@@ -43,7 +43,7 @@ def make_optimizer(original: Callable[..., MegatronOptimizer]) -> Callable[..., 
             for part in parts_of(optimizer):
                 _finish(part, config)
             _say(optimizer, model_chunks)
-        metrics.observe_parts(parts_of(optimizer), model_chunks)
+        watch.observe_parts(parts_of(optimizer), model_chunks)
         return optimizer
 
     return get_megatron_optimizer

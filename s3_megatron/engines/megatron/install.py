@@ -1,7 +1,5 @@
 """Turning ``--optimizer s3`` on in this process."""
 
-import functools
-
 from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.engines.versions import MEGATRON, check
 from s3_megatron.errors import S3Error
@@ -34,27 +32,23 @@ def install() -> None:
             f"{', '.join(MEGATRON.tested)}, or run from a Megatron-LM checkout"
         ) from None
 
-    from s3_megatron.engines.megatron import config, factory, metrics, single_pass
+    from s3_megatron.engines.megatron import config, factory, single_pass, watch
 
     # A patched Megatron calls install() itself, while the lines above import it.
     if _swap.active:
         return
     _swap.replace(arguments, "_add_training_args", config.add_flags)
-    # Where two modules hold a name, one wrapper serves both.
-    validate = functools.cache(config.validate)
-    _swap.replace(arguments, "validate_args", validate)
-    if hasattr(initialize, "validate_args"):  # 0.17, whose pretrain() parses the command line
-        _swap.replace(initialize, "validate_args", validate)
+    # 0.17's pretrain() parses the command line, by a name of its own for the function.
+    parsers = [arguments, *([initialize] if hasattr(initialize, "validate_args") else [])]
+    _swap.replace_in(parsers, "validate_args", config.validate)
     _swap.replace(training, "get_megatron_optimizer_config", config.make_config)
-    _swap.replace(training, "training_log", metrics.log_training)
-    _swap.replace(training, "evaluate_and_print_results", metrics.remember_evaluation)
-    _swap.replace(training, "evaluate", metrics.log_validation)
+    _swap.replace(training, "training_log", watch.log_training)
+    _swap.replace(training, "evaluate_and_print_results", watch.remember_evaluation)
+    _swap.replace(training, "evaluate", watch.log_validation)
     host = core.optimizer
     _swap.replace(host, "clip_grad_by_total_norm_fp32", single_pass.clip_by_norm)
     _swap.replace(host, "get_grad_norm_fp32", single_pass.norm_of_unscaled)
-    make_optimizer = functools.cache(factory.make_optimizer)
-    _swap.replace(core, "get_megatron_optimizer", make_optimizer)
-    _swap.replace(training, "get_megatron_optimizer", make_optimizer)
+    _swap.replace_in([core, training], "get_megatron_optimizer", factory.make_optimizer)
 
 
 def uninstall() -> None:

@@ -6,15 +6,16 @@ host's gradients are as the backward pass left them: scaled, and not clipped.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
-from weakref import WeakSet
+from weakref import ref
 
 import torch
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer, clip_grads
 from megatron.core.optimizer import optimizer as host
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MixedPrecisionOptimizer
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import S3
@@ -24,8 +25,11 @@ _WRITABLE = (torch.float32, torch.bfloat16, torch.float16)
 _METHODS = ("prepare_grads", "step_with_ready_grads")
 _MIXED_METHODS = ("_unscale_main_grads_and_check_for_nan", "_copy_main_params_to_model_params")
 
-# Read where the host's functions get a list of parameters or gradients, not knowing whose they are.
-_live: WeakSet["SinglePass"] = WeakSet()
+# Whose a parameter is, and a gradient of a step that is going on: the host's functions get lists of them, and no
+# optimizer. Nothing is kept alive by it.
+_Owners = MutableMapping[Tensor, ref["SinglePass"]]
+_param_owners: _Owners = WeakTensorKeyDictionary()
+_grad_owners: _Owners = WeakTensorKeyDictionary()
 
 
 def fuse(part: MegatronOptimizer) -> None:
@@ -34,7 +38,7 @@ def fuse(part: MegatronOptimizer) -> None:
     Raises:
         S3Error: ``part`` lacks something that this goes through in megatron-core 0.17.1 to 0.19.2.
     """
-    _live.add(SinglePass(part))
+    SinglePass(part)
 
 
 class SinglePass:
@@ -55,11 +59,15 @@ class SinglePass:
         self._host: dict[str, Callable[[], Any]] = {name: getattr(part, name) for name in names}
         for name in names:
             setattr(part, name, getattr(self, name))
+        _param_owners.update((param, ref(self)) for param in part.get_parameters())
 
     def prepare_grads(self) -> Any:
         """Forget what a skipped step left, and let the host collect the gradients."""
         self._forget()
-        return self._host["prepare_grads"]()
+        found = self._host["prepare_grads"]()
+        if _host_reads_norms_one_by_one():
+            self._own([param.grad for param in self.part.get_parameters() if param.grad is not None])
+        return found
 
     @torch.no_grad()
     def _unscale_main_grads_and_check_for_nan(self) -> Any:
@@ -78,6 +86,7 @@ class SinglePass:
         inv_scale = self.part.grad_scaler.inv_scale
         self.inner.grad_scale = inv_scale.reshape(1)
         self.norms = dict(zip(grads, (norms * inv_scale).unbind(), strict=True))
+        self._own(grads)
         self.part.found_inf.fill_(0.0)
         torch.distributed.all_reduce(
             self.part.found_inf, op=torch.distributed.ReduceOp.MAX, group=self.part.get_grad_stats_parallel_group()
@@ -96,6 +105,9 @@ class SinglePass:
             coefficient = torch.full((1,), coefficient, dtype=torch.float32, device=device)
         factor = coefficient.reshape(1).clamp(max=1.0)
         self.inner.grad_scale = factor if self.inner.grad_scale is None else self.inner.grad_scale * factor
+
+    def _own(self, grads: list[Tensor]) -> None:
+        _grad_owners.update((grad, ref(self)) for grad in grads)
 
     def owns(self, parameters: Any) -> bool:
         """Tell whether ``parameters`` are this optimizer's, all of them."""
@@ -150,9 +162,9 @@ def clip_by_norm(original: Callable[..., None]) -> Callable[..., None]:
     def clip_grad_by_total_norm_fp32(
         parameters: Any, max_norm: float, total_norm: float | Tensor, use_decoupled_grad: bool = False
     ) -> None:
-        owner = next((single for single in _live if single.owns(parameters)), None)
+        owner = _owner(_param_owners, parameters[0]) if parameters else None
         # The groups whose norms are taken apart share one step but not one factor: they are clipped as ever.
-        if owner is None or use_decoupled_grad:
+        if owner is None or use_decoupled_grad or not owner.owns(parameters):
             original(parameters, max_norm, total_norm, use_decoupled_grad=use_decoupled_grad)
         else:
             owner.clip(max_norm / (total_norm + 1.0e-6))
@@ -170,24 +182,40 @@ def norm_of_unscaled(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def get_grad_norm_fp32(grads_for_norm: Any, *args: Any, **kwargs: Any) -> Any:
-        known: dict[Tensor, Tensor] = {grad: norm for single in _live for grad, norm in single.norms.items()}
-        two = not args and kwargs.get("norm_type", 2) == 2
-        if known and not two:
-            raise S3Error("megatron-core asks for another norm than the 2-norm, as 0.19.2 does not: report this one")
-        if not two or isinstance(grads_for_norm, Tensor):
+        if isinstance(grads_for_norm, Tensor) or not _grad_owners:
             return original(grads_for_norm, *args, **kwargs)
-        norms = [known[grad] for grad in grads_for_norm if grad in known]
-        others = [grad for grad in grads_for_norm if grad not in known]
-        if getattr(clip_grads.l2_norm_impl, "__name__", "") == "local_multi_tensor_l2_norm":
-            ours = {param.grad for single in _live for param in single.part.get_parameters()}
-            apart = [grad for grad in others if grad not in ours or type(grad) is not Tensor]
-            if len(apart) < len(others):
-                ours -= set(apart)
-                norms += torch._foreach_norm([grad for grad in others if grad in ours])
-                others = apart
+        owners = [_owner(_grad_owners, grad) for grad in grads_for_norm]
+        known = [
+            None if owner is None else owner.norms.get(grad) for grad, owner in zip(grads_for_norm, owners, strict=True)
+        ]
+        norms = [norm for norm in known if norm is not None]
+        if args or kwargs.get("norm_type", 2) != 2:
+            if norms:
+                raise S3Error(
+                    "megatron-core asks for another norm than the 2-norm, as 0.19.2 does not: report this one"
+                )
+            return original(grads_for_norm, *args, **kwargs)
+        others: list[Tensor] = []
+        ours: list[Tensor] = []
+        for grad, owner, norm in zip(grads_for_norm, owners, known, strict=True):
+            if norm is None:
+                plain = owner is not None and type(grad) is Tensor and _host_reads_norms_one_by_one()
+                (ours if plain else others).append(grad)
+        if ours:
+            norms += torch._foreach_norm(ours)
         return original([*([torch.stack(norms)] if norms else []), *others], **kwargs)
 
     return get_grad_norm_fp32
+
+
+def _owner(owners: _Owners, tensor: Tensor) -> SinglePass | None:
+    found = owners.get(tensor)
+    return None if found is None else found()
+
+
+def _host_reads_norms_one_by_one() -> bool:
+    """Tell whether the host has neither Transformer Engine nor Apex (megatron-core 0.17.1 to 0.19.2)."""
+    return getattr(clip_grads.l2_norm_impl, "__name__", "") == "local_multi_tensor_l2_norm"
 
 
 def _require(part: Any, *names: str) -> None:

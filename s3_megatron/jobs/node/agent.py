@@ -19,7 +19,7 @@ from s3_megatron.jobs.node.processes import adopt_orphans, kill_descendants, ran
 from s3_megatron.jobs.node.verdict import Verdict
 from s3_megatron.jobs.node.watchdog import Watchdog, dump_ranks
 from s3_megatron.train.nodes import node_name
-from s3_megatron.watch.metrics import FILE_NAME
+from s3_megatron.watch.file import FILE_NAME
 
 _TICK_SECONDS = 0.5
 
@@ -137,7 +137,7 @@ class Agent:
             error = self._error(f"no iteration was logged for too long: {self._attempt / 'hang'} has the stacks")
         elif error is None:
             error = self._error(f"torchrun ended with exit code {code} and did not say why")
-        iteration = verdict.last_iteration(self._heartbeat)
+        iteration = verdict.last_iteration(self._heartbeat.parent)
         done = Verdict(kind, exit_code, error, self._started, time.time(), iteration)
         done.write(self._attempt, self._host)
         if kind == "configuration" and error is not None:

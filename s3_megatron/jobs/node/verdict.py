@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
+from s3_megatron.watch.file import newest_train
 
 CONFIGURATION, HANG, STOPPED = 2, 75, 143
 Kind = Literal["finished", "saved", "configuration", "hang", "stopped", "failed"]
@@ -73,12 +75,9 @@ def bad_end_elsewhere(attempt: Path, host: str) -> dict[str, Any] | None:
     return min(bad, key=lambda about: about["ended"], default=None)
 
 
-def last_iteration(metrics: Path) -> int | None:
-    """Read the iteration of the last line about training in ``metrics``, a file of s3_megatron.watch."""
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    for line in reversed(lines):
-        with suppress(json.JSONDecodeError):  # a kill tears the last line
-            event = json.loads(line)
-            if event["event"] == "train":
-                return int(event["iteration"])
+def last_iteration(watch: Path) -> int | None:
+    """Read the last iteration that was logged in ``watch``, a folder of s3_megatron.watch."""
+    with suppress(S3Error):  # a verdict without it is better than none
+        for event in newest_train(watch, 1):
+            return event.iteration
     return None

@@ -63,8 +63,8 @@ def s3_step_(
         scale: float32, one element: every gradient is multiplied by it first.
         found_inf: float32, one element: not zero turns the step into a no-op.
         model_params: empty, or one tensor a row to which the new weight is written too (modified in place).
-        statistics: float64 [sum |u|, max |u|, count |u| > 0.9, count sign(u) == sign(g), elements], to which this
-            call adds its own (modified in place); a broken gradient counts as u = 0.
+        statistics: ``watch.statistics.zeros``, to which this call adds its own (modified in place); a broken gradient
+            counts as u = 0.
         rounding_seed: int64, one element: bfloat16 m and r are rounded stochastically with it, not to nearest even.
 
     Raises:

@@ -8,7 +8,10 @@ import triton
 import triton.language as tl
 
 from s3_megatron.kernels.triton.roots import next_root_and_reach
+from s3_megatron.watch import statistics as order
 
+# Where each of the sums is.
+SUM, LARGEST, SATURATED, AGREEING, ELEMENTS = (tl.constexpr(order.FIELDS.index(name)) for name in order.FIELDS)
 # Columns of the row table, int64: five addresses and the number of elements.
 COLUMNS = tl.constexpr(6)
 # Eight elements a thread: one 128-bit access for 2-byte types, two for float32, so some 100 bytes a thread are under
@@ -93,20 +96,20 @@ def _pointers(address, start, lane, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _accumulate(statistics, u, g, count):
-    """Add [sum |u|, max |u|, count |u| > 0.9, count sign(u) == sign(g), elements] of one block.
+    """Add ``watch.statistics`` of one block.
 
     Beyond its ``count`` elements the block loaded zeros, so u is 0 there.
     """
     size = tl.abs(u)
     some = count > 0
-    tl.atomic_add(statistics, tl.sum(size).to(tl.float64), mask=some, sem="relaxed")
+    tl.atomic_add(statistics + SUM, tl.sum(size).to(tl.float64), mask=some, sem="relaxed")
     # Not negative: their bits, as integers, are in the same order.
-    largest = (statistics + 1).to(tl.pointer_type(tl.int64), bitcast=True)
+    largest = (statistics + LARGEST).to(tl.pointer_type(tl.int64), bitcast=True)
     tl.atomic_max(largest, tl.max(size).to(tl.float64).to(tl.int64, bitcast=True), mask=some, sem="relaxed")
-    tl.atomic_add(statistics + 2, tl.sum((size > 0.9).to(tl.int32)).to(tl.float64), mask=some, sem="relaxed")
+    tl.atomic_add(statistics + SATURATED, tl.sum((size > 0.9).to(tl.int32)).to(tl.float64), mask=some, sem="relaxed")
     agree = tl.where(u > 0, tl.where(g > 0, 1, 0), tl.where(u < 0, tl.where(g < 0, 1, 0), 0))
-    tl.atomic_add(statistics + 3, tl.sum(agree).to(tl.float64), mask=some, sem="relaxed")
-    tl.atomic_add(statistics + 4, count.to(tl.float64), mask=some, sem="relaxed")
+    tl.atomic_add(statistics + AGREEING, tl.sum(agree).to(tl.float64), mask=some, sem="relaxed")
+    tl.atomic_add(statistics + ELEMENTS, count.to(tl.float64), mask=some, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
