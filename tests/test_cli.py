@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import s3_megatron
 from s3_megatron import cli, data, doctor
+from s3_megatron.finding import OK, WARNING
 from tests.terminal import run_main
 
 ROOT = Path(s3_megatron.__file__).parents[1]
@@ -192,15 +193,15 @@ def test_doctor_knows_nvidias_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))
     finding = doctor._apex(doctor._probe(doctor.PROBES["apex"]), "advice")
-    assert (finding.state, finding.found) == (doctor.OK, "0.1")
+    assert (finding.state, finding.found) == (OK, "0.1")
 
 
 def test_doctor_says_whether_the_own_name_resolves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "no-such-host.invalid")
     monkeypatch.setattr("socket.getaddrinfo", _unknown)
     finding = doctor._own_name()
-    assert (finding.state, finding.found) == (doctor.OPTIONAL, "no-such-host.invalid does not resolve")
-    assert "/etc/hosts" in finding.advice
+    assert (finding.state, finding.found) == (WARNING, "no-such-host.invalid does not resolve")
+    assert "/etc/hosts" in finding.fix
 
 
 def _unknown(*_: object, **__: object) -> None:

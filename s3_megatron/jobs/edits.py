@@ -28,7 +28,7 @@ def apply(run: Run) -> list[str]:
     Raises:
         S3Error: the files have keys or values that are wrong, or that cannot change within a run; nothing is written.
     """
-    about = json.loads((run.path / "about.json").read_text(encoding="utf-8"))
+    about = json.loads(run.about.read_text(encoding="utf-8"))
     before: dict[str, Any] = about.get("settings", {})
     job = run.job
     if not before or not (changed := _changed(before, settings(job))):
@@ -43,9 +43,9 @@ def apply(run: Run) -> list[str]:
         job = Job(job.recipe.model_copy(update={"flags": (*job.recipe.flags, _OVERRIDE)}), job.cluster)
         changed = _changed(before, settings(job))
     script = render(job, run.path)
-    write_file(run.path / "recipe.yaml", as_yaml(job.recipe).encode())
+    write_file(run.recipe, as_yaml(job.recipe).encode())
     write_file(run.script, script.encode())
-    write_about(run.path, {**about, "settings": settings(job)})  # last: after an interruption all is done again
+    write_about(run, {**about, "settings": settings(job)})  # last: after an interruption all is done again
     return list(changed.values())
 
 

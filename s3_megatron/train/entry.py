@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from s3_megatron import rehearsal
 from s3_megatron.engines.imports import AfterImport
 from s3_megatron.errors import S3Error
+from s3_megatron.run_folder import of_this_job
 
 
 def prepare(argv: list[str], rehearse: bool) -> list[str]:
@@ -23,7 +24,7 @@ def prepare(argv: list[str], rehearse: bool) -> list[str]:
 
     Returns ``argv``, Megatron's flags, with those that the rehearsal adds. Call it before Megatron is imported.
     """
-    if "S3_RUN_DIR" in os.environ and sys.platform == "linux":
+    if of_this_job() is not None and sys.platform == "linux":
         _allow_stack_dumps()
     if rehearse or os.environ.get("S3_REHEARSAL") == "1":
         os.environ["DS_ACCELERATOR"] = "cpu"  # the rehearsal's torch.cuda must not look like a GPU to DeepSpeed

@@ -1,4 +1,4 @@
-"""Who failed first, as torchrun's launcher tells it; tests/jobs/test_node_training.py starts it for good."""
+"""Who failed first, as torchrun's launcher tells it; test_training.py starts it for good."""
 
 import json
 import os
@@ -13,8 +13,7 @@ import pytest
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from s3_megatron.jobs.node import verdict
-from s3_megatron.train import torchrun
+from s3_megatron.jobs.node import torchrun, verdict
 
 SECOND = int(time.time())
 
@@ -100,7 +99,10 @@ def test_a_sigterm_in_the_last_moment_makes_no_failure_of_a_saved_run() -> None:
 
 @pytest.mark.distributed
 def test_a_port_that_something_else_holds_ends_the_start_at_once() -> None:
-    """torchrun became a client of whatever had taken its port, and waited there until the job's hour was over."""
+    """torchrun became a client of whatever had taken its port, and waited there until the job's hour was over.
+
+    By the old name, which scripts that were queued before the move have; test_training.py has the new one.
+    """
     with socket.create_server(("", 0)) as holder:
         endpoint = f"localhost:{holder.getsockname()[1]}"
         command = ["-m", "s3_megatron.train.torchrun", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=a"]
