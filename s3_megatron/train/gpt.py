@@ -26,7 +26,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from s3_megatron.checkpoints import lease
 from s3_megatron.errors import S3Error
 from s3_megatron.run_folder import of_this_job
-from s3_megatron.train import checks, loading, requests
+from s3_megatron.train import loading, mistakes, requests
 from s3_megatron.train.data import check_data
 from s3_megatron.train.deepspeed_checkpoint import LATEST
 
@@ -88,12 +88,12 @@ def parse(
 
     with _refusals():
         args = parse_args(prepare)
-    checks.check_flags(args)
+    mistakes.check_flags(args)
     check(args)
     with _refusals():
         args = parse_and_validate_args(prepare)
-        checks.check_schedule(args)
-    checks.check_vocabulary(args, get_tokenizer())
+        mistakes.check_schedule(args)
+    mistakes.check_vocabulary(args, get_tokenizer())
     check_data(args)
     return args
 
