@@ -217,10 +217,10 @@ def test_a_node_that_has_dumped_waits_for_the_others(tmp_path: Path, monkeypatch
     monkeypatch.setenv("SLURM_NNODES", "2")
     monkeypatch.setattr(watchdog, "_WAIT_FOR_OTHERS_SECONDS", 1.5)
     started = time.monotonic()
-    watchdog.dump_ranks(os.getpid(), tmp_path)
+    watchdog.dump_ranks(os.getpid(), Attempt(tmp_path))
     assert time.monotonic() - started >= 1.5, "but not for ever"
     (tmp_path / "hang/other.dumped").touch()
     monkeypatch.setattr(watchdog, "_WAIT_FOR_OTHERS_SECONDS", 60)
     started = time.monotonic()
-    watchdog.dump_ranks(os.getpid(), tmp_path)
+    watchdog.dump_ranks(os.getpid(), Attempt(tmp_path))
     assert time.monotonic() - started < 30
