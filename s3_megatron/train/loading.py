@@ -15,7 +15,6 @@ from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
 from s3_megatron.run_folder import of_this_job
 from s3_megatron.swap import SymbolSwap
-from s3_megatron.train import changes
 
 # What torch, json and pickle raise of a file that is cut off or overwritten; a lost peer is an OSError, too.
 _DAMAGE = (EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError)
@@ -75,6 +74,8 @@ def watches_megatron() -> Iterator[None]:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.training import checkpointing, get_args, training
     from megatron.training.checkpointing import get_checkpoint_tracker_filename
+
+    from s3_megatron.train import changes
 
     def checkpoint() -> Path:
         args = get_args()
