@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
 
 # The environment variable by which a job's processes find the folder.
@@ -32,8 +33,14 @@ class RunFolder:
 
     @property
     def script(self) -> Path:
-        """The script, for sbatch or for a shell; raises StopIteration where the run has none."""
-        return next(path for path in (self.path / BATCH_SCRIPT, self.path / SHELL_SCRIPT) if path.exists())
+        """The script, for sbatch or for a shell; raises S3Error where the run has none."""
+        for path in (self.path / BATCH_SCRIPT, self.path / SHELL_SCRIPT):
+            if path.exists():
+                return path
+        raise S3Error(
+            f"{self.path.name} has neither {BATCH_SCRIPT} nor {SHELL_SCRIPT}: bring it back to {self.path}, or submit "
+            "its recipe.yaml as a new run"
+        )
 
     @property
     def recipe(self) -> Path:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -47,13 +48,18 @@ class Run(RunFolder):
     def job_ids(self) -> list[str]:
         """SLURM's numbers of the jobs submitted for it, the oldest first."""
         lines = self.jobs.read_bytes().splitlines() if self.jobs.exists() else []
-        return [json.loads(line)["job_id"] for line in lines]
+        found = []
+        for line in lines:
+            with suppress(ValueError):  # a full disk cuts a line off
+                found.append(json.loads(line)["job_id"])
+        return found
 
     def submitted(self, job_id: str) -> None:
         """Note that ``job_id`` runs this."""
         line = json.dumps({"job_id": job_id, "time": _now()}) + "\n"
+        torn = self.jobs.exists() and not self.jobs.read_bytes().endswith(b"\n")
         with self.jobs.open("a", encoding="utf-8") as file:
-            file.write(line)
+            file.write("\n" * torn + line)
 
 
 def create(job: Job, path: Path, script: str) -> Run:
@@ -124,7 +130,7 @@ def find(name: str) -> Run:
     Raises:
         S3Error: there is none.
     """
-    if RunFolder(Path(name)).recipe.is_file():
+    if os.path.isfile(RunFolder(Path(name)).recipe):
         return Run(Path(name).resolve())
     known = known_runs()
     for run in reversed(known):
@@ -149,7 +155,7 @@ def known_runs() -> list[Run]:
             f"the list of runs cannot be read ({error}): set XDG_STATE_HOME to the folder that yours is in"
         ) from error
     known = [Run(Path(os.fsdecode(path))) for path in dict.fromkeys(paths)]
-    return [run for run in known if run.recipe.is_file()]
+    return [run for run in known if os.path.isfile(run.recipe)]  # Path.is_file raises where a server is away
 
 
 def _list() -> Path:

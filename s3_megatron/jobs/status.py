@@ -85,7 +85,12 @@ def overview(runs: Sequence[Run]) -> Table:
     rows = Table(box=None, caption=None if runs else "no runs yet: s3-megatron submit, or launch")
     for heading in ("run", "state", "iteration", "loss", "checkpoint", "restarts"):
         rows.add_column(heading)
-    for found in map(status, runs):
+    for run in runs:
+        try:
+            found = status(run)
+        except (S3Error, OSError) as error:  # the others are to be seen all the same
+            rows.add_row(escape(run.path.name), escape(f"cannot be read: {error}"))
+            continue
         rows.add_row(
             escape(found.run.path.name),
             escape(found.state),

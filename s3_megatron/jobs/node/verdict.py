@@ -65,7 +65,10 @@ def first_failure(path: Path) -> dict[str, Any] | None:
 
 def read(attempt: Attempt) -> dict[str, dict[str, Any]]:
     """Read how ``attempt`` ended on each node that has said so, by the node's name; see Verdict."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in attempt.path.glob("*.json")}
+    found = {}
+    for path in attempt.path.glob("*.json"):
+        with suppress(ValueError):  # not JSON: no program of ours writes halves
+            found[path.stem] = json.loads(path.read_bytes())
     # Failures and health, beside them, are lists.
     return {host: about for host, about in found.items() if isinstance(about, dict) and "verdict" in about}
 
