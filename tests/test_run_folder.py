@@ -26,6 +26,15 @@ def test_every_name_can_stand_unquoted_in_a_script() -> None:
     assert [name for name, value in names.items() if not re.fullmatch(r"[\w./]+", value)] == []
 
 
+def test_the_page_on_jobs_has_every_file_and_folder(run: RunFolder) -> None:
+    page = (Path(__file__).parents[1] / "docs/jobs.md").read_text().split("### The run folder")[1].split("## Time")[0]
+    named = set(re.findall(r"`([\w./-]+)`", page))
+    names = {value.split("/")[-1] for name, value in vars(run_folder).items() if name.isupper() and name != "VARIABLE"}
+    names |= {path.name for path in (run.recipe, run.cluster, run.about, run.deepspeed, run.jobs)}
+    written = {part for name in named for part in name.split("/")}
+    assert len(names) > 15 and sorted(names - written) == []
+
+
 def test_it_imports_no_torch() -> None:
     code = "import sys, s3_megatron.run_folder; print('torch' in sys.modules, 'rich' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250)
