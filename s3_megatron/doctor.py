@@ -21,7 +21,7 @@ from s3_megatron.finding import ERROR, OK, WARNING, Finding
 # Seconds; a cold import of torch from a network disk takes a minute.
 PATIENCE = 180
 
-# Each in its own process: a broken package may end or hang the one that imports it. `found` is told back.
+# Each in its own process: a broken package may end or hang the one that imports it. `found` is printed.
 PROBES = {
     "torch": """
 import torch
@@ -253,8 +253,8 @@ def _probe(code: str) -> _Probe:
         )
     except subprocess.TimeoutExpired:
         return _Probe({}, f"its import takes more than {PATIENCE} s")
-    told = [line.removeprefix(MARK) for line in run.stdout.splitlines() if line.startswith(MARK)]
-    found = json.loads(told[0]) if told else {}
+    answers = [line.removeprefix(MARK) for line in run.stdout.splitlines() if line.startswith(MARK)]
+    found = json.loads(answers[0]) if answers else {}
     if found.get("works"):
         return _Probe(found)
     if run.returncode < 0:

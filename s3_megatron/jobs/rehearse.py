@@ -32,8 +32,8 @@ MOST_RANKS = 8  # each takes about 0.7 GB and, at its start, a core for 5 to 10 
 ITERATIONS, SAVE_INTERVAL, KILL_AT = 12, 4, 6
 # Of a recipe's own Megatron flags, those that are known to work without a GPU.
 REHEARSABLE_FLAGS = ("--overlap-grad-reduce", "--overlap-param-gather")
-# Settings that are told although the rehearsal keeps them: what it is about.
-_TOLD = (
+# Settings that are shown although the rehearsal keeps them: what it is about.
+_KEPT = (
     *("engine", "deepspeed", "precision", "optimizer.name", "optimizer.lr", "layout.tensor", "layout.pipeline"),
     *("layout.recompute", "model.attention_dropout", "model.hidden_dropout", "schedule.clip_grad"),
 )
@@ -174,7 +174,7 @@ def _table(job: Job, small: Job) -> Table:
     for key, value in before.items():
         if value != after[key]:
             table.add_row(key, value, after[key])
-        elif key in _TOLD:
+        elif key in _KEPT:
             table.add_row(key, value, "the same")
     return table
 

@@ -19,7 +19,7 @@ from s3_megatron.watch.file import FILE_NAME, newest_train
 
 # Iterations that the speed is the median of.
 RECENT = 20
-# A run without a scheduler that has said nothing for so many seconds may be gone.
+# A run without a scheduler that has written nothing for so many seconds may be gone.
 QUIET = 600
 
 
@@ -130,8 +130,8 @@ def _state(run: Run, attempts: Sequence[Attempt]) -> str:
 def _local_state(run: Run, attempts: Sequence[Attempt]) -> str:
     if not attempts:
         return f"not started: s3-megatron resume {run.path.name}"
-    if said := list(verdict.read(attempts[-1]).values()):
-        return f"stopped ({said[0]['verdict']}): s3-megatron resume {run.path.name}"
+    if verdicts := list(verdict.read(attempts[-1]).values()):
+        return f"stopped ({verdicts[0]['verdict']}): s3-megatron resume {run.path.name}"
     signs = (attempts[-1].path, run.watch / FILE_NAME)
     silent = time.time() - max(path.stat().st_mtime for path in signs if path.exists())
     return "running" if silent < QUIET else f"silent for {_age(silent)}: killed? s3-megatron resume {run.path.name}"

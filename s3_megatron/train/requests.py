@@ -33,11 +33,11 @@ def obeyed() -> Iterator[None]:
         yield
     except SystemExit as stop:  # Megatron's way to end before the last iteration
         if not stop.code:
-            requests.say_stopped()
+            requests.write_ended()
         raise
     finally:
         swap.undo()
-    requests.say_finished()
+    requests.write_finished()
 
 
 class _Requests:
@@ -74,21 +74,21 @@ class _Requests:
         return wrapped
 
     def _asked(self) -> int:
-        """Look, on rank 0 alone, which sees what all others might see a moment later, and tell everybody."""
+        """Look, on rank 0 alone, which sees what all others might see a moment later, and broadcast it."""
         bits = 0
         if dist.get_rank() == 0:
             bits = _SAVE * self._run.save_request.exists() | _STOP * self._run.stop_request.exists()
-        told = torch.tensor([bits], dtype=torch.int32, device="cuda")
-        dist.broadcast(told, src=0)
-        return int(told.item())
+        asked = torch.tensor([bits], dtype=torch.int32, device="cuda")
+        dist.broadcast(asked, src=0)
+        return int(asked.item())
 
-    def say_stopped(self) -> None:
+    def write_ended(self) -> None:
         """Write ENDED if the run was asked to stop; by now an asynchronous save is on the disk, too."""
         if self._stopped and dist.get_rank() == 0:
             self._run.end(f"stopped by the file STOP at iteration {self._iteration}")
             self._remove(self._run.stop_request)  # or it would stop the run that a person resumes
 
-    def say_finished(self) -> None:
+    def write_finished(self) -> None:
         """Write FINISHED if ``pretrain`` came to the last iteration, now or before it was started again."""
         args = get_args()
         iteration = max(self._iteration, args.iteration)

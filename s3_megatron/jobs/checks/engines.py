@@ -121,19 +121,19 @@ def parser(job: Job, run: Path) -> Iterator[Finding]:
     if job.rehearsed:
         settings["CUDA_VISIBLE_DEVICES"] = ""
     done = _python(["-m", "s3_megatron.jobs.check_args"], settings, json.dumps(task))
-    said = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if not said:
+    answers = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if not answers:
         why = _last_line(done.stderr) or f"it ended with code {done.returncode}"
         yield Finding(WARNING, "parser", f"not run: {why}", "see whether s3-megatron doctor finds Megatron in order")
         return
-    yield _verdict(json.loads(said[-1]), "Megatron" if engine == "megatron" else "Megatron and DeepSpeed")
+    yield _verdict(json.loads(answers[-1]), "Megatron" if engine == "megatron" else "Megatron and DeepSpeed")
 
 
-def _verdict(said: dict[str, Any], who: str) -> Finding:
-    notes = "".join(f"; {note}" for note in said["left_out"])
-    if said["error"] is None:
+def _verdict(answer: dict[str, Any], who: str) -> Finding:
+    notes = "".join(f"; {note}" for note in answer["left_out"])
+    if answer["error"] is None:
         return Finding(OK, "parser", f"{who} accepted the flags{notes}")
-    return Finding(ERROR, "parser", f"{said['error']}{notes}", "mend the recipe; every flag: s3-megatron config show")
+    return Finding(ERROR, "parser", f"{answer['error']}{notes}", "mend the recipe; every flag: s3-megatron config show")
 
 
 def _arguments(job: Job, run: Path) -> list[str]:

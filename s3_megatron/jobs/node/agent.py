@@ -1,4 +1,4 @@
-"""The one process of a job on each node: it starts torchrun, watches it, and says how it ended."""
+"""The one process of a job on each node: it starts torchrun, watches it, and writes how it ended."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ class Agent:
         self._started = time.time()
         self._stopped = False
         self._lost: str | None = None  # who has taken the run folder
-        self._told: set[psutil.Process] = set()
+        self._signalled: set[psutil.Process] = set()
 
     def main(self, command: Sequence[str]) -> int:
         """Run ``command`` (torchrun) to its end; returns the exit code of docs/jobs.md's contract."""
@@ -82,8 +82,8 @@ class Agent:
     def _prepare(self) -> None:
         for line in environment.report():
             print(f"environment: {line}", flush=True)
-        if said := repair_pointer(self._run.checkpoints):
-            print(f"checkpoints: {said}", flush=True)
+        if repaired := repair_pointer(self._run.checkpoints):
+            print(f"checkpoints: {repaired}", flush=True)
 
     def _watch(self, command: Sequence[str]) -> int | None:
         """Start ``command`` and wait for its end; returns its exit code, or None where it hangs."""
@@ -102,7 +102,7 @@ class Agent:
             if self._lost is not None:
                 return 1
             if self._stopped:
-                self._tell_ranks(child.pid)
+                self._forward_sigterm(child.pid)
             if (silent := watchdog.silence()) is not None:
                 count = dump_ranks(child.pid, self._attempt)
                 print(
@@ -112,15 +112,15 @@ class Agent:
                 )
                 return None
 
-    def _tell_ranks(self, torchrun: int) -> None:
+    def _forward_sigterm(self, torchrun: int) -> None:
         """Send SIGTERM to every rank once: SLURM may have sent it to this process alone, or before a rank was there.
 
         A second one changes nothing where Megatron waits for it (--exit-signal-handler), and what does not yet has
         nothing to save.
         """
         for rank in ranks(torchrun):
-            if rank.process not in self._told:
-                self._told.add(rank.process)
+            if rank.process not in self._signalled:
+                self._signalled.add(rank.process)
                 rank.process.send_signal(signal.SIGTERM)
 
     def _error(self, message: str, rank: int | None = None) -> dict[str, object]:

@@ -60,18 +60,18 @@ def _measure(args: argparse.Namespace, device: torch.device) -> dict[str, str]:
         return {}
     data = torch.zeros((8 if args.cpu else 256) * _MIB // 4, device=device)
     nodes, clocks = _gather_nodes()
-    everybody = bandwidth(data, None, range(dist.get_world_size()))
+    overall = bandwidth(data, None, range(dist.get_world_size()))
     pairs = _measure_pairs(data, nodes)
     names = list(nodes)
     bad = skewed_clocks(dict(zip(names, clocks, strict=True)), args.max_clock_skew)
-    for node, reason in slow_nodes(pairs, everybody, len(nodes), args.floor_gbps).items():
+    for node, reason in slow_nodes(pairs, overall, len(nodes), args.floor_gbps).items():
         bad[names[node]] = "; ".join(filter(None, (bad.get(names[node]), reason)))
     if dist.get_rank() == 0:
         size = f"{data.nbytes // _MIB} MiB"
-        print(f"all-reduce: {everybody:.2f} GB/s over {dist.get_world_size()} ranks, {size}", flush=True)
+        print(f"all-reduce: {overall:.2f} GB/s over {dist.get_world_size()} ranks, {size}", flush=True)
         for (one, other), speed in pairs.items():
             print(f"all-reduce: {speed:.2f} GB/s  {names[one]} - {names[other]}", flush=True)
-        if everybody < args.floor_gbps and not bad:
+        if overall < args.floor_gbps and not bad:
             print(f"all-reduce: below the floor of {args.floor_gbps:g} GB/s, but no node alone is: the network is")
         for name, reason in bad.items():
             print(f"all-reduce: {name} is bad: {reason}", flush=True)
@@ -93,13 +93,13 @@ def _gather_nodes() -> tuple[dict[str, list[int]], list[float]]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     mine = _Here(node_name(), time.time())
-    everybody: list[_Here] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everybody, mine)
+    gathered: list[_Here] = [mine] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
     nodes: dict[str, list[int]] = {}
-    for rank, here in enumerate(everybody):
+    for rank, here in enumerate(gathered):
         nodes.setdefault(here.name, []).append(rank)
     # The first to look: a rank may have been kept from running for a moment.
-    return nodes, [min(everybody[rank].clock for rank in ranks) for ranks in nodes.values()]
+    return nodes, [min(gathered[rank].clock for rank in ranks) for ranks in nodes.values()]
 
 
 def _measure_pairs(data: torch.Tensor, nodes: Mapping[str, Sequence[int]]) -> dict[Pair, float]:
@@ -109,9 +109,9 @@ def _measure_pairs(data: torch.Tensor, nodes: Mapping[str, Sequence[int]]) -> di
         groups = {(one, other): [*ranks[one], *ranks[other]] for one, other in phase}
         made = {pair: dist.new_group(members) for pair, members in groups.items()}  # every rank makes every group
         mine = {pair: bandwidth(data, made[pair], groups[pair]) for pair in phase if dist.get_rank() in groups[pair]}
-        told: list[dict[Pair, float]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(told, mine)
-        for part in told:
+        gathered: list[dict[Pair, float]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(gathered, mine)
+        for part in gathered:
             found.update(part)
         for pair in mine:
             dist.destroy_process_group(made[pair])
@@ -137,19 +137,19 @@ def bandwidth(data: torch.Tensor, group: dist.ProcessGroup | None, members: Sequ
         if data.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    # Without the first, which connects. The median: one slow repetition is somebody else's traffic.
+    # Without the first, which connects. The median: one slow repetition is other traffic.
     slowest = torch.tensor(statistics.median(seconds[1:]), device=data.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
     return data.nbytes / slowest.item() * 2 * (len(members) - 1) / len(members) / 1e9
 
 
-def slow_nodes(pairs: Mapping[Pair, float], everybody: float, count: int, floor: float) -> dict[int, str]:
+def slow_nodes(pairs: Mapping[Pair, float], overall: float, count: int, floor: float) -> dict[int, str]:
     """Name the nodes all of whose pairs are slower than ``floor``, by their number: not the slow one's neighbours.
 
-    Of two nodes both are named, and a single one for its own ranks (``everybody``): nobody can tell them apart.
+    Of two nodes both are: which one is slow cannot be seen. A single one is named for its own ranks (``overall``).
     """
     if count == 1:
-        return {0: f"{everybody:.2f} GB/s within the node, {floor:g} wanted"} if everybody < floor else {}
+        return {0: f"{overall:.2f} GB/s within the node, {floor:g} wanted"} if overall < floor else {}
     slow = {}
     for node in range(count):
         speeds = [speed for pair, speed in pairs.items() if node in pair]

@@ -64,7 +64,7 @@ def first_failure(path: Path) -> dict[str, Any] | None:
 
 
 def read(attempt: Attempt) -> dict[str, dict[str, Any]]:
-    """Read how ``attempt`` ended on each node that has said so, by the node's name; see Verdict."""
+    """Read how ``attempt`` ended on each node that has written it, by the node's name; see Verdict."""
     found = {}
     for path in attempt.path.glob("*.json"):
         with suppress(ValueError):  # not JSON: no program of ours writes halves
