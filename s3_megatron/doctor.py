@@ -230,7 +230,7 @@ def _compiler() -> Finding:
 def _verdict(probes: dict[str, _Probe]) -> Finding:
     gpus = len(probes["torch"].found.get("gpus", []))
     if probes["megatron"].error:
-        return Finding(ERROR, "training", "not possible here", "mend the red rows above, from the top")
+        return Finding(ERROR, "training", "not possible here", "mend the errors above, from the top")
     return Finding(OK, "training", f"on {gpus} GPU{'s'[: gpus != 1]}" if gpus else "as a rehearsal without a GPU")
 
 

@@ -29,13 +29,16 @@ def or_ok(name: str, found: str, problems: Iterable[Finding]) -> Iterator[Findin
 
 
 def table(findings: Iterable[Finding]) -> "Table":
-    """The findings, one a row, coloured by state."""
+    """The findings, one a row. The state is a word, too: a log has no colours, and not everyone sees them."""
     from rich.markup import escape
     from rich.table import Table
 
     result = Table(box=None, pad_edge=False)
-    for heading in ("", "found", "what to do"):
+    for heading in ("", "", "found", "what to do"):
         result.add_column(heading, overflow="fold")
     for each in findings:
-        result.add_row(escape(each.name), f"[{_COLOURS[each.state]}]{escape(each.found)}[/]", escape(each.fix))
+        colour = _COLOURS[each.state]
+        result.add_row(
+            *(escape(each.name), f"[{colour}]{each.state}[/]", f"[{colour}]{escape(each.found)}[/]", escape(each.fix))
+        )
     return result

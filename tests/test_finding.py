@@ -30,13 +30,21 @@ def test_each_state_has_its_colour() -> None:
     assert [code for code in codes if code.startswith("3")] == ["32", "33", "33", "31"]
 
 
+def test_a_log_says_what_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without colours a row to mend looked like one to consider: "mend the red rows above"."""
+    Console(width=200, no_color=True).print(table(ROWS))
+    shown = capsys.readouterr().out.splitlines()[1:]
+    for row, line in zip(ROWS, shown, strict=True):
+        assert line.removeprefix(row.name).strip().startswith(f"{row.state} "), line
+
+
 def test_a_log_has_a_finding_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """80 columns, which a pipe gets, broke a host's symbol in two, and grep did not find it."""
     symbol = ".".join(["megatron.core.optimizer.distrib_optimizer"] * 4)
     monkeypatch.setattr(output, "console", Console(width=80, force_terminal=False))
     output.report([Finding(WARNING, symbol, "signature changed")])
     line = next(line for line in capsys.readouterr().out.splitlines() if "megatron" in line)
-    assert line.split() == [symbol, "signature", "changed"]
+    assert line.split() == [symbol, "warning", "signature", "changed"]
 
 
 def test_where_nothing_is_wrong_something_is_right() -> None:

@@ -93,7 +93,7 @@ def submit(
         found = checks.check(job)
     if found.errors:
         report(found.findings)
-        raise S3Error("nothing was submitted: mend the red rows above")
+        raise S3Error("nothing was submitted: mend the errors above")
     run = submission.submit(job, path)
     line(script)
     line(f"submitted {path.name} as job {', '.join(run.job_ids)}; everything about it is in {path}")

@@ -185,7 +185,7 @@ def test_the_command_and_the_warnings(
     name = symbol.rpartition(".")[2]
     file.write_text("".join(lines).replace(f"def {name}(", f"def {name}(s3_added, "))
     code, shown, _ = run("symbols")
-    assert code == 1 and re.search(rf"^{re.escape(symbol)} +signature changed *$", shown, re.MULTILINE)
+    assert code == 1 and re.search(rf"^{re.escape(symbol)} +warning +signature changed *$", shown, re.MULTILINE)
     warning = f"warning: {symbol}: signature changed since {place.host} {place.version}; S3 goes through it"
     for command in ("apply", "verify"):
         code, _, error = run(command)
