@@ -14,17 +14,14 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from rich.table import Table
-
 import s3_megatron
 from s3_megatron import machine
+from s3_megatron.finding import ERROR, OK, WARNING, Finding
 
 # Seconds; a cold import of torch from a network disk takes a minute.
 PATIENCE = 180
-OK, OPTIONAL, BAD = "ok", "optional", "bad"
-COLOURS = {OK: "green", OPTIONAL: "yellow", BAD: "red"}
 
-# Each in its own process: a broken package may end or hang the one that imports it. `found` is told back.
+# Each in its own process: a broken package may end or hang the one that imports it. `found` is printed.
 PROBES = {
     "torch": """
 import torch
@@ -91,17 +88,7 @@ finally:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One row: ``state`` is OK, OPTIONAL (training works without it) or BAD; ``advice`` how to mend it."""
-
-    name: str
-    state: str
-    found: str
-    advice: str = ""
-
-
-@dataclass(frozen=True)
-class Findings:
+class Examination:
     """All rows, and whether a training run can start here in some form."""
 
     rows: list[Finding]
@@ -116,37 +103,23 @@ class _Probe:
     error: str = ""
 
 
-def examine() -> Findings:
+def examine() -> Examination:
     """Look at everything once: half a minute of imports, side by side. A broken package is a row."""
     with ThreadPoolExecutor() as pool:
         probes = dict(zip(PROBES, pool.map(_probe, PROBES.values()), strict=True))
     can_train = not probes["megatron"].error
     rows = [*_machine(), *_core(probes), *_packages(probes), _compiler(), _verdict(probes)]
-    return Findings(rows, can_train)
-
-
-def table(findings: Findings) -> Table:
-    """The rows as a table for a terminal."""
-    result = Table(box=None, pad_edge=False)
-    for heading in ("", "found", "what to do"):
-        result.add_column(heading, overflow="fold")
-    for row in findings.rows:
-        result.add_row(row.name, f"[{COLOURS[row.state]}]{_plain(row.found)}[/]", _plain(row.advice))
-    return result
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
+    return Examination(rows, can_train)
 
 
 def _machine() -> list[Finding]:
     cores = machine.cores()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return [
-        Finding("Python", OK, f"{platform.python_version()}, {sys.executable}"),
-        Finding("machine", OK, f"{platform.platform()}, {cores} cores, {memory:.0f} GiB"),
+        Finding(OK, "Python", f"{platform.python_version()}, {sys.executable}"),
+        Finding(OK, "machine", f"{platform.platform()}, {cores} cores, {memory:.0f} GiB"),
         _own_name(),
-        Finding("s3-megatron", OK, s3_megatron.__version__),
+        Finding(OK, "s3-megatron", s3_megatron.__version__),
     ]
 
 
@@ -157,22 +130,22 @@ def _own_name() -> Finding:
         addresses = {found[4][0] for found in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError):
         advice = "runs on this machine alone need it not; torchrun over several does: add a line to /etc/hosts"
-        return Finding("own name", OPTIONAL, f"{name} does not resolve", advice)
-    return Finding("own name", OK, f"{name}: {', '.join(sorted(map(str, addresses)))}")
+        return Finding(WARNING, "own name", f"{name} does not resolve", advice)
+    return Finding(OK, "own name", f"{name}: {', '.join(sorted(map(str, addresses)))}")
 
 
 def _core(probes: dict[str, _Probe]) -> list[Finding]:
     torch, engine = probes["torch"], probes["megatron"]
     gpus = torch.found.get("gpus", [])
     if torch.error:
-        gpu = Finding("GPU", BAD, "unknown, torch does not work")
+        gpu = Finding(ERROR, "GPU", "unknown, torch does not work")
     elif gpus:
         names = ", ".join(f"{name} ({memory / 2**30:.0f} GiB)" for name, memory in gpus)
-        gpu = Finding("GPU", OK, f"{names}; CUDA {torch.found['cuda']}, NCCL {torch.found['nccl']}")
+        gpu = Finding(OK, "GPU", f"{names}; CUDA {torch.found['cuda']}, NCCL {torch.found['nccl']}")
     else:
         driver = shutil.which("nvidia-smi")
         advice = f"nvidia-smi is here, torch (CUDA {torch.found['cuda']}) sees no GPU: check driver and torch"
-        gpu = Finding("GPU", OPTIONAL, "none: runs are rehearsals (CPU, gloo)", advice if driver else "")
+        gpu = Finding(WARNING, "GPU", "none: runs are rehearsals (CPU, gloo)", advice if driver else "")
     return [
         _package("torch", torch, "torch", "pip install torch", needed=True),
         gpu,
@@ -184,25 +157,25 @@ def _core(probes: dict[str, _Probe]) -> list[Finding]:
 
 def _kernels(probe: _Probe, gpu: bool) -> Finding:
     if probe.error:
-        return Finding("kernels", BAD, probe.error)
+        return Finding(ERROR, "kernels", probe.error)
     # Without a GPU its kernel is not missed.
     missed = {name: why for name, why in probe.found["obstacles"].items() if gpu or name != "Triton"}
     advice = "; ".join(f"not {name}: {why}" for name, why in missed.items())
-    return Finding("kernels", OPTIONAL if missed else OK, ", ".join(probe.found["works_on"]), advice)
+    return Finding(WARNING if missed else OK, "kernels", ", ".join(probe.found["works_on"]), advice)
 
 
 def _megatron(engine: _Probe) -> Finding:
     # Not by its distribution: a checkout of Megatron-LM has none.
     if version := engine.found.get("version"):
-        return Finding("megatron-core", OK, version)
-    return Finding("megatron-core", BAD, "not found", "pip install 's3-megatron[megatron]'")
+        return Finding(OK, "megatron-core", version)
+    return Finding(ERROR, "megatron-core", "not found", "pip install 's3-megatron[megatron]'")
 
 
 def _engine(engine: _Probe, gpu: bool) -> Finding:
     if engine.error:
-        return Finding("engine: Megatron", BAD, engine.error)
+        return Finding(ERROR, "engine: Megatron", engine.error)
     how = "" if gpu else ", with --rehearsal"
-    return Finding("engine: Megatron", OK, f"works: --optimizer s3{how}")
+    return Finding(OK, "engine: Megatron", f"works: --optimizer s3{how}")
 
 
 def _packages(probes: dict[str, _Probe]) -> list[Finding]:
@@ -224,23 +197,23 @@ def _packages(probes: dict[str, _Probe]) -> list[Finding]:
 
 
 def _package(name: str, probe: _Probe, distribution: str, advice: str, needed: bool = False) -> Finding:
-    state = BAD if needed else OPTIONAL
+    state = ERROR if needed else WARNING
     version = _version(distribution)
     if version is None and probe.error:
-        return Finding(name, state, "not installed", advice)
+        return Finding(state, name, "not installed", advice)
     if probe.error:
-        return Finding(name, state, f"{version}, broken: {probe.error}", f"install it again: {advice}")
-    return Finding(name, OK, version or "works, version unknown")
+        return Finding(state, name, f"{version}, broken: {probe.error}", f"install it again: {advice}")
+    return Finding(OK, name, version or "works, version unknown")
 
 
 def _apex(probe: _Probe, advice: str) -> Finding:
     version = _version("apex")
     if not probe.error:
-        return Finding("NVIDIA apex", OK, version or "works, version unknown")
+        return Finding(OK, "NVIDIA apex", version or "works, version unknown")
     if version and version.startswith("0.9.10"):
         return Finding(
+            WARNING,
             "NVIDIA apex",
-            OPTIONAL,
             f"no: the installed apex {version} is an unrelated package of that name from PyPI",
             "pip uninstall apex",
         )
@@ -250,17 +223,15 @@ def _apex(probe: _Probe, advice: str) -> Finding:
 def _compiler() -> Finding:
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if compiler:
-        return Finding("C++ compiler", OK, compiler)
-    return Finding(
-        "C++ compiler", OPTIONAL, "none", "for Megatron from source, and DeepSpeed: apt-get install g++ make"
-    )
+        return Finding(OK, "C++ compiler", compiler)
+    return Finding(WARNING, "C++ compiler", "none", "for Megatron from source, and DeepSpeed: apt-get install g++ make")
 
 
 def _verdict(probes: dict[str, _Probe]) -> Finding:
     gpus = len(probes["torch"].found.get("gpus", []))
     if probes["megatron"].error:
-        return Finding("training", BAD, "not possible here", "mend the red rows above, from the top")
-    return Finding("training", OK, f"on {gpus} GPU{'s'[: gpus != 1]}" if gpus else "as a rehearsal without a GPU")
+        return Finding(ERROR, "training", "not possible here", "mend the errors above, from the top")
+    return Finding(OK, "training", f"on {gpus} GPU{'s'[: gpus != 1]}" if gpus else "as a rehearsal without a GPU")
 
 
 def _version(distribution: str) -> str | None:
@@ -282,8 +253,8 @@ def _probe(code: str) -> _Probe:
         )
     except subprocess.TimeoutExpired:
         return _Probe({}, f"its import takes more than {PATIENCE} s")
-    told = [line.removeprefix(MARK) for line in run.stdout.splitlines() if line.startswith(MARK)]
-    found = json.loads(told[0]) if told else {}
+    answers = [line.removeprefix(MARK) for line in run.stdout.splitlines() if line.startswith(MARK)]
+    found = json.loads(answers[0]) if answers else {}
     if found.get("works"):
         return _Probe(found)
     if run.returncode < 0:

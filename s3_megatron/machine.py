@@ -34,6 +34,11 @@ def processor() -> str:
     return f"{names[0]}, {len(names)} cores" if names else platform.machine()
 
 
+def node_name() -> str:
+    """Name this node as SLURM does, which is the name that can be excluded; the host's short name elsewhere."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
+
+
 def loopback() -> str | None:
     """Name the network interface that leads back to this machine: lo on Linux, lo0 on macOS."""
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)

@@ -15,9 +15,9 @@ from tests.ranks import ranks
 WITH_MEGATRON = {
     "s3_megatron.train.pretrain_gpt": ["--rehearsal"],
     "s3_megatron.train.pretrain_gpt_deepspeed": ["--rehearsal"],
-    "s3_megatron.train.allreduce": [],
+    "s3_megatron.jobs.node.allreduce": [],
 }
-ALONE = ["s3_megatron.demo", "s3_megatron.jobs.node", "s3_megatron.jobs.node.health", "s3_megatron.train.torchrun"]
+ALONE = ["s3_megatron.demo", "s3_megatron.jobs.node", "s3_megatron.jobs.node.health", "s3_megatron.jobs.node.torchrun"]
 BENCHMARKS = [f"benchmarks.{path.stem}" for path in sorted((ROOT / "benchmarks").glob("*.py"))]
 BENCHMARKS += ["benchmarks.gpu", "benchmarks.gpu.training", "benchmarks.gpu.variants"]
 

@@ -109,7 +109,7 @@ import multiprocessing, os, sys
 threads = len(os.listdir("/proc/self/task"))
 hosts = sorted({"megatron.training.training", "deepspeed"} & set(sys.modules))
 import json, torch, torch.distributed as dist
-from s3_megatron.engines import swap
+from s3_megatron.engines import imports
 from s3_megatron import rehearsal
 dist.init_process_group("gloo")
 mine = {
@@ -134,7 +134,7 @@ dist.destroy_process_group()
             "environment": ["1", "2", "", str(rank)],
             "starts": True,
             "activated": False,
-            "s3": ["s3_megatron.engines.swap"],
+            "s3": ["s3_megatron.engines.imports"],
         }
 
 

@@ -58,7 +58,7 @@ def main() -> None:
         elif HAS_ENTRY:
             from s3_megatron.train.gpt import train
         else:
-            sys.path.insert(0, str(SCRIPT.parent))
+            sys.path[0] = str(SCRIPT.parent)  # as python does for a script
             train = functools.partial(runpy.run_path, str(SCRIPT), run_name="__main__")
         with frozen() if engine == "frozen" else nullcontext():
             train()

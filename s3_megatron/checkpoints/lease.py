@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # How long a holder on another machine may be silent, in seconds: file servers show a change after up to 60.
 LEASE_SECONDS = 120.0
+# Files of the folder; the batch script has these names, too.
+LEASE, HOLDER = "lease", "holder"
 
 
 class FolderIsHeld(S3Error):
@@ -56,7 +58,7 @@ def held(folder: Path, lost: Callable[[str], None]) -> Iterator[None]:
 
     _, where, *_ = [*_words(folder), "-", "-"]
     lease = SoftFileLease(
-        folder / "lease",
+        folder / LEASE,
         timeout=2 if where == platform.node() else LEASE_SECONDS + 5,
         poll_interval=0.5,
         lease_duration=LEASE_SECONDS,
@@ -90,7 +92,7 @@ def _taken(lock: "BaseFileLock", folder: Path) -> Iterator["BaseFileLock"]:
         raise S3Error(f"{folder} cannot be held: {error.strerror or error}") from error
     try:
         words = (_start(), platform.node(), str(os.getpid()), time.strftime("%F %T"))
-        write_file(folder / "holder", f"{' '.join(words)}\n".encode())
+        write_file(folder / HOLDER, f"{' '.join(words)}\n".encode())
         yield lock
     finally:
         lock.release()
@@ -110,7 +112,7 @@ def _is_of_an_earlier_start(folder: Path) -> bool:
 
 
 def _words(folder: Path) -> list[str]:
-    path = folder / "holder"
+    path = folder / HOLDER
     return path.read_text(encoding="utf-8").split() if path.exists() else []
 
 

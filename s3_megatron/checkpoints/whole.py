@@ -16,6 +16,8 @@ _NAME = re.compile(r"iter_(\d{7,})")
 # Written into a checkpoint that an entry could not load (s3_megatron.train.loading); its text says why.
 LOAD_FAILED = "load_failed"
 ABOUT_DEEPSPEED = "s3_megatron.json"
+# Each engine's file that names the checkpoint to resume from.
+MEGATRON_POINTER, DEEPSPEED_POINTER = "latest_checkpointed_iteration.txt", "latest"
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,13 @@ def _deepspeed_sizes(checkpoint: Path) -> dict[str, int]:
 # megatron-core 0.19.2, --ckpt-format torch_dist: .metadata is written once every rank's .distcp is, then metadata.json.
 # Older versions have a common.pt, too.
 _MEGATRON = _Format(
-    "latest_checkpointed_iteration.txt",
+    MEGATRON_POINTER,
     (".metadata", "metadata.json"),
     ("*.distcp", "*.pt"),
     lambda checkpoint: stored_files(checkpoint / ".metadata"),
 )
 # s3_megatron.train.deepspeed_checkpoint: s3_megatron.json is written when every rank has written.
-_DEEPSPEED = _Format("latest", (ABOUT_DEEPSPEED,), ("*_states.pt",), _deepspeed_sizes)
+_DEEPSPEED = _Format(DEEPSPEED_POINTER, (ABOUT_DEEPSPEED,), ("*_states.pt",), _deepspeed_sizes)
 
 
 def _size(path: Path) -> int:

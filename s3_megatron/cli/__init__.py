@@ -15,7 +15,7 @@ import typer
 import s3_megatron
 from s3_megatron import machine
 from s3_megatron.cli import data, jobs, patch
-from s3_megatron.cli.output import console, errors, line, printable
+from s3_megatron.cli.output import console, errors, line, printable, report
 from s3_megatron.errors import S3Error
 
 app = typer.Typer(
@@ -69,12 +69,12 @@ def _root(
 @app.command()
 def doctor() -> None:
     """Say what works here, what is missing and how to get it; exit code 1 if no training can run."""
-    from s3_megatron.doctor import examine, table
+    from s3_megatron.doctor import examine
 
     with errors.status("looking (imports every package once)"):
-        findings = examine()
-    console.print(table(findings))
-    raise typer.Exit(0 if findings.can_train else 1)
+        found = examine()
+    report(found.rows)
+    raise typer.Exit(0 if found.can_train else 1)
 
 
 @bench_app.command()

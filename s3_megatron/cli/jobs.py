@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from s3_megatron.cli.output import console, errors, line
+from s3_megatron.cli.output import console, errors, line, report
 from s3_megatron.errors import S3Error
 
 app = typer.Typer()
@@ -62,10 +62,10 @@ def check(recipe: Recipe, cluster: OnCluster, settings: Settings = None) -> None
     from s3_megatron.jobs import checks, compose
 
     with errors.status("checking (Megatron's own parser takes seconds)"):
-        report = checks.check(compose.load(recipe, cluster, settings or []))
-    console.print(checks.table(report))
-    line(f"{len(report.errors)} to mend, {len(report.warnings)} to consider")
-    raise typer.Exit(1 if report.errors else 0)
+        found = checks.check(compose.load(recipe, cluster, settings or []))
+    report(found.findings)
+    line(f"{len(found.errors)} to mend, {len(found.warnings)} to consider")
+    raise typer.Exit(1 if found.errors else 0)
 
 
 @app.command()
@@ -90,10 +90,10 @@ def submit(
         print(script, end="")
         return
     with errors.status("checking (Megatron's own parser takes seconds)"):
-        report = checks.check(job)
-    if report.errors:
-        console.print(checks.table(report))
-        raise S3Error("nothing was submitted: mend the red rows above")
+        found = checks.check(job)
+    if found.errors:
+        report(found.findings)
+        raise S3Error("nothing was submitted: mend the errors above")
     run = submission.submit(job, path)
     line(script)
     line(f"submitted {path.name} as job {', '.join(run.job_ids)}; everything about it is in {path}")

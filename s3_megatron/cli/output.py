@@ -1,6 +1,10 @@
 """Where commands write."""
 
+from collections.abc import Iterable
+
 from rich.console import Console
+
+from s3_megatron.finding import Finding, table
 
 console = Console()
 errors = Console(stderr=True)
@@ -9,6 +13,12 @@ errors = Console(stderr=True)
 def line(text: str) -> None:
     """Print ``text`` as it is: a line to be pasted must not be broken where the terminal ends."""
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def report(findings: Iterable[Finding]) -> None:
+    """Print ``findings`` as a table; where that is no terminal, each on one line, for whoever searches it."""
+    wide = console if console.is_terminal else Console(file=console.file, width=1000)
+    wide.print(table(findings))
 
 
 def printable(text: str) -> str:

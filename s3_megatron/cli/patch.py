@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from s3_megatron.cli.output import errors, line
+from s3_megatron.cli.output import errors, line, report
+from s3_megatron.finding import OK
 
 if TYPE_CHECKING:
     from s3_megatron.patch.place import Place
@@ -112,9 +113,8 @@ def symbols(path: Where, host: Host = None) -> None:
     place = find(path, host)
     release = load(place.host, nearest(place.host, place.version))
     findings = host_symbols.compare(place, release)
-    for finding in findings:
-        line(f"{finding.verdict:<18} {finding.symbol}")
-    different = sum(finding.verdict != host_symbols.SAME for finding in findings)
+    report(findings)
+    different = sum(finding.state != OK for finding in findings)
     line(f"{place.root}: {_name(place)}, {different} of {len(findings)} symbols are not as in {release.version}")
     raise typer.Exit(1 if different else 0)
 
@@ -129,8 +129,8 @@ def _warn(place: "Place", release: "Release") -> bool:
     from s3_megatron.patch import work
 
     for finding in host_symbols.compare(place, release):
-        if finding.verdict != host_symbols.SAME:
-            _say(f"{finding.symbol}: {finding.verdict} since {_name(place)}; S3 goes through it: compare a short run")
+        if finding.state != OK:
+            _say(f"{finding.name}: {finding.found} since {_name(place)}; S3 goes through it: compare a short run")
     python = work.python_without_us(place.root)
     if python is not None:
         _say(f"{python} does not find s3_megatron, which the patched {place.host} imports: install it there")

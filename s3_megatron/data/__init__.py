@@ -2,8 +2,8 @@
 
 from s3_megatron.data.inspection import InspectReport, inspect
 from s3_megatron.data.prepare import PrepareReport, Progress, prepare
+from s3_megatron.data.tokenizer_training import train_sentencepiece
 from s3_megatron.data.tokenizers import load_tokenizer
-from s3_megatron.data.training import train_sentencepiece
 
 __all__ = [
     "InspectReport",

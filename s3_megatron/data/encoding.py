@@ -25,7 +25,7 @@ AHEAD = 4
 
 
 @dataclass(frozen=True)
-class Settings:
+class EncoderSettings:
     """What a process needs to encode: it loads the tokenizer for itself."""
 
     tokenizer: str
@@ -49,7 +49,7 @@ class Encoded:
 class Encoder:
     """Turns batches of raw documents into ids."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: EncoderSettings) -> None:
         self.settings = settings
         self.tokenizer = load_tokenizer(settings.tokenizer, settings.tokenizer_model)
         self._end: list[int] = []
@@ -94,7 +94,7 @@ class Encoder:
         return ids + self._end
 
 
-def encode_documents(documents: Iterable[RawDocument], settings: Settings, workers: int) -> Generator[Encoded]:
+def encode_documents(documents: Iterable[RawDocument], settings: EncoderSettings, workers: int) -> Generator[Encoded]:
     """Encode every document, in order, in ``workers`` processes; close() the iterator to stop them.
 
     Raises S3Error where a process dies.
@@ -138,7 +138,7 @@ def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
 _encoder: Encoder
 
 
-def _start(settings: Settings) -> None:
+def _start(settings: EncoderSettings) -> None:
     global _encoder
     # Ctrl-C reaches the whole process group; the parent alone decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from s3_megatron import machine
-from s3_megatron.data.encoding import Encoder, Settings, encode_documents
+from s3_megatron.data.encoding import Encoder, EncoderSettings, encode_documents
 from s3_megatron.data.inputs import Inputs, find_inputs
 from s3_megatron.data.sources import BadDocument, read_documents, shown
-from s3_megatron.data.training import train_sentencepiece
+from s3_megatron.data.tokenizer_training import train_sentencepiece
 from s3_megatron.data.writer import new_dataset, refuse_existing
 from s3_megatron.errors import S3Error
 
@@ -94,7 +94,7 @@ def prepare(
             raise S3Error(f"--train-tokenizer trains a SentencePiece model: leave out --tokenizer {tokenizer}")
         model = tokenizer_model or f"{output}.model"
         tokenizer_model = train_sentencepiece(paths, model, train_vocab_size, json_key=json_key, strict=strict)
-    settings = Settings(tokenizer, tokenizer_model, json_key, append_eod)
+    settings = EncoderSettings(tokenizer, tokenizer_model, json_key, append_eod)
     loaded = Encoder(settings).tokenizer
     flags = [*loaded.megatron_flags, "--vocab-size", str(loaded.vocab_size), "--data-path", str(output)]
     report = PrepareReport(Path(output), loaded.vocab_size, flags)
@@ -107,7 +107,7 @@ def prepare(
 def _write(
     report: PrepareReport,
     paths: list[Path],
-    settings: Settings,
+    settings: EncoderSettings,
     workers: int,
     strict: bool,
     on_progress: Callable[[Progress], None] | None,

@@ -18,6 +18,7 @@ from s3_megatron.demo.engines import ENGINES
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.recipe import S3, AdamW, Recipe
 from s3_megatron.jobs.trial import Interruption
+from s3_megatron.run_folder import RunFolder
 from s3_megatron.watch.events import Evaluation, Train
 from s3_megatron.watch.file import Metrics, read_metrics
 
@@ -41,7 +42,7 @@ class Outcome:
 
 
 def _complete(folder: Path) -> Metrics:
-    metrics = read_metrics(folder / "watch")
+    metrics = read_metrics(RunFolder(folder).watch)
     for part in ("optimizer", "train", "validation"):
         if not getattr(metrics, part):
             raise S3Error(f"{folder} has no {part} event in its metrics: the run did not end; see its logs/job.log")

@@ -13,6 +13,7 @@ from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.process import END_SOON
 from s3_megatron.jobs.recipe import Data, Recipe
 from s3_megatron.jobs.trial import Trial
+from s3_megatron.run_folder import RunFolder
 
 RECIPE = "gpt2_tiny"
 
@@ -51,7 +52,7 @@ def iterations_in_all(recipe: Recipe) -> float:
 def trial(job: Job, run: Path, title: str, forecast: Forecast) -> Trial:
     """The run of ``job`` in the folder ``run``; torchrun picks a free port."""
     if job.recipe.engine == "deepspeed":
-        write_file(run / "deepspeed.json", deepspeed_file(job).read_bytes())
+        write_file(RunFolder(run).deepspeed, deepspeed_file(job).read_bytes())
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     launcher += ["--nproc_per_node", str(job.ranks)]
     flags = [word for words in megatron_flags(job, run) for word in words]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from s3_megatron.jobs.node.environment import SECRET
-from s3_megatron.jobs.schema import Name, Settings, Text
+from s3_megatron.jobs.schema import Name, Section, Text
 
 Count = Annotated[int, Field(ge=1)]
 Minutes = Annotated[int, Field(ge=1)]
@@ -33,7 +33,7 @@ Variable = Annotated[str, AfterValidator(_variable)]
 Folder = Annotated[Text, AfterValidator(_absolute)]
 
 
-class Gpu(Settings):
+class Gpu(Section):
     """One accelerator, for the estimates of memory and days."""
 
     architecture: Literal["ampere", "hopper", "blackwell"] = "hopper"
@@ -41,7 +41,7 @@ class Gpu(Settings):
     peak_tflops: float = Field(989, gt=0, description="dense bf16")
 
 
-class Slurm(Settings):
+class Slurm(Section):
     """What goes into the script's #SBATCH lines; null leaves a line out."""
 
     partition: Name | None = None
@@ -52,7 +52,7 @@ class Slurm(Settings):
     options: tuple[Text, ...] = Field((), description="more #SBATCH lines, such as --qos=high")
 
 
-class Container(Settings):
+class Container(Section):
     """Where the package is installed: in an image (pyxis, apptainer) or, with kind none, beside ``python``."""
 
     kind: Literal["none", "pyxis", "apptainer"] = "none"
@@ -66,7 +66,7 @@ class Container(Settings):
         return self
 
 
-class Restart(Settings):
+class Restart(Section):
     """How a job that has not finished goes on."""
 
     how: Literal["requeue", "chain", "never"] = Field(
@@ -78,7 +78,7 @@ class Restart(Settings):
     signal_seconds: Count = Field(300, description="SIGTERM so long before the time limit, should that not happen")
 
 
-class Health(Settings):
+class Health(Section):
     """What a node must show before training starts."""
 
     min_free_gib: float = Field(20, ge=0, description="on scratch_dir and runs_dir")
@@ -88,14 +88,14 @@ class Health(Settings):
     min_allreduce_gbps: float = Field(0, ge=0, description="GB/s of bus bandwidth; 0: measured and printed only")
 
 
-class Watchdog(Settings):
+class Watchdog(Section):
     """When a job counts as hung: every rank is then dumped, and the job goes on from its last checkpoint."""
 
     hang_minutes: float = Field(30, gt=0, description="without an iteration; longer than a save and a validation take")
     start_minutes: float = Field(60, gt=0, description="until the first one")
 
 
-class Cluster(Settings):
+class Cluster(Section):
     """Everything that decides where and how a recipe runs."""
 
     name: Name

@@ -28,7 +28,7 @@ def apply(run: Run) -> list[str]:
     Raises:
         S3Error: the files have keys or values that are wrong, or that cannot change within a run; nothing is written.
     """
-    about = json.loads((run.path / "about.json").read_text(encoding="utf-8"))
+    about = _about(run)
     before: dict[str, Any] = about.get("settings", {})
     job = run.job
     if not before or not (changed := _changed(before, settings(job))):
@@ -43,10 +43,22 @@ def apply(run: Run) -> list[str]:
         job = Job(job.recipe.model_copy(update={"flags": (*job.recipe.flags, _OVERRIDE)}), job.cluster)
         changed = _changed(before, settings(job))
     script = render(job, run.path)
-    write_file(run.path / "recipe.yaml", as_yaml(job.recipe).encode())
+    write_file(run.recipe, as_yaml(job.recipe).encode())
     write_file(run.script, script.encode())
-    write_about(run.path, {**about, "settings": settings(job)})  # last: after an interruption all is done again
+    write_about(run, {**about, "settings": settings(job)})  # last: after an interruption all is done again
     return list(changed.values())
+
+
+def _about(run: Run) -> dict[str, Any]:
+    """Read what the run's script was made of; raises S3Error where that is gone."""
+    try:
+        about = json.loads(run.about.read_bytes())
+        if isinstance(about, dict):
+            return about
+        why = "holds no settings"
+    except (OSError, ValueError) as error:
+        why = f"cannot be read ({error})"
+    raise S3Error(f"{run.about} {why}: bring it back, or submit its recipe.yaml as a new run")
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 from s3_megatron.jobs.catalog import find
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.recipe import S3, AdamW, Data
+from s3_megatron.run_folder import RunFolder
 
 ENTRIES = {"megatron": "s3_megatron.train.pretrain_gpt", "deepspeed": "s3_megatron.train.pretrain_gpt_deepspeed"}
 
@@ -27,7 +28,7 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 def megatron_flags(job: Job, run: Path) -> list[list[str]]:
     """The flags of the entry that trains ``job`` in the folder ``run``: one list a flag, the flag and its values."""
-    recipe, layout = job.recipe, job.recipe.layout
+    recipe, layout, folder = job.recipe, job.recipe.layout, RunFolder(run)
     model = recipe.model.model_dump(exclude={"vocab_size"}, exclude_none=True)
     schedule = recipe.schedule.model_dump(
         exclude={"min_lr_ratio", "lr_decay_iters", "micro_batch_size"}, exclude_none=True
@@ -45,15 +46,15 @@ def megatron_flags(job: Job, run: Path) -> list[list[str]]:
             "sequence_parallel": layout.sequence_parallel,
             **_RECOMPUTE[layout.recompute],
         },
-        _engine(job, run),
+        _engine(job, folder),
         {} if job.rehearsed or job.cluster.transformer_engine else WITHOUT_ACCELERATIONS,
         _data(recipe.data, Path(job.cluster.data_dir), recipe.model.vocab_size),
         {
             **recipe.checkpoint.model_dump(exclude_none=True),
-            "save": run / "checkpoints",
-            "load": run / "checkpoints",
-            "data_cache_path": run / "cache",
-            "watch_dir": run / "watch",
+            "save": folder.checkpoints,
+            "load": folder.checkpoints,
+            "data_cache_path": folder.cache,
+            "watch_dir": folder.watch,
             **recipe.log.model_dump(),
             "exit_signal_handler": True,
         },
@@ -74,9 +75,9 @@ def deepspeed_file(job: Job) -> Path:
     return find("deepspeed", job.recipe.deepspeed, ".json")
 
 
-def _engine(job: Job, run: Path) -> dict[str, Any]:
+def _engine(job: Job, folder: RunFolder) -> dict[str, Any]:
     if job.recipe.engine == "deepspeed":
-        return {"deepspeed_config": run / "deepspeed.json"}
+        return {"deepspeed_config": folder.deepspeed}
     return {"use_distributed_optimizer": True, "ckpt_format": "torch_dist"}
 
 

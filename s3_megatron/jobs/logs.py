@@ -16,12 +16,11 @@ def lines(run: Run, follow: bool) -> Iterator[str]:
     Raises:
         S3Error: there is no log yet, and ``follow`` does not wait for one.
     """
-    folder = run.path / "logs"
-    if not follow and not list(folder.glob("*.log")):
+    if not follow and not list(run.logs.glob("*.log")):
         raise S3Error(f"{run.path.name} has written no log yet: s3-megatron status {run.path.name}, or logs -f to wait")
     offsets: dict[Path, int] = {}
     while True:
-        for path in sorted(folder.glob("*.log")):
+        for path in sorted(run.logs.glob("*.log")):
             yield from (f"{path.stem}: {line}" for line in _added(path, offsets, follow))
         if not follow:
             return

@@ -13,6 +13,7 @@ import psutil
 
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.node.processes import ranks
+from s3_megatron.run_folder import RunFolder
 from s3_megatron.watch.events import Event
 from s3_megatron.watch.file import Tail
 
@@ -100,8 +101,9 @@ class Training(Guarded):
 
     def __init__(self, command: Sequence[str], run: Path, env: Mapping[str, str]) -> None:
         """Start ``command``, which trains in the folder ``run``; what it prints is appended to its logs/job.log."""
-        self._tail = Tail(run / "watch")
-        super().__init__(command, run / "logs" / "job.log", env)
+        folder = RunFolder(run)
+        self._tail = Tail(folder.watch)
+        super().__init__(command, folder.job_log, env)
 
     def events(self) -> Iterator[Event]:
         """Yield what the run logs until it has ended."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from s3_megatron.jobs.schema import Name, Settings, Text
+from s3_megatron.jobs.schema import Name, Section, Text
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -12,7 +12,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class Model(Settings):
+class Model(Section):
     """GPT-2's architecture: learned positions, LayerNorm, GELU, output tied to the embedding."""
 
     num_layers: Count
@@ -30,7 +30,7 @@ class Model(Settings):
         return self.ffn_hidden_size or 4 * self.hidden_size
 
 
-class Data(Settings):
+class Data(Section):
     """Token files (prefixes without .bin and .idx) and tokenizer; relative paths begin at the cluster's data_dir."""
 
     mock: bool = Field(False, description="random tokens instead of files: to try a job")
@@ -48,7 +48,7 @@ class Data(Settings):
         return self
 
 
-class Schedule(Settings):
+class Schedule(Section):
     """How long and how fast."""
 
     global_batch_size: Count = Field(description="sequences a step, over all ranks")
@@ -81,7 +81,7 @@ class Schedule(Settings):
         return self
 
 
-class Layout(Settings):
+class Layout(Section):
     """How the ranks share the work; data parallelism is what tensor, pipeline and context leave."""
 
     nodes: Count = 1
@@ -92,7 +92,7 @@ class Layout(Settings):
     recompute: Literal["none", "selective", "full"] = "none"
 
 
-class Checkpoint(Settings):
+class Checkpoint(Section):
     """How often the run is saved."""
 
     save_interval: Count = Field(description="iterations: at most so many are lost")
@@ -101,20 +101,20 @@ class Checkpoint(Settings):
     )
 
 
-class Log(Settings):
+class Log(Section):
     """How often the run speaks."""
 
     log_interval: Count = 10
 
 
-class Rates(Settings):
+class Rates(Section):
     """The AdamW setting that a recipe's rates come from."""
 
     lr: Positive
     weight_decay: Decay
 
 
-class S3(Settings):
+class S3(Section):
     """S3, by its own numbers and the AdamW setting that its weight decay follows from."""
 
     name: Literal["s3"]
@@ -132,7 +132,7 @@ class S3(Settings):
         return float(f"{self.adamw.lr * self.adamw.weight_decay / self.lr:.12g}")  # 0.01, not 0.010000000000000002
 
 
-class AdamW(Settings):
+class AdamW(Section):
     """AdamW, for comparison."""
 
     name: Literal["adamw"]
@@ -166,7 +166,7 @@ _NOT_FOR_JOBS = {
 }
 
 
-class Recipe(Settings):
+class Recipe(Section):
     """Everything that decides what is trained."""
 
     name: Name

@@ -24,6 +24,7 @@ from s3_megatron.jobs.progress import say
 from s3_megatron.jobs.recipe import Data, Model, Recipe
 from s3_megatron.jobs.render import render
 from s3_megatron.jobs.trial import Trial
+from s3_megatron.run_folder import RunFolder
 from s3_megatron.watch.file import read_metrics
 
 MOST_COPIES = 2  # they shard the optimizer as any number of them does
@@ -31,8 +32,8 @@ MOST_RANKS = 8  # each takes about 0.7 GB and, at its start, a core for 5 to 10 
 ITERATIONS, SAVE_INTERVAL, KILL_AT = 12, 4, 6
 # Of a recipe's own Megatron flags, those that are known to work without a GPU.
 REHEARSABLE_FLAGS = ("--overlap-grad-reduce", "--overlap-param-gather")
-# Settings that are told although the rehearsal keeps them: what it is about.
-_TOLD = (
+# Settings that are shown although the rehearsal keeps them: what it is about.
+_KEPT = (
     *("engine", "deepspeed", "precision", "optimizer.name", "optimizer.lr", "layout.tensor", "layout.pipeline"),
     *("layout.recompute", "model.attention_dropout", "model.hidden_dropout", "schedule.clip_grad"),
 )
@@ -67,7 +68,8 @@ def rehearse(job: Job, folder: Path, console: Console) -> Rehearsal:
     killed = _trial(small, folder.resolve() / f"{name}-killed", "one rank killed", forecast)
     whole.train(console)
     interruption = killed.train_through_a_kill(KILL_AT, console)
-    gap = interruption.loss_gap(*(read_metrics(trial.run / "watch") for trial in (whole, killed)))
+    first, second = RunFolder(whole.run), RunFolder(killed.run)
+    gap = interruption.loss_gap(read_metrics(first.watch), read_metrics(second.watch))
     found = Rehearsal(small.ranks, interruption.iterations_lost, gap, time.monotonic() - started)
     console.print(
         f"{found.ranks} ranks; {found.iterations_lost} iterations lost, of at most {SAVE_INTERVAL}; largest difference "
@@ -75,10 +77,10 @@ def rehearse(job: Job, folder: Path, console: Console) -> Rehearsal:
     )
     if found.iterations_lost > SAVE_INTERVAL:
         raise S3Error(
-            f"the resume lost more than the {SAVE_INTERVAL} iterations between two saves: see {killed.run}/logs/job.log"
+            f"the resume lost more than the {SAVE_INTERVAL} iterations between two saves: see {second.job_log}"
         )
     if gap:
-        raise S3Error(f"a resume changes the losses of this recipe: compare {whole.run}/watch and {killed.run}/watch")
+        raise S3Error(f"a resume changes the losses of this recipe: compare {first.watch} and {second.watch}")
     return found
 
 
@@ -172,7 +174,7 @@ def _table(job: Job, small: Job) -> Table:
     for key, value in before.items():
         if value != after[key]:
             table.add_row(key, value, after[key])
-        elif key in _TOLD:
+        elif key in _KEPT:
             table.add_row(key, value, "the same")
     return table
 

@@ -7,6 +7,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import s3_megatron
+from s3_megatron import run_folder
+from s3_megatron.checkpoints import lease, whole
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.flags import ENTRIES, megatron_flags
 from s3_megatron.jobs.job import Job
@@ -44,6 +46,9 @@ def render(job: Job, run: Path) -> str:
         health=cluster.health,
         watchdog=cluster.watchdog,
         run=str(run),
+        folder=run_folder,
+        lease=lease,
+        pointers=(whole.MEGATRON_POINTER, whole.DEEPSPEED_POINTER),
         name=run.name,
         version=s3_megatron.__version__,
         entry=ENTRIES[recipe.engine],

@@ -7,6 +7,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -27,6 +28,7 @@ from s3_megatron.jobs.flags import deepspeed_file
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.node.environment import commit, public
 from s3_megatron.jobs.recipe import Recipe
+from s3_megatron.run_folder import BATCH_SCRIPT, SHELL_SCRIPT, RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -34,43 +36,30 @@ PACKAGES = ("torch", "megatron-core", "deepspeed", "transformer-engine")
 
 
 @dataclass(frozen=True)
-class Run:
-    """A folder with one run in it: the script, its settings, logs, checkpoints and metrics."""
-
-    path: Path
-
-    @property
-    def script(self) -> Path:
-        """The script, for sbatch or for a shell."""
-        return next(path for path in (self.path / "job.sbatch", self.path / "job.sh") if path.exists())
+class Run(RunFolder):
+    """A run that was made from a recipe, for a cluster."""
 
     @cached_property
     def job(self) -> Job:
         """The recipe and the cluster; raises S3Error where somebody has edited them wrongly."""
-        return Job(_read(Recipe, self.path / "recipe.yaml"), _read(Cluster, self.path / "cluster.yaml"))
+        return Job(_read(Recipe, self.recipe), _read(Cluster, self.cluster))
 
     @property
     def job_ids(self) -> list[str]:
         """SLURM's numbers of the jobs submitted for it, the oldest first."""
-        path = self.path / "jobs.jsonl"
-        return [json.loads(line)["job_id"] for line in path.read_bytes().splitlines()] if path.exists() else []
-
-    @property
-    def finished(self) -> bool:
-        """Whether training has reached its last iteration."""
-        return (self.path / "FINISHED").exists()
-
-    @property
-    def ended(self) -> str | None:
-        """Why no further start follows although training has not finished."""
-        path = self.path / "ENDED"
-        return path.read_text(encoding="utf-8").strip() if path.exists() else None
+        lines = self.jobs.read_bytes().splitlines() if self.jobs.exists() else []
+        found = []
+        for line in lines:
+            with suppress(ValueError):  # a full disk cuts a line off
+                found.append(json.loads(line)["job_id"])
+        return found
 
     def submitted(self, job_id: str) -> None:
         """Note that ``job_id`` runs this."""
         line = json.dumps({"job_id": job_id, "time": _now()}) + "\n"
-        with (self.path / "jobs.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line)
+        torn = self.jobs.exists() and not self.jobs.read_bytes().endswith(b"\n")
+        with self.jobs.open("a", encoding="utf-8") as file:
+            file.write("\n" * torn + line)
 
 
 def create(job: Job, path: Path, script: str) -> Run:
@@ -88,14 +77,15 @@ def create(job: Job, path: Path, script: str) -> Run:
     except OSError as error:
         raise S3Error(f"the run folder {path} cannot be made ({error}): set cluster.runs_dir") from error
     try:
-        (draft / "logs/ranks").mkdir(parents=True)
-        name = "job.sbatch" if job.cluster.scheduler == "slurm" else "job.sh"
+        run = RunFolder(draft)
+        run.rank_logs.mkdir(parents=True)
+        name = BATCH_SCRIPT if job.cluster.scheduler == "slurm" else SHELL_SCRIPT
         write_file(draft / name, script.encode())
-        write_file(draft / "recipe.yaml", as_yaml(job.recipe).encode())
-        write_file(draft / "cluster.yaml", as_yaml(job.cluster).encode())
-        write_about(draft, {**_about(), "settings": settings(job)})
+        write_file(run.recipe, as_yaml(job.recipe).encode())
+        write_file(run.cluster, as_yaml(job.cluster).encode())
+        write_about(run, {**_about(), "settings": settings(job)})
         if job.recipe.engine == "deepspeed":
-            write_file(draft / "deepspeed.json", deepspeed_file(job).read_bytes())
+            write_file(run.deepspeed, deepspeed_file(job).read_bytes())
         draft.rename(path)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -121,9 +111,9 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def write_about(path: Path, about: Mapping[str, Any]) -> None:
-    """Write the run folder's about.json."""
-    write_file(path / "about.json", (json.dumps(about, indent=1) + "\n").encode())
+def write_about(run: RunFolder, about: Mapping[str, Any]) -> None:
+    """Write what made ``run``."""
+    write_file(run.about, (json.dumps(about, indent=1) + "\n").encode())
 
 
 def _read[M: BaseModel](model: type[M], path: Path) -> M:
@@ -140,7 +130,7 @@ def find(name: str) -> Run:
     Raises:
         S3Error: there is none.
     """
-    if (Path(name) / "recipe.yaml").is_file():
+    if os.path.isfile(RunFolder(Path(name)).recipe):
         return Run(Path(name).resolve())
     known = known_runs()
     for run in reversed(known):
@@ -164,8 +154,8 @@ def known_runs() -> list[Run]:
         raise S3Error(
             f"the list of runs cannot be read ({error}): set XDG_STATE_HOME to the folder that yours is in"
         ) from error
-    known = [Path(os.fsdecode(path)) for path in dict.fromkeys(paths)]
-    return [Run(path) for path in known if (path / "recipe.yaml").is_file()]
+    known = [Run(Path(os.fsdecode(path))) for path in dict.fromkeys(paths)]
+    return [run for run in known if os.path.isfile(run.recipe)]  # Path.is_file raises where a server is away
 
 
 def _list() -> Path:

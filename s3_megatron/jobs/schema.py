@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
-class Settings(BaseModel):
+class Section(BaseModel):
     """A section of a YAML file: unknown keys are refused, and nothing changes after it has been read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -4,7 +4,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
@@ -14,12 +13,13 @@ from s3_megatron.errors import S3Error
 from s3_megatron.jobs import slurm
 from s3_megatron.jobs.node import verdict
 from s3_megatron.jobs.runs import Run
+from s3_megatron.run_folder import Attempt
 from s3_megatron.watch.events import Train
 from s3_megatron.watch.file import FILE_NAME, newest_train
 
 # Iterations that the speed is the median of.
 RECENT = 20
-# A run without a scheduler that has said nothing for so many seconds may be gone.
+# A run without a scheduler that has written nothing for so many seconds may be gone.
 QUIET = 600
 
 
@@ -41,11 +41,11 @@ class Status:
 def status(run: Run) -> Status:
     """Read how ``run`` is."""
     recipe = run.job.recipe
-    train = newest_train(run.path / "watch", RECENT)
+    train = newest_train(run.watch, RECENT)
     recent = [event.seconds for event in train if event.seconds is not None]  # the first of a start has none
     tokens = recipe.schedule.global_batch_size * recipe.model.seq_length
     last = train[-1] if train else Train(iteration=0)
-    attempts = sorted((run.path / "attempts").glob("*"), key=lambda path: path.stat().st_ctime)
+    attempts = run.attempts()
     return Status(
         run=run,
         state=_state(run, attempts),
@@ -53,7 +53,7 @@ def status(run: Run) -> Status:
         iterations=recipe.schedule.train_iters,
         loss=last.losses.get("lm_loss"),
         tokens_per_second=tokens / statistics.median(recent) if recent else None,
-        saved=newest(run.path / "checkpoints"),
+        saved=newest(run.checkpoints),
         restarts=max(0, len(attempts) - 1),
         error=None if run.finished else _first_error(attempts),
     )
@@ -85,7 +85,12 @@ def overview(runs: Sequence[Run]) -> Table:
     rows = Table(box=None, caption=None if runs else "no runs yet: s3-megatron submit, or launch")
     for heading in ("run", "state", "iteration", "loss", "checkpoint", "restarts"):
         rows.add_column(heading)
-    for found in map(status, runs):
+    for run in runs:
+        try:
+            found = status(run)
+        except (S3Error, OSError) as error:  # the others are to be seen all the same
+            rows.add_row(escape(run.path.name), escape(f"cannot be read: {error}"))
+            continue
         rows.add_row(
             escape(found.run.path.name),
             escape(found.state),
@@ -97,7 +102,7 @@ def overview(runs: Sequence[Run]) -> Table:
     return rows
 
 
-def _state(run: Run, attempts: Sequence[Path]) -> str:
+def _state(run: Run, attempts: Sequence[Attempt]) -> str:
     if run.finished:
         return "finished"
     if (why := run.ended) is not None:
@@ -122,17 +127,17 @@ def _state(run: Run, attempts: Sequence[Path]) -> str:
     return f"stopped, {last}: s3-megatron resume {run.path.name}"
 
 
-def _local_state(run: Run, attempts: Sequence[Path]) -> str:
+def _local_state(run: Run, attempts: Sequence[Attempt]) -> str:
     if not attempts:
         return f"not started: s3-megatron resume {run.path.name}"
-    if said := list(verdict.read(attempts[-1]).values()):
-        return f"stopped ({said[0]['verdict']}): s3-megatron resume {run.path.name}"
-    heartbeat = run.path / "watch" / FILE_NAME
-    silent = time.time() - max(path.stat().st_mtime for path in (attempts[-1], heartbeat) if path.exists())
+    if verdicts := list(verdict.read(attempts[-1]).values()):
+        return f"stopped ({verdicts[0]['verdict']}): s3-megatron resume {run.path.name}"
+    signs = (attempts[-1].path, run.watch / FILE_NAME)
+    silent = time.time() - max(path.stat().st_mtime for path in signs if path.exists())
     return "running" if silent < QUIET else f"silent for {_age(silent)}: killed? s3-megatron resume {run.path.name}"
 
 
-def _first_error(attempts: Sequence[Path]) -> str | None:
+def _first_error(attempts: Sequence[Attempt]) -> str | None:
     """What failed first in the last attempt that failed; of all nodes' verdicts, the earliest error."""
     for attempt in reversed(attempts):
         errors = [one["error"] for one in verdict.read(attempt).values() if one["error"] is not None]
@@ -140,15 +145,9 @@ def _first_error(attempts: Sequence[Path]) -> str | None:
             first = min(errors, key=lambda error: error["time"])
             rank = "" if first["rank"] is None else f"rank {first['rank']} on "
             return f"{rank}{first['host']}: {first['message']}"
-        if bad := _bad_nodes(attempt):
-            return bad
+        if bad := attempt.bad_nodes():
+            return "; ".join(bad)
     return None
-
-
-def _bad_nodes(attempt: Path) -> str:
-    path = attempt / "bad_nodes"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return "; ".join(": ".join(line.split("\t", 1)) for line in lines)
 
 
 def _or_dash(value: float | None, form: str) -> str:

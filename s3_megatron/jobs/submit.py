@@ -8,7 +8,6 @@ from datetime import datetime
 from pathlib import Path
 
 from s3_megatron.errors import S3Error
-from s3_megatron.files import write_file
 from s3_megatron.jobs import edits, runs, slurm
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.render import render
@@ -67,7 +66,7 @@ def start(run: Run) -> int:
     """
     command = ["bash", str(run.script)]
     pipe = subprocess.PIPE
-    with (run.path / "logs/job.log").open("ab", buffering=0) as log:
+    with run.job_log.open("ab", buffering=0) as log:
         with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT) as script:
             assert script.stdout is not None
             try:
@@ -95,8 +94,7 @@ def resume(run: Run, say: Callable[[str], None]) -> int:
         raise S3Error(f"{run.path.name} is still in the queue as job {', '.join(alive)}: cancel it first")
     for change in edits.apply(run):
         say(f"changed since the last start: {change}")
-    for name in ("ENDED", "STOP", "chain"):
-        (run.path / name).unlink(missing_ok=True)
+    run.reopen()
     if run.job.cluster.scheduler == "none":
         return start(run)
     queue(run)
@@ -115,7 +113,7 @@ def cancel(run: Run) -> list[str]:
     if not alive:
         raise S3Error(f"{run.path.name} has no job in the queue: s3-megatron status {run.path.name} tells more")
     if not run.finished and run.ended is None:
-        write_file(run.path / "ENDED", b"cancelled with s3-megatron cancel\n")
+        run.end("cancelled with s3-megatron cancel")
     slurm.cancel(alive)
     return alive
 

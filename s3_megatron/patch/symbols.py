@@ -8,20 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from s3_megatron.finding import OK, WARNING, Finding
 from s3_megatron.patch.edit import parse
 from s3_megatron.patch.place import Place
 from s3_megatron.patch.release import PATCHES, Release
 
 SAME = "same"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """How a symbol is, compared with a release: ``SAME`` or what differs; ``file`` is where it is now."""
-
-    symbol: str
-    verdict: str
-    file: str
 
 
 def listed(host: str) -> list[str]:
@@ -31,7 +23,7 @@ def listed(host: str) -> list[str]:
 
 
 def compare(place: Place, release: Release) -> list[Finding]:
-    """Compare every symbol that ``release`` has with what is in ``place``."""
+    """Compare every symbol that ``release`` has with what is in ``place``; what differs is a warning."""
     source = _Source(place.root)
     return [_compare(source, symbol, known) for symbol, known in release.symbols.items()]
 
@@ -47,12 +39,12 @@ def _compare(source: "_Source", symbol: str, known: dict[str, str]) -> Finding:
     definition = source.find(symbol)
     if definition is None:
         moved = source.search(symbol)
-        return Finding(symbol, f"moved to {moved}" if moved else "gone", moved or known["file"])
+        return Finding(WARNING, symbol, f"moved to {moved}" if moved else "gone")
     now = _record(definition)
     if now["file"] != known["file"]:
-        return Finding(symbol, f"moved to {now['file']}", now["file"])
-    changed = next((f"{part} changed" for part in ("signature", "body") if now[part] != known[part]), SAME)
-    return Finding(symbol, changed, now["file"])
+        return Finding(WARNING, symbol, f"moved to {now['file']}")
+    changed = [f"{part} changed" for part in ("signature", "body") if now[part] != known[part]]
+    return Finding(WARNING, symbol, changed[0]) if changed else Finding(OK, symbol, SAME)
 
 
 @dataclass(frozen=True)

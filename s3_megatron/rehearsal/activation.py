@@ -15,6 +15,7 @@ import torch
 from s3_megatron.errors import S3Error
 from s3_megatron.rehearsal import products
 from s3_megatron.rehearsal.cuda import BOUND_BY_NAME, STAND_INS, CudaIsCpu
+from s3_megatron.swap import SymbolSwap
 
 _undo: contextlib.ExitStack | None = None
 
@@ -41,15 +42,17 @@ def activate() -> None:
     # torch.optim loads it sooner or later, and while it loads it must find torch.cuda's own functions.
     importlib.import_module("torch._dynamo")
     with contextlib.ExitStack() as stack:
+        swap = SymbolSwap(f"torch {torch.__version__}")
+        stack.callback(swap.undo)
         for name, stand_in in STAND_INS.items():
-            _replace(stack, torch.cuda, name, stand_in)
+            _put(swap, torch.cuda, name, stand_in)
         for module, names in BOUND_BY_NAME.items():
             for name in names:
-                _replace(stack, module, name, STAND_INS[name])
-        _replace(stack, torch.accelerator, "is_available", lambda: False)
-        _replace(stack, torch, "compile", _no_compile)
+                _put(swap, module, name, STAND_INS[name])
+        _put(swap, torch.accelerator, "is_available", lambda: False)
+        _put(swap, torch, "compile", _no_compile)
+        swap.replace(torch.utils.data.DataLoader, "__iter__", _keep_rng)
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # for what is compiled already
-        _replace(stack, torch.utils.data.DataLoader, "__iter__", _keep_rng(torch.utils.data.DataLoader.__iter__))
         stack.enter_context(CudaIsCpu())
         if dtypes:
             stack.callback(products.compute_in_float32(dtypes))
@@ -71,14 +74,8 @@ def deactivate() -> None:
         _undo = None
 
 
-def _replace(stack: contextlib.ExitStack, owner: Any, name: str, new: Any) -> None:
-    if not hasattr(owner, name):
-        raise S3Error(
-            f"the rehearsal replaces {owner.__name__}.{name}, which is gone: use torch 2.13 and a megatron-core from "
-            "the table in docs/versions.md"
-        )
-    stack.callback(setattr, owner, name, getattr(owner, name))
-    setattr(owner, name, new)
+def _put(swap: SymbolSwap, owner: Any, name: str, new: Any) -> None:
+    swap.replace(owner, name, lambda _original: new)
 
 
 def _no_compile(model: Any = None, **kwargs: Any) -> Any:
@@ -106,11 +103,13 @@ def _prepare_megatron(stack: contextlib.ExitStack) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    swap = SymbolSwap("this megatron-core")
+    stack.callback(swap.undo)
     # Megatron starts a process (5 s of imports, 0.6 GB) in every rank for a queue that only --async-save needs, and
     # a killed rank leaves it behind.
-    _replace(stack, filesystem_async, "_results_queue", queue.Queue())
-    _replace(stack, DistributedOptimizer, "__init__", _allocate_adam(DistributedOptimizer.__init__))
-    _replace(stack, DistributedOptimizer, "load_state_dict", _restore_steps(DistributedOptimizer.load_state_dict))
+    _put(swap, filesystem_async, "_results_queue", queue.Queue())
+    swap.replace(DistributedOptimizer, "__init__", _allocate_adam)
+    swap.replace(DistributedOptimizer, "load_state_dict", _restore_steps)
     # CudaRNGStatesTracker.fork warns whenever the CPU's generator moves under it, which here is what it forks.
     tracker_log = logging.getLogger("megatron.core.tensor_parallel.random")
     tracker_log.addFilter(_not_about_rng)

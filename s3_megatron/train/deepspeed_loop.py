@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from s3_megatron.engines.deepspeed import decay_groups, register, use_gloo
 from s3_megatron.engines.deepspeed import watch as deepspeed_watch
 from s3_megatron.engines.megatron import watch as megatron_watch
-from s3_megatron.engines.swap import SymbolSwap
+from s3_megatron.swap import SymbolSwap
 from s3_megatron.train import deepspeed_checkpoint, gpt
 from s3_megatron.train.deepspeed_config import Config, DeepSpeedFlags
 

@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from s3_megatron import rehearsal
 from s3_megatron.engines.imports import AfterImport
 from s3_megatron.errors import S3Error
+from s3_megatron.run_folder import of_this_job
 
 
 def prepare(argv: list[str], rehearse: bool) -> list[str]:
@@ -23,7 +24,7 @@ def prepare(argv: list[str], rehearse: bool) -> list[str]:
 
     Returns ``argv``, Megatron's flags, with those that the rehearsal adds. Call it before Megatron is imported.
     """
-    if "S3_RUN_DIR" in os.environ and sys.platform == "linux":
+    if of_this_job() is not None and sys.platform == "linux":
         _allow_stack_dumps()
     if rehearse or os.environ.get("S3_REHEARSAL") == "1":
         os.environ["DS_ACCELERATOR"] = "cpu"  # the rehearsal's torch.cuda must not look like a GPU to DeepSpeed
@@ -87,6 +88,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except S3Error as error:
+        _ignore_sigterm()  # torchrun sends it once another rank has ended of the same mistake
         errors.record_exception(error)
         if _is_first_to_fail():
             print(f"s3_megatron: error: {error}", file=sys.stderr, flush=True)
@@ -103,6 +105,12 @@ def one_line_errors() -> Iterator[None]:
     _leave()
 
 
+def _ignore_sigterm() -> None:
+    """Let a rank keep its exit code from here on. Python gives up handlers, but not SIG_IGN, before its last second."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _is_first_to_fail() -> bool:
     """Whether this rank should print: a mistake is often seen by every rank at once, but not always by rank 0."""
     if torch.distributed.is_initialized():
@@ -112,11 +120,7 @@ def _is_first_to_fail() -> bool:
 
 
 def _leave() -> None:
-    """End in order. What was to be saved is, and a SIGTERM that comes late must not make a failure of it.
-
-    Python gives up its handlers, but not SIG_IGN, before its last second.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """End in order. What was to be saved is, and a SIGTERM that comes late must not make a failure of it."""
+    _ignore_sigterm()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

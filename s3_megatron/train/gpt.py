@@ -25,7 +25,8 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from s3_megatron.checkpoints import lease
 from s3_megatron.errors import S3Error
-from s3_megatron.train import checks, loading, requests
+from s3_megatron.run_folder import of_this_job
+from s3_megatron.train import loading, mistakes, requests
 from s3_megatron.train.data import check_data
 from s3_megatron.train.deepspeed_checkpoint import LATEST
 
@@ -87,12 +88,12 @@ def parse(
 
     with _refusals():
         args = parse_args(prepare)
-    checks.check_flags(args)
+    mistakes.check_flags(args)
     check(args)
     with _refusals():
         args = parse_and_validate_args(prepare)
-        checks.check_schedule(args)
-    checks.check_vocabulary(args, get_tokenizer())
+        mistakes.check_schedule(args)
+    mistakes.check_vocabulary(args, get_tokenizer())
     check_data(args)
     return args
 
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
 @contextmanager
 def _alone_in(folder: str | None) -> Iterator[None]:
     """Hold ``folder``, where this run saves, on rank 0; in a job the node agent does."""
-    if folder is None or "S3_RUN_DIR" in os.environ or os.environ.get("RANK", "0") != "0":
+    if folder is None or of_this_job() is not None or os.environ.get("RANK", "0") != "0":
         yield
         return
     with lease.held(Path(folder), _end):

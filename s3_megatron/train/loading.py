@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from s3_megatron.checkpoints.whole import LOAD_FAILED
-from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
-from s3_megatron.train import changes
+from s3_megatron.run_folder import of_this_job
+from s3_megatron.swap import SymbolSwap
 
 # What torch, json and pickle raise of a file that is cut off or overwritten; a lost peer is an OSError, too.
 _DAMAGE = (EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError)
@@ -61,7 +61,7 @@ def watched(checkpoint: Callable[[], Path]) -> Iterator[None]:
         advice = ""
         if _is_damage(cause):
             advice = "; name an older one with --ckpt-step"
-            if "S3_RUN_DIR" in os.environ:
+            if of_this_job() is not None:
                 mark = folder / LOAD_FAILED
                 write_file(mark, f"{reason}\n".encode())
                 advice = f"; the next start tries the one before it, or this one again if {mark} is removed"
@@ -74,6 +74,8 @@ def watches_megatron() -> Iterator[None]:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.training import checkpointing, get_args, training
     from megatron.training.checkpointing import get_checkpoint_tracker_filename
+
+    from s3_megatron.train import changes
 
     def checkpoint() -> Path:
         args = get_args()

@@ -4,9 +4,6 @@
 back. ``FINISHED`` is there once the last iteration is done, ``ENDED`` once a job has stopped for good before it.
 """
 
-import json
-import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +14,8 @@ import torch
 import torch.distributed as dist
 from megatron.training import get_args, print_rank_0
 
-from s3_megatron.engines.swap import SymbolSwap
-from s3_megatron.files import write_file
+from s3_megatron.run_folder import RunFolder, of_this_job
+from s3_megatron.swap import SymbolSwap
 
 _SAVE, _STOP = 1, 2  # bits
 
@@ -26,28 +23,28 @@ _SAVE, _STOP = 1, 2  # bits
 @contextmanager
 def obeyed() -> Iterator[None]:
     """Obey the files in $S3_RUN_DIR, if that is set, while the body runs Megatron's ``pretrain`` (0.19.2)."""
-    if not (folder := os.environ.get("S3_RUN_DIR")):
+    if (run := of_this_job()) is None:
         yield
         return
-    requests = _Requests(Path(folder))
+    requests = _Requests(run)
     swap = SymbolSwap("this megatron-core")
     swap.replace(host, "checkpoint_and_decide_exit", requests.checkpoint_and_decide_exit)
     try:
         yield
     except SystemExit as stop:  # Megatron's way to end before the last iteration
         if not stop.code:
-            requests.say_stopped()
+            requests.write_ended()
         raise
     finally:
         swap.undo()
-    requests.say_finished()
+    requests.write_finished()
 
 
 class _Requests:
     """The files of one run."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
         self._iteration = 0
         self._stopped = False
 
@@ -71,34 +68,33 @@ class _Requests:
                 )
             if asked & _SAVE:
                 print_rank_0(f"the file SAVE was obeyed at iteration {iteration}")
-                self._remove("SAVE")
+                self._remove(self._run.save_request)
             return done or self._stopped
 
         return wrapped
 
     def _asked(self) -> int:
-        """Look, on rank 0 alone, which sees what all others might see a moment later, and tell everybody."""
+        """Look, on rank 0 alone, which sees what all others might see a moment later, and broadcast it."""
         bits = 0
         if dist.get_rank() == 0:
-            bits = _SAVE * (self._folder / "SAVE").exists() | _STOP * (self._folder / "STOP").exists()
-        told = torch.tensor([bits], dtype=torch.int32, device="cuda")
-        dist.broadcast(told, src=0)
-        return int(told.item())
+            bits = _SAVE * self._run.save_request.exists() | _STOP * self._run.stop_request.exists()
+        asked = torch.tensor([bits], dtype=torch.int32, device="cuda")
+        dist.broadcast(asked, src=0)
+        return int(asked.item())
 
-    def say_stopped(self) -> None:
+    def write_ended(self) -> None:
         """Write ENDED if the run was asked to stop; by now an asynchronous save is on the disk, too."""
         if self._stopped and dist.get_rank() == 0:
-            write_file(self._folder / "ENDED", f"stopped by the file STOP at iteration {self._iteration}\n".encode())
-            self._remove("STOP")  # or it would stop the run that a person resumes
+            self._run.end(f"stopped by the file STOP at iteration {self._iteration}")
+            self._remove(self._run.stop_request)  # or it would stop the run that a person resumes
 
-    def say_finished(self) -> None:
+    def write_finished(self) -> None:
         """Write FINISHED if ``pretrain`` came to the last iteration, now or before it was started again."""
         args = get_args()
         iteration = max(self._iteration, args.iteration)
         if dist.get_rank() == 0 and not args.skip_train and iteration >= args.train_iters:
-            about = {"iteration": iteration, "time": time.time()}
-            write_file(self._folder / "FINISHED", json.dumps(about).encode() + b"\n")
+            self._run.finish(iteration)
 
-    def _remove(self, name: str) -> None:
+    def _remove(self, request: Path) -> None:
         if dist.get_rank() == 0:
-            (self._folder / name).unlink(missing_ok=True)
+            request.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from; tests/jobs/test_node_training.py has Megatron's real ones."""
+"""Which checkpoint a run resumes from; tests/jobs/node/test_training.py has Megatron's real ones."""
 
 import json
 import os

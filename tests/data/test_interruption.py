@@ -133,7 +133,7 @@ def test_a_dead_worker_ends_the_run(model: Path, tmp_path: Path) -> None:
                 os.kill(children(os.getpid())[-1], signal.SIGKILL)
             yield RawDocument("a.txt", 1, b"text " * 20, False, 0)
 
-    settings = encoding.Settings("sentencepiece", model, "text", False)
+    settings = encoding.EncoderSettings("sentencepiece", model, "text", False)
     with pytest.raises(S3Error, match=r"of 2 worker processes died.*smaller --workers"):
         list(encoding.encode_documents(documents(), settings, 2))
 

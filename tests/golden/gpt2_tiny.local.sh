@@ -61,7 +61,7 @@ train=(
 )
 exec "$python" -m s3_megatron.jobs.node --run-dir "$run" --attempt "$attempt" \
     --hang-minutes 30.0 --start-minutes 60.0 -- \
-    "$python" -m s3_megatron.train.torchrun --standalone --local-addr=127.0.0.1 \
+    "$python" -m s3_megatron.jobs.node.torchrun --standalone --local-addr=127.0.0.1 \
     --nproc-per-node=8 --max-restarts=0 \
     --role=local_rank --tee=3 --log-dir="$run/logs/ranks" \
     -m s3_megatron.train.pretrain_gpt "${train[@]}"

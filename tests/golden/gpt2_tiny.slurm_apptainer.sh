@@ -146,7 +146,7 @@ export S3_RUN_DIR=$run
 
 python=python
 # Not torchrun itself: this one leaves SIGTERM to the ranks, and writes down which of them failed first.
-elastic=("$python" -m s3_megatron.train.torchrun --nnodes="$SLURM_NNODES" --nproc-per-node=8
+elastic=("$python" -m s3_megatron.jobs.node.torchrun --nnodes="$SLURM_NNODES" --nproc-per-node=8
     --rdzv-backend=c10d --rdzv-id="$attempt" --rdzv-conf=join_timeout=3600 --max-restarts=0)
 
 # free PORT: nothing on this machine, the first node and so torchrun's host, listens there.
@@ -163,9 +163,9 @@ done
 
 on_every_node "$python" -m s3_megatron.jobs.node.health --run-dir "$run" --attempt "$attempt" \
     --gpus 8 --scratch /tmp --min-free-gib 20.0 \
-    --min-free-inodes 10000 || go_on 'a node is not fit for training'
+    --min-free-inodes 10000 --max-clock-skew 5.0 || go_on 'a node is not fit for training'
 on_every_node timeout 900 "${elastic[@]}" --rdzv-endpoint="${nodes[0]}:$((port + 1))" \
-    -m s3_megatron.train.allreduce --run-dir "$run" --attempt "$attempt" --floor-gbps 0.0 \
+    -m s3_megatron.jobs.node.allreduce --run-dir "$run" --attempt "$attempt" --floor-gbps 0.0 \
     --max-clock-skew 5.0 || go_on 'the all-reduce before training failed'
 
 train=(

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from s3_megatron.data import train_sentencepiece
+from s3_megatron.finding import ERROR, OK, WARNING, Finding, table
 from s3_megatron.jobs import catalog, checks, compose
-from s3_megatron.jobs.checks import ERROR, OK, WARNING, Finding, data, engines, numbers, places, resources
+from s3_megatron.jobs.checks import data, engines, numbers, places, resources
 from s3_megatron.jobs.job import Job
 
 RUN = Path("/shared/s3/runs/run")
@@ -265,7 +266,7 @@ def test_everything_wrong_is_one_list_and_one_table(tmp_path: Path, sentences: P
     assert "sentencepiece has 400 tokens, model.vocab_size is 64" in said["tokenizer"].found
     assert report.memory is not None and report.throughput.days is not None
     console = Console(width=240, record=True, file=open(os.devnull, "w"))
-    console.print(checks.table(report))
+    console.print(table(report.findings))
     text = console.export_text()
     assert all(finding.found[:40] in text and finding.fix[:20] in text for finding in report.findings)
 

@@ -109,7 +109,7 @@ def test_what_each_branch_is_for():
     assert "S3_REHEARSAL=1" in rehearsal and "--gpus" not in rehearsal.split("set -euo")[0]
     assert "--cpus-per-task=4" in rehearsal and "--exclusive" not in rehearsal
     assert "--dependency=singleton" in chain and "scontrol requeue" not in chain
-    assert "scontrol requeue" not in never and "train.allreduce" not in never
+    assert "scontrol requeue" not in never and "node.allreduce" not in never
     gres = script("gpt2_345m", "slurm", *VARIANTS["gres"]).split("set -euo")[0]
     assert "#SBATCH --gres=gpu:8\n" in gres and "#SBATCH --account=abc\n" in gres and "#SBATCH --qos=high\n" in gres
     deepspeed = script("gpt2_345m", "slurm", *VARIANTS["deepspeed"])
@@ -127,6 +127,12 @@ def test_what_each_branch_is_for():
 def test_connections_follow_the_generation(settings: list[str], value: str | None):
     found = [line for line in script("gpt2_345m", "slurm", *settings).splitlines() if "MAX_CONNECTIONS" in line]
     assert found == ([f"export {value}"] if value else [])
+
+
+def test_one_setting_bounds_the_clocks_of_file_server_and_nodes():
+    """The health program, which looks first, had 5 s of its own: a larger setting let no node pass."""
+    text = script("gpt2_345m", "slurm", "cluster.health.max_clock_skew_seconds=7.5")
+    assert text.count("--max-clock-skew 7.5") == 2
 
 
 @pytest.mark.parametrize("path", ["/shared/a\nb", "/shared/a\\b", "/shared/\udce9"])

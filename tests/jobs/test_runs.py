@@ -195,6 +195,54 @@ def test_status_tells_what_failed_first_and_not_what_was_last(tmp_path: Path):
         submit.resume(run, print)
 
 
+def test_one_run_that_cannot_be_read_hides_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A recipe.yaml with a slip, or one of a version before with a key that is gone, ended ``s3-megatron runs``."""
+    for name in ("first", "second", "third"):
+        make(tmp_path, name)
+    recipe = tmp_path / "runs/second/recipe.yaml"
+    recipe.write_text(recipe.read_text() + "no_such_key: 1\n")
+    (tmp_path / "runs/third/jobs.jsonl").mkdir()  # OSError, as of a file server that is away
+    (tmp_path / "runs/third/watch").mkdir()
+    (tmp_path / "runs/third/watch/metrics.jsonl").mkdir()
+    rows = {line.split()[0]: line for line in text(status.overview(runs.known_runs())).splitlines()[1:]}
+    assert "not started" in rows["first"]
+    assert "cannot be read: " in rows["second"] and "no_such_key" in rows["second"]
+    assert "cannot be read: " in rows["third"] and "Is a directory" in rows["third"]
+
+
+def test_a_line_that_a_full_disk_cut_off_costs_no_other_job(tmp_path: Path):
+    """The next number went onto the rest of the torn line, so that neither job was known any more."""
+    run = make(tmp_path)
+    run.submitted("7")
+    with run.jobs.open("a") as file:
+        file.write('{"job_id": "8", "ti')
+    assert run.job_ids == ["7"]
+    run.submitted("9")
+    assert run.job_ids == ["7", "9"]
+
+
+def test_what_is_missing_in_a_run_folder_is_one_line(tmp_path: Path):
+    run = make(tmp_path)
+    attempt(run, "local-1", node1={"verdict": "saved", "error": None})
+    (run.path / "attempts/local-1/node0.json").write_text('{"verdict": "fai')
+    assert status.status(run).error is None, "what cannot be read says nothing"
+    script, about = run.script.read_text(), run.about.read_text()
+    for broken in ("{", "[]"):
+        run.about.write_text(broken)
+        with pytest.raises(S3Error, match=r"about\.json .*bring it back, or submit its recipe\.yaml as a new run"):
+            edits.apply(run)
+    run.about.unlink()
+    with pytest.raises(S3Error, match=r"about\.json cannot be read .*bring it back"):
+        edits.apply(run)
+    run.about.write_text(about)
+    run.script.unlink()
+    with pytest.raises(S3Error, match=r"first has neither job\.sbatch nor job\.sh: "):
+        submit.resume(run, print)
+    (run.path / "job.sh").write_text(script)
+    with pytest.raises(S3Error, match="there is no run 'aaa"):
+        runs.find("a" * 300)  # an OSError: a longer name than any file's
+
+
 def test_bad_nodes_are_the_error_of_a_start_that_did_not_train(tmp_path: Path):
     run = make(tmp_path)
     (run.path / "attempts/7-0").mkdir(parents=True)

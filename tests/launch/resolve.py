@@ -1,6 +1,6 @@
 """Ask the package index whether the Dockerfile's cpu target can be installed: its own pip commands, with --dry-run.
 
-``python tests/launch/resolve.py`` does so in a new virtual environment and takes one to two minutes. It is not part of
+``python -m tests.launch.resolve`` does so in a new virtual environment and takes one to two minutes. It is not part of
 ``make test``, which needs no network.
 """
 
@@ -11,7 +11,6 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.launch.dockerfile import ROOT, copy_context, normalized, pins, pip_installs
 
 

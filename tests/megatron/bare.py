@@ -11,5 +11,5 @@ if __name__ == "__main__":
     rehearsal.activate()
     skip_helper_build()
     sys.argv = rehearsal.add_flags(sys.argv[1:])
-    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    sys.path[0] = str(Path(sys.argv[0]).parent)  # as python does for a script
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -159,7 +159,7 @@ def gradients(net: nn.Module, step: int) -> dict[str, Tensor]:
     }
 
 
-def unsharded(run: Run, *, clip: float = 0.0, masters_of: torch.dtype = torch.float32) -> tuple[S3, dict[str, Tensor]]:
+def unsharded(run: Run) -> tuple[S3, dict[str, Tensor]]:
     """A plain S3 over float32 copies of ``run``'s parameters, with Megatron's choice of what decays."""
     copies = {name: nn.Parameter(param.detach().float().clone()) for name, param in run.net.named_parameters()}
     decayed = [p for p in copies.values() if p.ndim > 1]

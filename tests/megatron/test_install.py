@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.engines.versions import MEGATRON
 from s3_megatron.errors import S3Error
 
@@ -130,32 +129,6 @@ def test_a_moved_symbol_is_loud_and_nothing_stays_replaced(monkeypatch: pytest.M
         install()
     monkeypatch.undo()
     assert symbols() == before
-
-
-def test_swap_puts_back_in_reverse_order() -> None:
-    owner = argparse.Namespace(__name__="owner", value=1)
-    swap = SymbolSwap("host")
-    swap.replace(owner, "value", lambda old: old + 1)
-    swap.replace(owner, "value", lambda old: old * 10)
-    assert owner.value == 20
-    swap.undo()
-    assert owner.value == 1 and not swap.active
-
-
-def test_modules_that_hold_one_function_share_its_wrapper() -> None:
-    """Callers compare it, and a wrapper a module would wrap twice what one module imports from the other. Where two
-    modules hold different functions, each has its own."""
-
-    def one() -> int:
-        return 1
-
-    owners = [argparse.Namespace(__name__=str(i), call=function) for i, function in enumerate((one, one, lambda: 2))]
-    swap = SymbolSwap("host")
-    swap.replace_in(owners, "call", lambda original: lambda: 10 * original())
-    assert owners[0].call is owners[1].call is not owners[2].call
-    assert [owner.call() for owner in owners] == [10, 10, 20]
-    swap.undo()
-    assert [owner.call() for owner in owners] == [1, 1, 2] and owners[0].call is one
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """torch and Megatron under the rehearsal, and as they were after it."""
 
 import logging
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -46,6 +47,32 @@ def test_says_so_once_and_undoes_everything(capsys: pytest.CaptureFixture[str]) 
     assert torch.utils.data.DataLoader.__iter__ is iterate
     with pytest.raises((RuntimeError, AssertionError)):
         torch.zeros(1, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("symbol", "message"),
+    [
+        (
+            "torch.accelerator.is_available",
+            rf"torch {re.escape(torch.__version__)} has no torch\.accelerator\.is_available, ",
+        ),
+        (
+            "megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue",
+            r"this megatron-core has no megatron\.core\.dist_checkpointing\.\S*_results_queue, ",
+        ),
+    ],
+)
+def test_a_symbol_that_has_moved_is_named_and_nothing_stays_replaced(
+    monkeypatch: pytest.MonkeyPatch, symbol: str, message: str
+) -> None:
+    """Among the first and among the last that are replaced, so that the other's are put back, too."""
+    before = dict(vars(torch.cuda)), torch.compile, torch.utils.data.DataLoader.__iter__
+    monkeypatch.delattr(symbol)
+    with pytest.raises(S3Error, match=message):
+        rehearsal.activate()
+    assert {name for name, value in before[0].items() if vars(torch.cuda)[name] is not value} == set()
+    assert (torch.compile, torch.utils.data.DataLoader.__iter__) == before[1:]
+    assert rehearsal.activation._undo is None
 
 
 def test_no_two_names_have_one_stand_in() -> None:

@@ -98,8 +98,7 @@ def finishes(cluster: Cluster, run: Run, reference: Reference, starts: float = 3
 
 def verdicts(run: Run) -> list[str]:
     """How each start ended on its nodes, in order."""
-    attempts = sorted((run.path / "attempts").iterdir(), key=lambda path: path.stat().st_ctime)
-    return [one["verdict"] for attempt in attempts for one in verdict.read(attempt).values()]
+    return [one["verdict"] for attempt in run.attempts() for one in verdict.read(attempt).values()]
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.training import global_vars
 from torch.distributed.checkpoint.api import CheckpointException
 
 from s3_megatron.checkpoints.whole import LOAD_FAILED
 from s3_megatron.errors import S3Error
-from s3_megatron.train import changes
 from s3_megatron.train.loading import LoadError, _compares_schedules, _without_optimizer, watched
 
 TORN = RuntimeError("PytorchStreamReader failed reading zip archive: failed finding central directory")
@@ -75,18 +72,25 @@ def test_a_checkpoint_of_weights_alone_is_answered_with_the_flag_that_takes_it(t
         raise KeyError("another")
 
 
-def schedule(**settings: Any) -> OptimizerParamScheduler:
+def scheduler() -> Any:
+    """Megatron's class, imported when a test runs: whoever only collects this file is spared it."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    return OptimizerParamScheduler
+
+
+def schedule(**settings: Any) -> Any:
     """Megatron's own, of 10 samples."""
     usual = {"init_lr": 0.0, "max_lr": 1e-3, "min_lr": 0.0, "lr_warmup_steps": 0, "lr_decay_steps": 10}
     decay = {"start_wd": 0.1, "end_wd": 0.1, "wd_incr_steps": 10, "wd_incr_style": "constant"}
     flags = {"use_checkpoint_opt_param_scheduler": False, "override_opt_param_scheduler": False}
     groups = SimpleNamespace(param_groups=[{}])
-    return OptimizerParamScheduler(groups, **{**usual, "lr_decay_style": "cosine", **decay, **flags, **settings})
+    return scheduler()(groups, **{**usual, "lr_decay_style": "cosine", **decay, **flags, **settings})
 
 
 def test_another_schedule_is_one_line_with_every_value_and_the_flags_that_help() -> None:
     """Megatron asserts on the first difference alone, by names that no flag has."""
-    load = _compares_schedules(OptimizerParamScheduler.load_state_dict)
+    load = _compares_schedules(scheduler().load_state_dict)
     saved = {**schedule().state_dict(), "num_steps": 4}
     longer = {"lr_decay_steps": 20, "wd_incr_steps": 20, "max_lr": 2e-3}
     with pytest.raises(S3Error) as refused:
@@ -109,13 +113,13 @@ def test_every_value_that_megatrons_schedule_saves_has_its_flag_in_the_line() ->
     saved = schedule().state_dict()
     changed = {key: f"not {value}" for key, value in saved.items() if key != "num_steps"}
     with pytest.raises(S3Error) as refused:
-        _compares_schedules(OptimizerParamScheduler.load_state_dict)(schedule(), changed)
+        _compares_schedules(scheduler().load_state_dict)(schedule(), changed)
     assert str(refused.value).count(", here ") == len(changed)
 
 
 def start(monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
     """Let this process be a run with these arguments."""
-    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", SimpleNamespace(**{**ARGUMENTS, **given}))
+    monkeypatch.setattr("megatron.training.global_vars._GLOBAL_ARGS", SimpleNamespace(**{**ARGUMENTS, **given}))
 
 
 ARGUMENTS: dict[str, Any] = {
@@ -156,6 +160,8 @@ def test_a_part_of_the_schedule_that_megatron_does_not_save_is_compared(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, value: Any
 ) -> None:
     """--lr-wsd-decay-iters, its style, and --lr-warmup-init changed the rates of a resumed run in silence."""
+    from s3_megatron.train import changes
+
     saved = changes.settings(SimpleNamespace(**ARGUMENTS))
     flag = f"--{name.replace('_', '-')}"
     for flags in ({}, {"use_checkpoint_opt_param_scheduler": True}):  # which Megatron has nothing to go by for
@@ -175,6 +181,8 @@ def test_a_part_of_the_schedule_that_megatron_does_not_save_is_compared(
 def test_what_differs_is_one_line_and_what_computes_nothing_is_not_in_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    from s3_megatron.train import changes
+
     saved = changes.settings(SimpleNamespace(**ARGUMENTS))
     beside = {"log_interval": 9, "rank": 3, "_private": 2, "tokenizer": object()}
     start(monkeypatch, **beside, data_path=("a", "b"), new_flag=1)
@@ -190,7 +198,7 @@ def test_what_differs_is_one_line_and_what_computes_nothing_is_not_in_it(
 
 def test_every_value_of_megatrons_schedule_is_compared() -> None:
     """The scheduler's arguments are either in its state or among those that are compared by their flags."""
-    taken = set(inspect.signature(OptimizerParamScheduler).parameters)
+    taken = set(inspect.signature(scheduler()).parameters)
     not_the_schedule = {"optimizer", "use_checkpoint_opt_param_scheduler", "override_opt_param_scheduler"}
     unsaved = taken - not_the_schedule - set(schedule().state_dict())
     assert unsaved == {"init_lr", "wsd_decay_steps", "lr_wsd_decay_style"}, "changes._UNSAVED has their flags"

@@ -1,4 +1,4 @@
-"""A person's files in the run folder, on real ranks; tests/jobs/test_node_training.py has SAVE and SIGTERM."""
+"""A person's files in the run folder, on real ranks; tests/jobs/node/test_training.py has SAVE and SIGTERM."""
 
 import json
 from pathlib import Path

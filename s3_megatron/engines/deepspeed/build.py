@@ -18,10 +18,10 @@ from deepspeed.utils import log_dist
 
 from s3_megatron.engines.deepspeed import checkpoint, gradients, loss_scale, stepping
 from s3_megatron.engines.deepspeed.layout import is_flat
-from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import S3
 from s3_megatron.optim.state import STATE_MARK
+from s3_megatron.swap import SymbolSwap
 
 # What "params" may hold: S3's own arguments, without those that DeepSpeed gives or that do nothing under it.
 _FROM_ADAM = "s3_from_adam"

@@ -14,9 +14,9 @@ from deepspeed.utils import logger
 
 from s3_megatron.engines import versions
 from s3_megatron.engines.deepspeed.layout import is_flat, is_sharded, is_stage3, masters
-from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import EXP_AVG_ROOT, S3, from_adam_state, is_s3_state
+from s3_megatron.swap import SymbolSwap
 
 Groups = list[dict[str, Any]]
 

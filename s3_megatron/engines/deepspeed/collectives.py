@@ -4,8 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.errors import S3Error
+from s3_megatron.swap import SymbolSwap
 
 _SHARED_MEMORY = "deepspeed_shm_comm"  # deepspeed 0.19.8, ops/op_builder/cpu/comm.py
 

@@ -9,7 +9,7 @@ from deepspeed.utils import log_dist
 from torch import Tensor
 
 from s3_megatron.engines.deepspeed.layout import is_stage3, masters
-from s3_megatron.engines.swap import SymbolSwap
+from s3_megatron.swap import SymbolSwap
 
 
 def forget_after_the_step(wrapper: Any) -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from s3_megatron.engines.imports import AfterImport
-from s3_megatron.engines.swap import SymbolSwap
+from s3_megatron.swap import SymbolSwap
 
 logger = logging.getLogger(__name__)
 

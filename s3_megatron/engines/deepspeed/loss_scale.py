@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from s3_megatron.engines.swap import SymbolSwap
+from s3_megatron.swap import SymbolSwap
 
 
 def grow_after_the_step(wrapper: Any) -> None:

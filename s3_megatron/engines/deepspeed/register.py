@@ -4,8 +4,8 @@ import sys
 
 from s3_megatron.engines import versions
 from s3_megatron.engines.deepspeed.hugging_face import TrainerConfig
-from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.errors import S3Error
+from s3_megatron.swap import SymbolSwap
 
 _swap = SymbolSwap("this DeepSpeed")
 _trainer = TrainerConfig()

@@ -15,9 +15,9 @@ from s3_megatron.engines.megatron import single_pass, watch
 from s3_megatron.engines.megatron.bare_ranks import STEP, save_without_state
 from s3_megatron.engines.megatron.checkpoint import guard_adam, guard_s3
 from s3_megatron.engines.megatron.config import S3OptimizerConfig, refuse_unsupported
-from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import S3
+from s3_megatron.swap import SymbolSwap
 
 logger = logging.getLogger(__name__)
 

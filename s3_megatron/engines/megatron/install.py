@@ -1,8 +1,8 @@
 """Turning ``--optimizer s3`` on in this process."""
 
-from s3_megatron.engines.swap import SymbolSwap
 from s3_megatron.engines.versions import MEGATRON, check
 from s3_megatron.errors import S3Error
+from s3_megatron.swap import SymbolSwap
 
 _swap = SymbolSwap("this megatron-core")
 

@@ -5,18 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.markup import escape
-from rich.table import Table
-
 from s3_megatron.errors import S3Error
+from s3_megatron.finding import ERROR, WARNING, Finding
 from s3_megatron.jobs import memory, throughput
 from s3_megatron.jobs.checks import engines, numbers, places, resources
-from s3_megatron.jobs.checks.finding import ERROR, OK, WARNING, Finding
 from s3_megatron.jobs.job import Job
-
-__all__ = ["ERROR", "OK", "WARNING", "Finding", "Report", "check", "table"]
-
-_COLOURS = {OK: "green", WARNING: "yellow", ERROR: "red"}
 
 
 @dataclass(frozen=True)
@@ -73,13 +66,3 @@ def _collected(look: Callable[[Job, Path], Iterable[Finding]], job: Job, run: Pa
         return list(look(job, run))
     except (S3Error, OSError) as error:
         return [Finding(ERROR, look.__module__.rpartition(".")[2], str(error))]
-
-
-def table(report: Report) -> Table:
-    """The findings as a table for a terminal."""
-    result = Table(box=None, pad_edge=False)
-    for heading in ("", "found", "what to do"):
-        result.add_column(heading, overflow="fold")
-    for finding in report.findings:
-        result.add_row(finding.name, f"[{_COLOURS[finding.state]}]{escape(finding.found)}[/]", escape(finding.fix))
-    return result

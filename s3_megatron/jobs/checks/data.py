@@ -6,8 +6,9 @@ from pathlib import Path
 from s3_megatron.data import caches, splits
 from s3_megatron.data.writer import bin_and_idx
 from s3_megatron.errors import S3Error
-from s3_megatron.jobs.checks.finding import ERROR, Finding, or_ok
+from s3_megatron.finding import ERROR, Finding, or_ok
 from s3_megatron.jobs.job import Job
+from s3_megatron.run_folder import RunFolder
 
 
 def check(job: Job, run: Path) -> Iterator[Finding]:
@@ -23,7 +24,7 @@ def check(job: Job, run: Path) -> Iterator[Finding]:
         try:
             (part,) = splits.parts(request)
             sequences, tokens, _ = splits.tokens(part)
-            lacks = [*splits.shortages(request), *caches.stale(request, run / "cache", job.recipe.schedule.seed)]
+            lacks = [*splits.shortages(request), *caches.stale(request, RunFolder(run).cache, job.recipe.schedule.seed)]
         except S3Error as error:
             yield Finding(
                 ERROR, f"{key} tokens", str(error), "prepare it again with 's3-megatron data prepare', or mend the path"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from s3_megatron.errors import S3Error
-from s3_megatron.jobs.checks.finding import ERROR, OK, WARNING, Finding, or_ok
+from s3_megatron.finding import ERROR, OK, WARNING, Finding, or_ok
+from s3_megatron.jobs.check_args import MARK
 from s3_megatron.jobs.flags import deepspeed_file, megatron_flags
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.memory import deepspeed_json, zero_section
@@ -18,7 +19,6 @@ from s3_megatron.jobs.recipe import Data
 
 # Seconds; a cold import of torch from a network disk takes a minute.
 PATIENCE = 180
-_MARK = "s3_megatron check_args: "  # of s3_megatron.train.check_args, whose import would bring torch
 _OPTIMIZERS = {"s3": "s3", "adam": "adamw", "adamw": "adamw"}  # DeepSpeed's types, in small letters, and ours
 
 
@@ -120,20 +120,20 @@ def parser(job: Job, run: Path) -> Iterator[Finding]:
     settings = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "S3_REHEARSAL": "0"}
     if job.rehearsed:
         settings["CUDA_VISIBLE_DEVICES"] = ""
-    done = _python(["-m", "s3_megatron.train.check_args"], settings, json.dumps(task))
-    said = [line.removeprefix(_MARK) for line in done.stdout.splitlines() if line.startswith(_MARK)]
-    if not said:
+    done = _python(["-m", "s3_megatron.jobs.check_args"], settings, json.dumps(task))
+    answers = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if not answers:
         why = _last_line(done.stderr) or f"it ended with code {done.returncode}"
         yield Finding(WARNING, "parser", f"not run: {why}", "see whether s3-megatron doctor finds Megatron in order")
         return
-    yield _verdict(json.loads(said[-1]), "Megatron" if engine == "megatron" else "Megatron and DeepSpeed")
+    yield _verdict(json.loads(answers[-1]), "Megatron" if engine == "megatron" else "Megatron and DeepSpeed")
 
 
-def _verdict(said: dict[str, Any], who: str) -> Finding:
-    notes = "".join(f"; {note}" for note in said["left_out"])
-    if said["error"] is None:
+def _verdict(answer: dict[str, Any], who: str) -> Finding:
+    notes = "".join(f"; {note}" for note in answer["left_out"])
+    if answer["error"] is None:
         return Finding(OK, "parser", f"{who} accepted the flags{notes}")
-    return Finding(ERROR, "parser", f"{said['error']}{notes}", "mend the recipe; every flag: s3-megatron config show")
+    return Finding(ERROR, "parser", f"{answer['error']}{notes}", "mend the recipe; every flag: s3-megatron config show")
 
 
 def _arguments(job: Job, run: Path) -> list[str]:

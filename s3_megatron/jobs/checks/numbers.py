@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from s3_megatron.finding import ERROR, WARNING, Finding, or_ok
 from s3_megatron.jobs import memory, throughput
-from s3_megatron.jobs.checks.finding import ERROR, WARNING, Finding, or_ok
 from s3_megatron.jobs.job import Job
 
 # A save, a validation or a slow file system keeps a healthy run quiet for minutes.

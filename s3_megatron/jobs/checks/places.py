@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from s3_megatron.jobs.checks.finding import ERROR, OK, WARNING, Finding, or_ok
+from s3_megatron.finding import ERROR, OK, WARNING, Finding, or_ok
 from s3_megatron.jobs.job import Job
 
 _OCTAL = re.compile(rb"\\([0-7]{3})")

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from s3_megatron.errors import S3Error
+from s3_megatron.finding import ERROR, OK, WARNING, Finding
 from s3_megatron.jobs import memory, throughput
-from s3_megatron.jobs.checks.finding import ERROR, OK, WARNING, Finding
 from s3_megatron.jobs.job import Job
 
 MARGIN = 0.1

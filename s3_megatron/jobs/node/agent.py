@@ -1,4 +1,4 @@
-"""The one process of a job on each node: it starts torchrun, watches it, and says how it ended."""
+"""The one process of a job on each node: it starts torchrun, watches it, and writes how it ended."""
 
 import os
 import signal
@@ -13,12 +13,12 @@ import psutil
 from s3_megatron.checkpoints import lease
 from s3_megatron.checkpoints.whole import repair_pointer
 from s3_megatron.errors import S3Error
-from s3_megatron.files import write_file
 from s3_megatron.jobs.node import environment, verdict
 from s3_megatron.jobs.node.processes import adopt_orphans, kill_descendants, ranks
 from s3_megatron.jobs.node.verdict import Verdict
 from s3_megatron.jobs.node.watchdog import Watchdog, dump_ranks
-from s3_megatron.train.nodes import node_name
+from s3_megatron.machine import node_name
+from s3_megatron.run_folder import VARIABLE, RunFolder
 from s3_megatron.watch.file import FILE_NAME
 
 _TICK_SECONDS = 0.5
@@ -29,15 +29,16 @@ class Agent:
 
     def __init__(self, run: Path, attempt: str, start_minutes: float, hang_minutes: float) -> None:
         """Work for the attempt ``attempt`` in the run folder ``run``."""
-        self._run, self._attempt = run, run / "attempts" / attempt
+        self._run = RunFolder(run)
+        self._attempt = self._run.attempt(attempt)
         self._host = node_name()
-        self._heartbeat = run / "watch" / FILE_NAME
-        self._failures = self._attempt / f"{self._host}.failures.json"
+        self._heartbeat = self._run.watch / FILE_NAME
+        self._failures = self._attempt.failures(self._host)
         self._start_seconds, self._hang_seconds = start_minutes * 60, hang_minutes * 60
         self._started = time.time()
         self._stopped = False
         self._lost: str | None = None  # who has taken the run folder
-        self._told: set[psutil.Process] = set()
+        self._signalled: set[psutil.Process] = set()
 
     def main(self, command: Sequence[str]) -> int:
         """Run ``command`` (torchrun) to its end; returns the exit code of docs/jobs.md's contract."""
@@ -48,7 +49,7 @@ class Agent:
         if os.environ.get("SLURM_NODEID", "0") != "0":
             return self._train(command)
         try:
-            with lease.held(self._run / "checkpoints", self._lose):
+            with lease.held(self._run.checkpoints, self._lose):
                 return self._train(command, self._prepare)
         except lease.FolderIsHeld as error:
             # Neither a verdict nor ENDED: the run is another's, and goes on.
@@ -81,13 +82,13 @@ class Agent:
     def _prepare(self) -> None:
         for line in environment.report():
             print(f"environment: {line}", flush=True)
-        if said := repair_pointer(self._run / "checkpoints"):
-            print(f"checkpoints: {said}", flush=True)
+        if repaired := repair_pointer(self._run.checkpoints):
+            print(f"checkpoints: {repaired}", flush=True)
 
     def _watch(self, command: Sequence[str]) -> int | None:
         """Start ``command`` and wait for its end; returns its exit code, or None where it hangs."""
         watchdog = Watchdog(self._heartbeat, self._start_seconds, self._hang_seconds)
-        settings = {"S3_RUN_DIR": os.fspath(self._run), "S3_FAILURES": os.fspath(self._failures)}
+        settings = {VARIABLE: os.fspath(self._run.path), "S3_FAILURES": os.fspath(self._failures)}
         try:
             # A session of its own: a Ctrl-C at the terminal is for this process, which then ends all others.
             child = subprocess.Popen(command, env={**os.environ, **settings}, start_new_session=True)
@@ -101,32 +102,32 @@ class Agent:
             if self._lost is not None:
                 return 1
             if self._stopped:
-                self._tell_ranks(child.pid)
+                self._forward_sigterm(child.pid)
             if (silent := watchdog.silence()) is not None:
                 count = dump_ranks(child.pid, self._attempt)
                 print(
                     f"hang: no iteration for {silent / 60:.1f} minutes; the stacks of {count} ranks are in "
-                    f"{self._attempt / 'hang'}",
+                    f"{self._attempt.hang}",
                     flush=True,
                 )
                 return None
 
-    def _tell_ranks(self, torchrun: int) -> None:
+    def _forward_sigterm(self, torchrun: int) -> None:
         """Send SIGTERM to every rank once: SLURM may have sent it to this process alone, or before a rank was there.
 
         A second one changes nothing where Megatron waits for it (--exit-signal-handler), and what does not yet has
         nothing to save.
         """
         for rank in ranks(torchrun):
-            if rank.process not in self._told:
-                self._told.add(rank.process)
+            if rank.process not in self._signalled:
+                self._signalled.add(rank.process)
                 rank.process.send_signal(signal.SIGTERM)
 
     def _error(self, message: str, rank: int | None = None) -> dict[str, object]:
         return {"rank": rank, "host": self._host, "message": message, "time": time.time()}
 
     def _end(self, code: int, hung: bool, error: dict[str, object] | None) -> int:
-        finished = (self._run / "FINISHED").exists()
+        finished = self._run.finished
         elsewhere = verdict.bad_end_elsewhere(self._attempt, self._host)
         kind, exit_code = verdict.judge(code, finished, hung, self._stopped, elsewhere)
         if kind in ("finished", "saved"):
@@ -134,13 +135,13 @@ class Agent:
         elif self._stopped and elsewhere is not None:
             error = elsewhere["error"]  # what came first, and ended this node, too
         elif hung:
-            error = self._error(f"no iteration was logged for too long: {self._attempt / 'hang'} has the stacks")
+            error = self._error(f"no iteration was logged for too long: {self._attempt.hang} has the stacks")
         elif error is None:
             error = self._error(f"torchrun ended with exit code {code} and did not say why")
         iteration = verdict.last_iteration(self._heartbeat.parent)
         done = Verdict(kind, exit_code, error, self._started, time.time(), iteration)
         done.write(self._attempt, self._host)
         if kind == "configuration" and error is not None:
-            write_file(self._run / "ENDED", f"configuration error: {error['message']}\n".encode())
+            self._run.end(f"configuration error: {error['message']}")
         print(f"attempt: {kind} on {self._host}{f': {error["message"]}' if error else ''}", flush=True)
         return exit_code

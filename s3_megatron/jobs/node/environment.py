@@ -64,8 +64,8 @@ def _packages() -> list[str]:
 def commit() -> str | None:
     """Give the commit of the checkout that this package lies in, with "-dirty" where it was changed."""
     here = Path(__file__).parent
-    said = _output(["git", "-C", os.fspath(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
-    return said.strip() if said else None
+    described = _output(["git", "-C", os.fspath(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
+    return described.strip() if described else None
 
 
 def _output(command: Sequence[str]) -> str | None:

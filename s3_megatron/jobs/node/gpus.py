@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from s3_megatron.jobs.node.checks import Check
+from s3_megatron.finding import ERROR, NOT_CHECKED, OK, Finding
 
 _FIELDS = ("index", "uuid", "ecc.errors.uncorrected.volatile.total", "ecc.errors.uncorrected.aggregate.total")
 # NVIDIA's "XID Errors" lists them: of the device, its memory or its links. Others, as 13, 31 and 43, programs cause.
@@ -17,7 +17,7 @@ _RECENT_SECONDS = 3600  # what is older was there when the job before this one r
 _TIMEOUT_SECONDS = 60  # nvidia-smi takes seconds a GPU without persistence mode, and for ever with a broken driver
 
 
-def check_gpus(wanted: int, patience: float = 20) -> Iterator[Check]:
+def check_gpus(wanted: int, patience: float = 20) -> Iterator[Finding]:
     """Count the GPUs, and look for memory errors, errors in the kernel's log, and strangers' processes.
 
     A process that was killed may hold its GPU for ``patience`` seconds more.
@@ -26,12 +26,12 @@ def check_gpus(wanted: int, patience: float = 20) -> Iterator[Check]:
         devices = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
         yield _count(len(devices), wanted, "in /dev")
         for name in ("ecc", "gpu processes"):
-            yield Check.unknown(name, "nvidia-smi is not there")
+            yield Finding(NOT_CHECKED, name, "nvidia-smi is not there")
         yield _check_xids()
         return
     rows = _query("--query-gpu", _FIELDS)
     if isinstance(rows, str):
-        yield Check.bad("gpus", rows)
+        yield Finding(ERROR, "gpus", rows)
         return
     rows = _ours(rows)
     yield _count(len(rows), wanted, "by nvidia-smi")
@@ -86,53 +86,53 @@ def least_memory() -> float | None:
     return min(map(int, sizes)) / 1024 if sizes and all(size.isdecimal() for size in sizes) else None
 
 
-def _count(seen: int, wanted: int, where: str) -> Check:
+def _count(seen: int, wanted: int, where: str) -> Finding:
     text = f"{seen} of {wanted} seen {where}"
-    return Check.good("gpus", text) if seen >= wanted else Check.bad("gpus", text)
+    return Finding(OK if seen >= wanted else ERROR, "gpus", text)
 
 
-def _check_ecc(rows: list[dict[str, str]]) -> Check:
+def _check_ecc(rows: list[dict[str, str]]) -> Finding:
     """Errors since the driver was loaded are bad; older ones were mended by remapping rows, or are not readable."""
     volatile, aggregate = _FIELDS[2], _FIELDS[3]
     known = [row for row in rows if row[volatile].isdecimal()]
     if len(known) < len(rows) or not rows:
-        return Check.unknown("ecc", "nvidia-smi does not give the count for every GPU")
+        return Finding(NOT_CHECKED, "ecc", "nvidia-smi does not give the count for every GPU")
     broken = [f"GPU {row['index']}: {row[volatile]}" for row in known if int(row[volatile]) > 0]
     if broken:
-        return Check.bad("ecc", f"uncorrected memory errors since the driver was loaded: {', '.join(broken)}")
-    return Check.good("ecc", f"none uncorrected; ever: {' '.join(row[aggregate] for row in known)}")
+        return Finding(ERROR, "ecc", f"uncorrected memory errors since the driver was loaded: {', '.join(broken)}")
+    return Finding(OK, "ecc", f"none uncorrected; ever: {' '.join(row[aggregate] for row in known)}")
 
 
-def _check_processes(ours: set[str], patience: float) -> Check:
+def _check_processes(ours: set[str], patience: float) -> Finding:
     fields = ("gpu_uuid", "pid", "used_memory")
     end = time.monotonic() + patience
     while True:
         rows = _query("--query-compute-apps", fields)
         if isinstance(rows, str):
-            return Check.unknown("gpu processes", rows)
+            return Finding(NOT_CHECKED, "gpu processes", rows)
         rows = [row for row in rows if row["gpu_uuid"] in ours]
         if not rows:
-            return Check.good("gpu processes", "none")
+            return Finding(OK, "gpu processes", "none")
         if time.monotonic() >= end:
             break
         time.sleep(2)
     held = ", ".join(f"process {row['pid']} holds {row['used_memory']} MiB of {row['gpu_uuid']}" for row in rows)
-    return Check.bad("gpu processes", held)
+    return Finding(ERROR, "gpu processes", held)
 
 
-def _check_xids() -> Check:
+def _check_xids() -> Finding:
     try:
         done = subprocess.run(
             ["dmesg"], capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
-        return Check.unknown("xid", "dmesg does not run")
+        return Finding(NOT_CHECKED, "xid", "dmesg does not run")
     if done.returncode != 0:
-        return Check.unknown("xid", "the kernel's log is not readable here")
+        return Finding(NOT_CHECKED, "xid", "the kernel's log is not readable here")
     since = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0]) - _RECENT_SECONDS
     found = re.finditer(r"^\[ *(\d+\.\d+)\] .*NVRM: Xid \(([^)]*)\): (\d+)", done.stdout, re.MULTILINE)
     recent = [(match[2], int(match[3])) for match in found if float(match[1]) > since]
     broken = [f"Xid {number} of {device}" for device, number in recent if number in _HARDWARE_XIDS]
     if broken:
-        return Check.bad("xid", f"in the last hour: {', '.join(dict.fromkeys(broken))}")
-    return Check.good("xid", f"none of the hardware in the last hour ({len(recent)} of programs)")
+        return Finding(ERROR, "xid", f"in the last hour: {', '.join(dict.fromkeys(broken))}")
+    return Finding(OK, "xid", f"none of the hardware in the last hour ({len(recent)} of programs)")

@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
+from s3_megatron.run_folder import Attempt
 from s3_megatron.watch.file import newest_train
 
-CONFIGURATION, HANG, STOPPED = 2, 75, 143
+# Exit codes: the agent's, but for BAD_NODES, with which the checks before training end.
+CONFIGURATION, BAD_NODES, HANG, STOPPED = 2, 3, 75, 143
 Kind = Literal["finished", "saved", "configuration", "hang", "stopped", "failed"]
 
 
@@ -29,9 +31,9 @@ class Verdict:
     ended: float
     iteration: int | None
 
-    def write(self, attempt: Path, host: str) -> None:
-        """Write ``attempt/HOST.json``."""
-        write_file(attempt / f"{host}.json", json.dumps(asdict(self), indent=2).encode() + b"\n")
+    def write(self, attempt: Attempt, host: str) -> None:
+        """Write the verdict of ``host``."""
+        write_file(attempt.verdict(host), json.dumps(asdict(self), indent=2).encode() + b"\n")
 
 
 def judge(code: int, finished: bool, hung: bool, stopped: bool, elsewhere: dict[str, Any] | None) -> tuple[Kind, int]:
@@ -54,21 +56,24 @@ def judge(code: int, finished: bool, hung: bool, stopped: bool, elsewhere: dict[
 
 
 def first_failure(path: Path) -> dict[str, Any] | None:
-    """Read the first failure from what s3_megatron.train.torchrun wrote to ``path``."""
+    """Read the first failure from what s3_megatron.jobs.node.torchrun wrote to ``path``."""
     if not path.exists():
         return None
     first = json.loads(path.read_text(encoding="utf-8"))[0]
     return {name: first[name] for name in ("rank", "host", "message", "time")}
 
 
-def read(attempt: Path) -> dict[str, dict[str, Any]]:
-    """Read how ``attempt`` ended on each node that has said so, by the node's name; see Verdict."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in attempt.glob("*.json")}
+def read(attempt: Attempt) -> dict[str, dict[str, Any]]:
+    """Read how ``attempt`` ended on each node that has written it, by the node's name; see Verdict."""
+    found = {}
+    for path in attempt.path.glob("*.json"):
+        with suppress(ValueError):  # not JSON: no program of ours writes halves
+            found[path.stem] = json.loads(path.read_bytes())
     # Failures and health, beside them, are lists.
     return {host: about for host, about in found.items() if isinstance(about, dict) and "verdict" in about}
 
 
-def bad_end_elsewhere(attempt: Path, host: str) -> dict[str, Any] | None:
+def bad_end_elsewhere(attempt: Attempt, host: str) -> dict[str, Any] | None:
     """Read the verdict of another node that was the first to fail or hang, if one did."""
     others = [about for name, about in read(attempt).items() if name != host]
     bad = [about for about in others if about["verdict"] in ("failed", "hang", "configuration")]

@@ -13,7 +13,8 @@ import psutil
 
 from s3_megatron.files import write_file
 from s3_megatron.jobs.node.processes import Rank, ranks
-from s3_megatron.train.nodes import node_name
+from s3_megatron.machine import node_name
+from s3_megatron.run_folder import Attempt
 
 _DUMP_SECONDS = 30.0
 _WAIT_FOR_OTHERS_SECONDS = 30.0
@@ -45,12 +46,12 @@ class Watchdog:
         return silent if silent > self._allowed else None
 
 
-def dump_ranks(torchrun: int, attempt: Path) -> int:
-    """Write where every rank below the process ``torchrun`` stands to ``attempt/hang``; returns how many there are.
+def dump_ranks(torchrun: int, attempt: Attempt) -> int:
+    """Write where every rank below the process ``torchrun`` stands to ``attempt.hang``; returns how many there are.
 
     Then waits for the other nodes to have done so: this one's end would kill them.
     """
-    folder, found = attempt / "hang", ranks(torchrun)
+    folder, found = attempt.hang, ranks(torchrun)
     with ThreadPoolExecutor(max_workers=max(len(found), 1)) as pool:
         for rank, text in zip(found, pool.map(dump, found), strict=True):
             write_file(folder / f"{node_name()}-rank{rank.rank}.txt", text.encode())

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from s3_megatron.jobs.node import verdict, watchdog
+from s3_megatron.run_folder import Attempt
 from tests.agent import end, start, wait_for
 from tests.launcher import ROOT
 
@@ -138,7 +139,7 @@ def test_a_node_that_slurm_ends_because_another_failed_says_so(tmp_path: Path) -
     """srun --kill-on-bad-exit sends SIGTERM, as a pre-emption does, which does not count as a failure."""
     attempt = tmp_path / "attempts/1-0"
     error = {"rank": 3, "host": "node0", "message": "CUDA error", "time": 1.0}
-    verdict.Verdict("failed", 1, error, 0.0, 1.0, 3).write(attempt, "node0")
+    verdict.Verdict("failed", 1, error, 0.0, 1.0, 3).write(Attempt(attempt), "node0")
     agent = start(tmp_path, torchrun(tmp_path, SLEEP))
     pids(tmp_path)
     agent.terminate()
@@ -216,10 +217,10 @@ def test_a_node_that_has_dumped_waits_for_the_others(tmp_path: Path, monkeypatch
     monkeypatch.setenv("SLURM_NNODES", "2")
     monkeypatch.setattr(watchdog, "_WAIT_FOR_OTHERS_SECONDS", 1.5)
     started = time.monotonic()
-    watchdog.dump_ranks(os.getpid(), tmp_path)
+    watchdog.dump_ranks(os.getpid(), Attempt(tmp_path))
     assert time.monotonic() - started >= 1.5, "but not for ever"
     (tmp_path / "hang/other.dumped").touch()
     monkeypatch.setattr(watchdog, "_WAIT_FOR_OTHERS_SECONDS", 60)
     started = time.monotonic()
-    watchdog.dump_ranks(os.getpid(), tmp_path)
+    watchdog.dump_ranks(os.getpid(), Attempt(tmp_path))
     assert time.monotonic() - started < 30

@@ -24,7 +24,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 def train(run: Path, *flags: str) -> subprocess.Popen[str]:
     checkpoints, watch = str(run / "checkpoints"), str(run / "watch")
     folders = ["--save", checkpoints, "--load", checkpoints, "--watch-dir", watch, "--ckpt-format", "torch_dist"]
-    torchrun = [sys.executable, "-m", "s3_megatron.train.torchrun", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [sys.executable, "-m", "s3_megatron.jobs.node.torchrun", "--standalone", "--nproc-per-node", "2"]
     torchrun += ["--tee", "3", "--log-dir", str(run / "logs"), "-m", "s3_megatron.train.pretrain_gpt"]
     settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "S3_REHEARSAL": "1"}
     job = ["--exit-signal-handler", "--save-interval", "1000", "--optimizer", "s3"]

@@ -1,6 +1,6 @@
 """A job's flags before it is queued: Megatron's own parser and validation, and DeepSpeed's schema, in one process.
 
-``python -m s3_megatron.train.check_args`` reads ``{"entry", "argv", "world_size", "rehearse"}`` as JSON from standard
+``python -m s3_megatron.jobs.check_args`` reads ``{"entry", "argv", "world_size", "rehearse"}`` as JSON from standard
 input and prints one line, ``{"error": ..., "left_out": [...]}``, behind MARK. No process group, no file written.
 """
 

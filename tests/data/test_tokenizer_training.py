@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3_megatron.data import load_tokenizer, train_sentencepiece, training
+from s3_megatron.data import load_tokenizer, tokenizer_training, train_sentencepiece
 from s3_megatron.errors import S3Error
 
 # Every character UTF-8 has but U+2581: SentencePiece writes spaces as that, and cannot tell the two apart.
@@ -51,9 +51,9 @@ def test_python_source_comes_back_and_is_compressed(corpus: Path, model: Path) -
 
 
 def test_a_large_input_is_sampled_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "SAMPLED_LINES", 1000)
-    kept = training._sample(str(i) for i in range(100_000))
-    assert kept == training._sample(str(i) for i in range(100_000))
+    monkeypatch.setattr(tokenizer_training, "SAMPLED_LINES", 1000)
+    kept = tokenizer_training._sample(str(i) for i in range(100_000))
+    assert kept == tokenizer_training._sample(str(i) for i in range(100_000))
     assert len(set(kept)) == 1000
     # The mean of 1,000 fair draws from 0..99,999 has a standard deviation of 913: 5 of them.
     assert abs(sum(map(int, kept)) / 1000 - 50_000) < 5 * 913
