@@ -36,6 +36,18 @@ CARRIED = {
     "iniconfig": "iniconfig",
     "pluggy": "pluggy",
     "packaging": "packaging",
+    "pytest-timeout": "pytest_timeout",
+    "pytest-xdist": "xdist",
+    "execnet": "execnet",
+    "typer": "typer",
+    "shellingham": "shellingham",
+    "annotated-doc": "annotated_doc",
+    "PyYAML": "yaml",
+    "tqdm": "tqdm",
+    "einops": "einops",
+    "msgpack": "msgpack",
+    "py-cpuinfo": "cpuinfo",
+    "ninja": "ninja",
     "pydantic": "pydantic",
     "pydantic_core": "pydantic_core",
     "annotated-types": "annotated_types",
@@ -44,7 +56,7 @@ CARRIED = {
     "bitsandbytes": "bitsandbytes",
     "torchao": "torchao",
 }
-OWN = ("rich", "psutil", "pytest")  # without which there is no visit
+OWN = ("rich", "psutil", "pytest", "pytest_timeout")  # without which there is no visit
 BUILT = "deepspeed"  # has no wheel of its own
 REPACKED = "bitsandbytes"  # 43 MB, with a library for every CUDA
 _KEPT = re.compile(r"libbitsandbytes_(cuda130|cpu)\.so$")

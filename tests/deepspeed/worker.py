@@ -179,6 +179,12 @@ def check_what_s3_cannot_do_is_refused() -> None:
     refuses(lambda: Run(3, zero=nvme), "offload_param", "nvme", "'cpu'")
     refuses(lambda: Run(3, zero={"offload_optimizer": {"device": "cpu", "ratio": 0.3}}), "ratio 0.3", "AdamW")
     compare(Run(3, zero={"offload_optimizer": {"device": "cpu", "ratio": 1.0}}))  # as the line advises
+    compare(Run(3, zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}))  # and nvme's
+    for stage in (2, 3):
+        zenflow = {"offload_optimizer": {"device": "cpu"}, "zenflow": {"topk_ratio": 0.1}}
+        refuses(lambda stage=stage, zero=zenflow: Run(stage, zero=zero), "has zenflow", "leave it out")
+        del zenflow["zenflow"]
+        compare(Run(stage, zero=zenflow))
     if not OLD:  # which does not know the name
         refuses(lambda: Run(3, zero={"offload_optimizer": {"device": "cpu", "super_offload": True}}), "super_offload")
 

@@ -90,6 +90,7 @@ def check_other_groups_are_refused_and_missing_ones_are_megatrons() -> None:
     with flags(OVERRIDE):
         advice = ("2 param groups and this run 3", "--decoupled-lr")
         refuses(lambda: load(with_embedding(0.5), plain, "fully_reshardable"), *advice)
+        load(Run(), plain, "fully_reshardable")  # as it advises: what makes groups as in the checkpoint's run
         other = with_embedding(0.25)
         load(other, decoupled, "fully_reshardable")
     assert sorted({rate for rate, _ in rates(other)}) == [LR, 0.25]
