@@ -152,7 +152,7 @@ def last_line(log: Path) -> str:
 
 
 def end_of(path: Path, most: int) -> bytes:
-    """The last ``most`` bytes of a file, which may be larger than the memory: a step may print for as long as it runs."""
+    """The last ``most`` bytes of a file that may be larger than the memory: a step may print for as long as it runs."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - most))
         return file.read(most)

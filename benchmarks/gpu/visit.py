@@ -95,7 +95,7 @@ def _card(folder: Path, environment: dict[str, str], deadline: float) -> dict[st
     if outcome.state == runner.LATE:
         return {"obstacle": f"the driver does not answer in {outcome.seconds:.0f} s"}
     if outcome.state != PASSED:
-        return {"obstacle": f"torch does not start: {runner.last_line(folder / 'card.log')}"}
+        return {"obstacle": f"torch does not start: {outcome.reason}"}
     card: dict[str, Any] = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     return card
 
@@ -111,4 +111,3 @@ def _obstacle(step: Step, card: dict[str, Any], missing: dict[str, str]) -> str 
     if step.gpu and card["free_gib"] < step.gib:
         return f"{card['free_gib']:.0f} GiB of the GPU's memory are free, and it needs {step.gib:g}"
     return None
-

@@ -123,7 +123,7 @@ def repack(wheel: Path) -> None:
 
 
 def install(folder: Path, site: Path, limit: float) -> dict[str, str]:
-    """Unpack the wheels of ``folder`` into ``site``, without a network, in ``limit`` seconds; nothing where all is here.
+    """Unpack the wheels of ``folder`` into ``site``, in ``limit`` seconds and without a network; none where all is here.
 
     All that fit this Python: what the machine has of them is of other versions, which were not tried together. Returns
     the modules that are missing all the same, and why, in one line each.

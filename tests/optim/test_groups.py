@@ -72,7 +72,10 @@ def test_the_groups_of_another_optimizer_are_taken_but_for_what_they_ask(caplog:
     """AdamW's groups have nine keys that S3's do not, and all but eps ask for nothing unless somebody set them."""
     S3(torch.optim.AdamW([weight()], weight_decay=0.1).param_groups)
     S3(torch.optim.AdamW([weight()], weight_decay=0.1, amsgrad=True).param_groups)
-    assert [line.partition(" in ")[0] for line in caplog.messages] == ["S3 ignores 'eps'", "S3 ignores 'eps', 'amsgrad'"]
+    assert [line.partition(" in ")[0] for line in caplog.messages] == [
+        "S3 ignores 'eps'",
+        "S3 ignores 'eps', 'amsgrad'",
+    ]
 
 
 def test_torchs_own_notes_pass(caplog: pytest.LogCaptureFixture) -> None:
