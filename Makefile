@@ -48,7 +48,7 @@ gpu: ## prove kernel and engines on this machine's GPU: 6 minutes (MINUTES=6 OUT
 	@python=$(BIN)/python; if [ -d .whl ] && [ ! -e $(STAMP) ]; then python=python3; else $(MAKE) venv; fi; \
 	    exec $$python -m benchmarks.gpu $${MINUTES:+--minutes "$$MINUTES"} $${OUT:+--out "$$OUT"} $${DRY:+--dry}
 
-gpu-wheels: $(STAMP) ## fill .whl/ with what a GPU machine without a network lacks: 18 MB
+gpu-wheels: $(STAMP) ## fill .whl/ with what a GPU machine without a network lacks: 22 MB
 	@$(BIN)/python -m benchmarks.gpu.wheels
 
 evidence-quick: $(STAMP) ## compare three optimizers on a toy, from plan to record: shows that it runs, under a minute

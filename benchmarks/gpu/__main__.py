@@ -29,7 +29,7 @@ def main() -> None:
     # A process that cannot be killed may still write there at the end.
     with tempfile.TemporaryDirectory(prefix="s3-gpu-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        missing = wheels.install(wheels.FOLDER, folder / "site", limit=30 * args.minutes)
+        missing = wheels.install(wheels.FOLDER, folder / "site", limit=min(60.0, 30 * args.minutes))
         sys.path.insert(0, str(folder / "site"))
         if absent := [missing[module] for module in wheels.OWN if module in missing]:
             sys.exit(f"error: {absent[0]}")

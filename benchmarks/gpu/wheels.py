@@ -78,6 +78,7 @@ def main() -> None:
         if size > MOST_BYTES:
             sys.exit(f"the wheels have {size / 1e6:.1f} MB, and at most {MOST_BYTES / 1e6:g} travel: carry fewer")
         shutil.rmtree(FOLDER, ignore_errors=True)
+        made.chmod(0o755)  # whoever visits the GPU may be another user
         made.rename(FOLDER)
         made.mkdir()  # for the context manager to remove
     print(f"{len(wheels)} wheels, {size / 1e6:.1f} MB, in {FOLDER.name}/")
@@ -123,7 +124,7 @@ def repack(wheel: Path) -> None:
 
 
 def install(folder: Path, site: Path, limit: float) -> dict[str, str]:
-    """Unpack the wheels of ``folder`` into ``site``, in ``limit`` seconds and without a network; none where all is here.
+    """Unpack the wheels of ``folder`` into ``site``, in ``limit`` seconds, without a network; none where all is here.
 
     All that fit this Python: what the machine has of them is of other versions, which were not tried together. Returns
     the modules that are missing all the same, and why, in one line each.

@@ -310,6 +310,10 @@ def test_the_tools_that_a_machine_may_lack(tmp_path: Path) -> None:
 def test_the_page_says_what_is_there_and_the_documentation_has_it(tmp_path: Path) -> None:
     """Nothing is claimed of a GPU that was not measured: the line or the tables are printed from what is kept."""
     assert page.page(tmp_path) == page.NONE
+    for name, looked in (("dry", {"obstacle": None}), ("none", {"torch": "2.11", "obstacle": "no GPU"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "gpu.json").write_text(json.dumps({"card": looked, "steps": {}}))
+    assert page.page(tmp_path) == page.NONE, "a rehearsal measures nothing of a GPU"
     visit_folder = tmp_path / "H200-2026-11-28"
     visit_folder.mkdir()
     entry = {

@@ -103,10 +103,13 @@ MACHINES = {
         says=(NO_LIST, "set HOME, or XDG_STATE_HOME"),
         runs_code=2,
     ),
-    "HOME cannot be written, TMPDIR is not there, umask 077, another zone": Machine(
-        setup="umask 077",
+    "HOME cannot be written, TMPDIR is not there, umask 077, another zone, all of Python and the checkout read-only, "
+    "no network but the loopback": Machine(
+        # A demonstration writes where it stands, and in the checkout there says that it cannot.
+        setup=READ_ONLY + 'umask 077; ip link set lo up; (cd "$root"; ! "$python" -m s3_megatron.demo)',
+        unshare=("--mount", "--net"),
         environment={"HOME": "/proc/none", "TMPDIR": "/nowhere/tmp", "TZ": "Asia/Kathmandu"},
-        says=(NO_LIST,),
+        says=(NO_LIST, "runs cannot be written: Read-only file system"),
         engine="deepspeed",
     ),
     "XDG folders cannot be written, the own name does not resolve": Machine(
@@ -131,12 +134,6 @@ MACHINES = {
         environment={"XDG_CACHE_HOME": "/tmp/s3-megatron-noexec", "LC_ALL": "C"},
         says=("mounted noexec?",),
         engine="deepspeed",
-    ),
-    "site-packages and the checkout read-only, no network but the loopback": Machine(
-        # A demonstration writes where it stands, and in the checkout there says that it cannot.
-        setup=READ_ONLY + 'ip link set lo up; (cd "$root"; ! "$python" -m s3_megatron.demo)',
-        unshare=("--mount", "--net"),
-        says=("runs cannot be written: Read-only file system",),
     ),
 }
 
