@@ -1,7 +1,7 @@
 """Prove the kernel and both engines on this machine's GPU: ``make gpu``, or here ``python -m benchmarks.gpu``.
 
 Ends before --minutes, whatever hangs. OUT then has gpu.json, every figure, and logs.tgz; the table is printed last.
-Exit code 1 if a step failed, ran over its limit or was skipped.
+Exit code 1 if a step failed, ran over its limit or was skipped, 2 on a mistake.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.gpu import wheels
 from s3_megatron import machine
+from s3_megatron.errors import S3Error
 
 _LEAST_MINUTES = 0.5
 
@@ -28,15 +29,22 @@ def main() -> None:
     command = shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
     # A process that cannot be killed may still write there at the end.
     with tempfile.TemporaryDirectory(prefix="s3-gpu-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        missing = wheels.install(wheels.FOLDER, folder / "site", limit=min(60.0, 30 * args.minutes))
-        sys.path.insert(0, str(folder / "site"))
-        if absent := [missing[module] for module in wheels.OWN if module in missing]:
-            sys.exit(f"error: {absent[0]}")
-        from benchmarks.gpu import visit
-
-        passed = visit.run(args, folder, missing, started, command)
+        try:
+            passed = _visit(args, Path(name), started, command)
+        except S3Error as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
     sys.exit(not passed)
+
+
+def _visit(args: argparse.Namespace, folder: Path, started: float, command: str) -> bool:
+    missing = wheels.install(wheels.FOLDER, folder / "site", limit=min(60.0, 30 * args.minutes))
+    sys.path.insert(0, str(folder / "site"))
+    if absent := [missing[module] for module in wheels.OWN if module in missing]:
+        raise S3Error(absent[0])
+    from benchmarks.gpu import visit
+
+    return visit.run(args, folder, missing, started, command)
 
 
 def _arguments() -> argparse.Namespace:

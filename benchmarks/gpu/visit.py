@@ -17,7 +17,6 @@ from rich.table import Table
 from benchmarks.gpu import report, runner
 from benchmarks.gpu.runner import PASSED, Outcome, Step
 from benchmarks.gpu.steps import ROOT, steps
-from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
 
 _TABLE_SECONDS = 10.0  # for the table and the archive
@@ -28,8 +27,12 @@ def run(args: argparse.Namespace, folder: Path, missing: dict[str, str], started
     """Run every step that can run here, and print the table; returns whether all passed.
 
     ``missing`` has the modules that are not here, and why; ``started`` is when the visit began, of time.monotonic.
+
+    Raises:
+        S3Error: the folder for results cannot be written.
     """
     out: Path = args.out.resolve()
+    report.archive(folder, out / "logs.tgz")  # an empty one, before a minute is spent: it may not be possible
     deadline = started + 60 * args.minutes - _TABLE_SECONDS
     console = Console(width=140)
     environment = _environment(folder, folder / "site", args.dry)
@@ -47,11 +50,8 @@ def run(args: argparse.Namespace, folder: Path, missing: dict[str, str], started
             line = f"{time.monotonic() - started:4.0f} s  {outcome.step.name}: {outcome.state} {outcome.reason}"
             _show(console, line)
 
-    try:
-        planned, free = steps(folder, args.dry), card.get("free_gib", math.inf)
-        runner.run(planned, folder, environment, deadline, lambda step: _obstacle(step, card, missing), show, free)
-    except S3Error as error:
-        sys.exit(f"error: {error}")
+    planned, free = steps(folder, args.dry), card.get("free_gib", math.inf)
+    runner.run(planned, folder, environment, deadline, lambda step: _obstacle(step, card, missing), show, free)
     _show(console, report.table(found))
     _show(console, f"{time.monotonic() - started:.0f} s; figures and logs are in {out}")
     return all(outcome.state == PASSED for outcome in outcomes)

@@ -255,6 +255,20 @@ def test_a_visit_without_a_gpu_names_every_step(tmp_path: Path) -> None:
     assert shown.stdout.count("skipped") >= 2 * len(found["steps"]) and "Traceback" not in shown.stderr
 
 
+def test_a_mistake_is_one_line_before_a_step_runs(tmp_path: Path) -> None:
+    """A folder for results that is a file was found out after the first step."""
+    (tmp_path / "file").touch()
+    for words, line in (
+        (["--dry", "--out", str(tmp_path / "file")], f"error: {tmp_path}/file/logs.tgz cannot be written: File exists"),
+        (["--dry", "--out", "/proc/none"], "error: /proc/none/logs.tgz cannot be written: No such file or directory"),
+        (["--minutes", "nan"], "error: --minutes nan leaves no time for a step: give more than 0.5"),
+    ):
+        command = [sys.executable, "-m", "benchmarks.gpu", *words]
+        shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert shown.returncode == 2 and shown.stdout == "" and shown.stderr.strip().endswith(line), shown.stderr
+        assert "Traceback" not in shown.stderr
+
+
 def test_the_rehearsal_has_every_step_but_the_profiler(tmp_path: Path) -> None:
     """Programs and their options are the same, so that none meets its first run on the card."""
     real, dry = ({step.name: step for step in steps.steps(tmp_path, dry=dry)} for dry in (False, True))

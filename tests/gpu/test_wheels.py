@@ -86,7 +86,7 @@ def test_a_python_without_anything_gets_one_line(tmp_path: Path) -> None:
     shown = subprocess.run(
         [sys.executable, "-S", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )
-    assert shown.returncode == 1
+    assert shown.returncode == 2
     assert shown.stderr == f"error: rich is neither installed nor in {tmp_path.name}/: make gpu-wheels\n"
 
 

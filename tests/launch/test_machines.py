@@ -181,6 +181,7 @@ def ended_in_order(run: Path, output: str) -> None:
     assert not [path for path in folder.rglob("*") if path.suffix in (".tmp", ".partial", ".part")]
     first, *_ = [event for event in read(run / "watch/metrics.jsonl") if event["event"] == "train"]
     assert first["iteration"] == 1 and 7 < first["lm_loss"] < 9
+    assert "S3 ignores" not in (run / "logs/job.log").read_text(), "the hosts' notes in param groups are no settings"
     saved = newest(run / "checkpoints")
     assert saved.iteration is not None and not saved.torn, "SIGTERM has Megatron save, and DeepSpeed's entry"
     corpus = run.parents[1] / "corpus" / platform.python_version()
