@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.gpu import card, page, report, runner, steps, visit
+from benchmarks.gpu import card, page, report, runner, steps, variants, visit
 from benchmarks.gpu.runner import FAILED, LATE, PASSED, SKIPPED, Outcome, Step
 from tests.launcher import ROOT
 from tests.terminal import lives
@@ -76,10 +76,19 @@ def test_the_whole_ends_in_time_and_names_what_had_none(tmp_path: Path) -> None:
     assert found["long"].reason == "stopped after 2 s, when the time was up"
 
 
+def test_the_profiler_looks_at_the_kernel_as_it_is(tmp_path: Path) -> None:
+    """It skipped two launches, and the third is a variant's with another number of registers, under the same name."""
+    names = list(variants.variants(tmp_path))
+    (step,) = [step for step in steps.steps(tmp_path, dry=False) if step.name == "ncu"]
+    skipped = int(step.command[step.command.index("--launch-skip") + 1])
+    assert names[skipped % len(names)] == "as it is" and 0 < skipped < len(names) * variants.WARM_UP
+
+
 # Everything in a thirtieth of its time, but for the grace: psutil looks at every process of a busy machine meanwhile.
 SCALE, GRACE = 30, 1.5
 
 
+@pytest.mark.slow
 def test_the_plan_ends_in_time_whatever_its_steps_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step hangs and ignores SIGTERM. They were ended one after the other, each with a grace of its own: six
     side by side took half a minute past the end. The limits add up to more than there is, so the last have no time."""
