@@ -81,7 +81,7 @@ $(VENV)/.dist: $(STAMP)
 test-dist: $(STAMP) $(VENV)/.dist ## build the wheel, and train with it where there is no compiler: 5 minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m dist tests/launch/test_dist.py
 
-test-machines: $(STAMP) ## first runs on odd machines, made of this one by unshare: as root, 5 minutes
+test-machines: $(STAMP) ## first runs and make demo on odd machines, made by unshare: as root, 4 to 9 minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m machines tests/launch/test_machines.py
 
 # TORCH=PATH: a source tree of pytorch, of a version in tests/peers; nothing is written into it.

@@ -36,6 +36,10 @@ set -eu
 "$python" -m s3_megatron.demo --engine "$engine" >demo.log 2>&1 &
 demo=$!
 trap 'kill $demo 2>/dev/null || true' EXIT
+{
+    until grep -aqs "S3: iteration 1 of" demo.log; do sleep 0.2; done
+    kill $demo
+} &
 "$python" "$folder/step.py" >"$folder/step.log" 2>&1
 "$python" -m s3_megatron.cli data prepare text.txt --output tokens --train-tokenizer --vocab-size 300
 "$python" -m s3_megatron.cli launch gpt2_tiny --name first --set precision=fp32 --set schedule.train_iters=1 \
@@ -43,9 +47,8 @@ trap 'kill $demo 2>/dev/null || true' EXIT
     --set model.num_layers=1 --set model.seq_length=32 --set model.vocab_size=512 --set data.mock=false \
     --set data.train=tokens --set data.validation=tokens --set data.tokenizer=sentencepiece \
     --set data.tokenizer_model=tokens.model
-while kill -0 $demo 2>/dev/null && ! grep -aq "S3: iteration 1 of" demo.log; do sleep 0.2; done
-kill $demo || true
 wait $demo || echo "the demonstration: $?"
+kill $! 2>/dev/null || true
 "$python" -m s3_megatron.cli status runs/first
 "$python" -m s3_megatron.cli runs
 """
@@ -103,8 +106,7 @@ MACHINES = {
         says=(NO_LIST, "set HOME, or XDG_STATE_HOME"),
         runs_code=2,
     ),
-    "HOME cannot be written, TMPDIR is not there, umask 077, another zone, all of Python and the checkout read-only, "
-    "no network but the loopback": Machine(
+    "HOME and Python cannot be written, no TMPDIR, umask 077, another zone, no network but the loopback": Machine(
         # A demonstration writes where it stands, and in the checkout there says that it cannot.
         setup=READ_ONLY + 'umask 077; ip link set lo up; (cd "$root"; ! "$python" -m s3_megatron.demo)',
         unshare=("--mount", "--net"),
