@@ -37,9 +37,9 @@ set -eu
 demo=$!
 trap 'kill $demo 2>/dev/null || true' EXIT
 {
-    until grep -aqs "S3: iteration 1 of" demo.log; do sleep 0.2; done
+    while kill -0 $demo && ! grep -aq "S3: iteration 1 of" demo.log; do sleep 0.2; done
     kill $demo
-} &
+} 2>/dev/null &
 "$python" "$folder/step.py" >"$folder/step.log" 2>&1
 "$python" -m s3_megatron.cli data prepare text.txt --output tokens --train-tokenizer --vocab-size 300
 "$python" -m s3_megatron.cli launch gpt2_tiny --name first --set precision=fp32 --set schedule.train_iters=1 \
@@ -48,7 +48,6 @@ trap 'kill $demo 2>/dev/null || true' EXIT
     --set data.train=tokens --set data.validation=tokens --set data.tokenizer=sentencepiece \
     --set data.tokenizer_model=tokens.model
 wait $demo || echo "the demonstration: $?"
-kill $! 2>/dev/null || true
 "$python" -m s3_megatron.cli status runs/first
 "$python" -m s3_megatron.cli runs
 """
