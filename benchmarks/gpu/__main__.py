@@ -7,6 +7,7 @@ Exit code 1 if a step failed, ran over its limit or was skipped, 2 on a mistake.
 import argparse
 import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,13 +28,17 @@ def main() -> None:
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # leaves by way of what ends the steps
     args = _arguments()
     command = shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
-    # A process that cannot be killed may still write there at the end.
-    with tempfile.TemporaryDirectory(prefix="s3-gpu-", ignore_cleanup_errors=True) as name:
-        try:
-            passed = _visit(args, Path(name), started, command)
-        except S3Error as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+    folder = Path(tempfile.mkdtemp(prefix="s3-gpu-"))
+    try:
+        passed = _visit(args, folder, started, command)
+    except S3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        # Thousands of files, 15 s on a slow disk: they go while nobody waits.
+        subprocess.Popen(
+            ["rm", "-rf", str(folder)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
     sys.exit(not passed)
 
 

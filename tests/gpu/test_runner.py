@@ -166,7 +166,7 @@ def test_a_visit_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Sig
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--out", str(tmp_path / "out")]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as visiting:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while not left_over("kernel-") and time.monotonic() < end:
             time.sleep(0.1)
         assert left_over("kernel-")
@@ -174,7 +174,9 @@ def test_a_visit_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Sig
         _, stderr = visiting.communicate(timeout=60)
     assert visiting.returncode == 128 + number and "Traceback" not in stderr, stderr
     assert not left_over("kernel-") and not left_over("optimizer-")
-    assert not list(tmp_path.glob("s3-gpu-*")), "its folder is gone, too"
+    while list(tmp_path.glob("s3-gpu-*")):  # its folder goes, too
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_why_a_step_cannot_run_is_one_line() -> None:
