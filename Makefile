@@ -48,7 +48,7 @@ gpu: ## prove kernel and engines on this machine's GPU: 6 minutes (MINUTES=6 OUT
 	@python=$(BIN)/python; if [ -d .whl ] && [ ! -e $(STAMP) ]; then python=python3; else $(MAKE) venv; fi; \
 	    exec $$python -m benchmarks.gpu $${MINUTES:+--minutes "$$MINUTES"} $${OUT:+--out "$$OUT"} $${DRY:+--dry}
 
-gpu-wheels: $(STAMP) ## fill .whl/ with what a GPU machine without a network lacks: 18 MB
+gpu-wheels: $(STAMP) ## fill .whl/ with what a GPU machine without a network lacks: 22 MB
 	@$(BIN)/python -m benchmarks.gpu.wheels
 
 evidence-quick: $(STAMP) ## compare three optimizers on a toy, from plan to record: shows that it runs, under a minute
@@ -81,7 +81,7 @@ $(VENV)/.dist: $(STAMP)
 test-dist: $(STAMP) $(VENV)/.dist ## build the wheel, and train with it where there is no compiler: 5 minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m dist tests/launch/test_dist.py
 
-test-machines: $(STAMP) ## first runs on odd machines, made of this one by unshare: as root, 5 minutes
+test-machines: $(STAMP) ## first runs and make demo on odd machines, made by unshare: as root, 4 to 9 minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m machines tests/launch/test_machines.py
 
 # TORCH=PATH: a source tree of pytorch, of a version in tests/peers; nothing is written into it.

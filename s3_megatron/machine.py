@@ -1,15 +1,32 @@
 """What this machine lets a process use, on Linux and macOS, inside a container and outside."""
 
+import io
 import math
 import os
 import platform
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 # Linux' control groups; macOS has neither folder nor file.
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN = Path("/proc/self/cgroup")
+
+
+def speak_utf8() -> None:
+    """Let this program work in any locale; in Latin-1 or ASCII it starts again, in Python's UTF-8 mode.
+
+    Paths go into files that are UTF-8, and torch reads its own files by the locale (2.13,
+    _inductor.utils.load_template): neither works otherwise. Whatever this program starts inherits the mode.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        # A letter that the terminal does not have is no reason to end.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def cores() -> int:

@@ -15,12 +15,12 @@ PATH = list(sys.path)  # a rank's own, before multiprocessing gives it pytest's
 import torch._inductor.compile_fx  # noqa: E402  (what DeepSpeed's decorators import at their first call)
 import torch.distributed.checkpoint.state_dict  # noqa: E402
 import torch.distributed.fsdp  # noqa: E402
-import torch.utils.tensorboard  # noqa: E402
 
 from s3_megatron import rehearsal  # noqa: E402
 
-# Imported by functions of the hosts, and not there in all of their versions.
+# Imported by functions of the hosts, and not there in all of their versions, nor on a bare machine (make gpu).
 LATE = {
+    "torch": ("torch.utils.tensorboard",),
     "megatron": (
         "megatron.core.datasets.gpt_dataset",
         "megatron.core.datasets.blended_megatron_dataset_builder",
@@ -45,6 +45,7 @@ def late(host: str) -> None:
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the hosts say of themselves, once here instead of in every rank
+    late("torch")
     rehearsal.activate()  # Megatron's torch.compile decorators stay out; a rank turns it on for itself if it wants it
     import megatron.core.dist_checkpointing
     import megatron.core.models.gpt.gpt_layer_specs

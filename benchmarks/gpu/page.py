@@ -15,14 +15,14 @@ NONE = "Not measured on a GPU yet: `make gpu` is ready, and its dry run is green
 
 def page(folder: Path = RESULTS) -> str:
     """A table a visit, or one line where there has been none."""
-    visits = sorted(folder.glob("*/gpu.json"))
+    visits = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/gpu.json"))]
+    visits = [found for found in visits if "name" in found["card"]]  # not a rehearsal, nor where there was no GPU
     if not visits:
         return NONE
     parts = []
-    for visit in visits:
-        found = json.loads(visit.read_text(encoding="utf-8"))
+    for found in visits:
         card = found["card"]
-        made = f"driver {card['driver']}, torch {card['torch']}, {found['date'][:10]}, `{found['command']}`"
+        made = f"driver {card.get('driver')}, torch {card['torch']}, {found['date'][:10]}, `{found['command']}`"
         title = f"{card['name']}, {made}:"
         rows = [
             f"| {name} | {entry['state']} | {entry['seconds']:.0f} | {'<br>'.join(report.summary(name, entry))} |"

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.gpu.runner import FAILED, LATE, PASSED, Outcome
+from benchmarks.gpu.runner import FAILED, LATE, PASSED, Outcome, end_of
 from s3_megatron.files import write_file
 
 _MOST_LOG_BYTES = 2 * 2**20  # of one log, its end: all of them stay below what may come back of a file
@@ -109,9 +109,9 @@ def summary(name: str, entry: dict[str, Any]) -> Iterator[str]:
 def archive(folder: Path, target: Path) -> None:
     """Put every log and test result into one file, of a long log the end."""
     packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+    with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=3) as tar:
         for path in sorted([*folder.glob("*.log"), *folder.glob("*.xml")]):
-            content = path.read_bytes()[-_MOST_LOG_BYTES:]
+            content = end_of(path, _MOST_LOG_BYTES)
             entry = tarfile.TarInfo(path.name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))

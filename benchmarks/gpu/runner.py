@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -56,7 +57,10 @@ class _Running:
     process: subprocess.Popen[bytes]
     mark: str
     started: float
-    end: float
+    seconds: float  # that it may take: its limit, or what is left
+
+    def is_over(self) -> bool:
+        return self.process.poll() is not None or time.monotonic() >= self.started + self.seconds
 
 
 def run(
@@ -65,38 +69,46 @@ def run(
     environment: Mapping[str, str],
     deadline: float,
     obstacle: Callable[[Step], str | None],
-    say: Callable[[Outcome], None],
+    show: Callable[[list[Outcome]], None],
+    gib: float = math.inf,
 ) -> list[Outcome]:
     """Run all steps before ``deadline`` (of time.monotonic); logs and figures are in ``folder``, by the steps' names.
 
-    ``obstacle`` says just before a step why it cannot run here, and ``say`` gets every outcome at once. Whatever ends
-    this function, no process of a step outlives it.
+    ``obstacle`` says just before a step why it cannot run here, and ``show`` gets outcomes as they come. Steps that run
+    side by side do not need more than ``gib`` of the GPU's memory together. Whatever ends this function, no process of
+    a step outlives it, but for one that the kernel does not let be killed.
     """
     outcomes: list[Outcome] = []
+
+    def add(*ended: Outcome) -> None:
+        outcomes.extend(ended)
+        if ended:
+            show(list(ended))
+
     for stage in sorted({step.stage for step in steps}):
-        running: list[_Running] = []
+        waiting, running = [step for step in steps if step.stage == stage], list[_Running]()
         try:
-            for step in (step for step in steps if step.stage == stage):
-                left = deadline - time.monotonic()
-                reason = obstacle(step) if left > _GRACE_SECONDS else "no time is left"
-                if reason is not None:
-                    outcomes.append(Outcome(step, SKIPPED, reason=reason))
-                    say(outcomes[-1])
-                else:
-                    running.append(_start(step, folder, environment, min(step.limit, left - _GRACE_SECONDS)))
-            while running:
+            while waiting or running:
+                for step in list(waiting):
+                    if running and step.gib + sum(one.step.gib for one in running) > gib:
+                        continue  # until there is room beside the others
+                    waiting.remove(step)
+                    left = deadline - time.monotonic() - _GRACE_SECONDS
+                    reason = obstacle(step) if left > 0 else "no time is left"
+                    if reason is None:
+                        running.append(_start(step, folder, environment, left))
+                    else:
+                        add(Outcome(step, SKIPPED, reason=reason))
                 time.sleep(0.05)
-                for one in [one for one in running if _is_over(one)]:
-                    running.remove(one)
-                    outcomes.append(_finish(one, folder))
-                    say(outcomes[-1])
+                over = [one for one in running if one.is_over()]
+                running = [one for one in running if one not in over]
+                add(*_finish(over, folder))
         finally:
-            for one in running:
-                _end(one)
+            _end(running)
     return outcomes
 
 
-def _start(step: Step, folder: Path, environment: Mapping[str, str], limit: float) -> _Running:
+def _start(step: Step, folder: Path, environment: Mapping[str, str], left: float) -> _Running:
     mark = f"{step.name}-{uuid.uuid4().hex}"
     own = {**environment, **step.environment, MARK: mark, NUMBERS: str(folder / f"{step.name}.json")}
     with (folder / f"{step.name}.log").open("wb") as log:
@@ -105,19 +117,23 @@ def _start(step: Step, folder: Path, environment: Mapping[str, str], limit: floa
         process = subprocess.Popen(
             list(step.command), env=own, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
         )
-    now = time.monotonic()
-    return _Running(step, process, mark, now, now + limit)
+    return _Running(step, process, mark, time.monotonic(), min(step.limit, left))
 
 
-def _is_over(one: _Running) -> bool:
-    return one.process.poll() is not None or time.monotonic() >= one.end
+def _finish(over: Sequence[_Running], folder: Path) -> list[Outcome]:
+    """End these steps, all at once: one after the other they would take several times the grace."""
+    if not over:
+        return []
+    codes = [one.process.poll() for one in over]
+    taken = [time.monotonic() - one.started for one in over]
+    _end(over)
+    return [_outcome(one, code, seconds, folder) for one, code, seconds in zip(over, codes, taken, strict=True)]
 
 
-def _finish(one: _Running, folder: Path) -> Outcome:
-    code, seconds = one.process.poll(), time.monotonic() - one.started
-    _end(one)
+def _outcome(one: _Running, code: int | None, seconds: float, folder: Path) -> Outcome:
     if code is None:
-        return Outcome(one.step, LATE, seconds, f"stopped after {seconds:.0f} s")
+        why = "its limit" if one.seconds == one.step.limit else "when the time was up"
+        return Outcome(one.step, LATE, seconds, f"stopped after {seconds:.0f} s, {why}")
     if code == 0:
         return Outcome(one.step, PASSED, seconds)
     return Outcome(one.step, FAILED, seconds, f"exit code {code}: {last_line(folder / f'{one.step.name}.log')}")
@@ -130,14 +146,24 @@ def write_numbers(figures: Any) -> None:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    """The last line of a log that has something in it."""
+    lines = [line.strip() for line in end_of(log, 2**16).decode(errors="replace").splitlines()]
     return next((line for line in reversed(lines) if line), "")[:200]
 
 
-def _end(one: _Running) -> None:
-    """End what is left of a step; torchrun gives every rank a session, so it is the environment that tells."""
-    left = [process for process in psutil.process_iter() if _belongs(process, one.mark)]
+def end_of(path: Path, most: int) -> bytes:
+    """The last ``most`` bytes of a file that may be larger than the memory: a step may print for as long as it runs."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - most))
+        return file.read(most)
+
+
+def _end(running: Sequence[_Running]) -> None:
+    """End what is left of steps; torchrun gives every rank a session, so it is the environment that names the step."""
+    if not running:
+        return
+    marks = {one.mark for one in running}
+    left = [process for process in psutil.process_iter() if _mark(process) in marks]
     for process in left:
         with contextlib.suppress(psutil.Error):
             process.send_signal(signal.SIGTERM)
@@ -145,14 +171,15 @@ def _end(one: _Running) -> None:
     for process in alive:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        one.process.wait(_GRACE_SECONDS / 2)
+    psutil.wait_procs(alive, timeout=_GRACE_SECONDS / 4)  # the kernel may wait for the driver in one, for ever
+    for one in running:
+        one.process.poll()
 
 
-def _belongs(process: psutil.Process, mark: str) -> bool:
+def _mark(process: psutil.Process) -> str | None:
     if process.pid == os.getpid():
-        return False
+        return None
     try:
-        return bool(process.environ().get(MARK) == mark)
+        return process.environ().get(MARK)
     except (psutil.Error, OSError):
-        return False
+        return None

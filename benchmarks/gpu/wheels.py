@@ -7,6 +7,7 @@ Versions are those of constraints.txt. The machine is Linux on x86-64 with CPyth
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -26,6 +27,27 @@ CARRIED = {
     "omegaconf": "omegaconf",
     "deepspeed": "deepspeed",
     "hjson": "hjson",
+    "rich": "rich",
+    "markdown-it-py": "markdown_it",
+    "mdurl": "mdurl",
+    "Pygments": "pygments",
+    "psutil": "psutil",
+    "pytest": "pytest",
+    "iniconfig": "iniconfig",
+    "pluggy": "pluggy",
+    "packaging": "packaging",
+    "pytest-timeout": "pytest_timeout",
+    "pytest-xdist": "xdist",
+    "execnet": "execnet",
+    "typer": "typer",
+    "shellingham": "shellingham",
+    "annotated-doc": "annotated_doc",
+    "PyYAML": "yaml",
+    "tqdm": "tqdm",
+    "einops": "einops",
+    "msgpack": "msgpack",
+    "py-cpuinfo": "cpuinfo",
+    "ninja": "ninja",
     "pydantic": "pydantic",
     "pydantic_core": "pydantic_core",
     "annotated-types": "annotated_types",
@@ -34,6 +56,7 @@ CARRIED = {
     "bitsandbytes": "bitsandbytes",
     "torchao": "torchao",
 }
+OWN = ("rich", "psutil", "pytest", "pytest_timeout")  # without which there is no visit
 BUILT = "deepspeed"  # has no wheel of its own
 REPACKED = "bitsandbytes"  # 43 MB, with a library for every CUDA
 _KEPT = re.compile(r"libbitsandbytes_(cuda130|cpu)\.so$")
@@ -55,6 +78,7 @@ def main() -> None:
         if size > MOST_BYTES:
             sys.exit(f"the wheels have {size / 1e6:.1f} MB, and at most {MOST_BYTES / 1e6:g} travel: carry fewer")
         shutil.rmtree(FOLDER, ignore_errors=True)
+        made.chmod(0o755)  # whoever visits the GPU may be another user
         made.rename(FOLDER)
         made.mkdir()  # for the context manager to remove
     print(f"{len(wheels)} wheels, {size / 1e6:.1f} MB, in {FOLDER.name}/")
@@ -99,34 +123,47 @@ def repack(wheel: Path) -> None:
     beside.replace(wheel)
 
 
-def obstacles(folder: Path = FOLDER) -> dict[str, str]:
-    """Say why each carried package is missing that is neither installed here nor in ``folder`` for this Python."""
-    ours = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    missing = {}
-    for package, module in CARRIED.items():
-        if _installed(module):
-            continue
-        names = [path.name for path in folder.glob("*.whl")]
-        wheels = [name for name in names if _normal(name.partition("-")[0]) == _normal(package)]
-        if not wheels:
-            missing[module] = f"{package} is neither installed nor in {folder.name}/: make gpu-wheels"
-        elif not any(tag in name for name in wheels for tag in (f"-{ours}-", "-py3-", "-py2.py3-", "-abi3-")):
-            missing[module] = f"{wheels[0]} is for another Python than this {sys.version.split()[0]}: take 3.12"
-    return missing
+def install(folder: Path, site: Path, limit: float) -> dict[str, str]:
+    """Unpack the wheels of ``folder`` into ``site``, in ``limit`` seconds, without a network; none where all is here.
 
-
-def install(folder: Path, site: Path) -> str | None:
-    """Unpack all wheels into ``site``, without a network, where this Python lacks one of them; returns pip's complaint.
-
-    All: what the machine has of them is of other versions, which were not tried together.
+    All that fit this Python: what the machine has of them is of other versions, which were not tried together. Returns
+    the modules that are missing all the same, and why, in one line each.
     """
-    wheels = [str(path) for path in folder.glob("*.whl")]
-    if not wheels or all(map(_installed, CARRIED.values())):
-        return None
+    absent = {package: module for package, module in CARRIED.items() if not _installed(module)}
+    if not absent:
+        return {}
+    wheels = sorted(folder.glob("*.whl"))
+    fitting = [path for path in wheels if _fits(path.name)]
+    names = {_package(path): path.name for path in wheels}
+    missing = {}
+    for package, module in absent.items():
+        if (name := names.get(_normal(package))) is None:
+            missing[module] = f"{package} is neither installed nor in {folder.name}/: make gpu-wheels"
+        elif not _fits(name):
+            missing[module] = f"{name} is for another Python than this {platform.python_version()}: take 3.12"
+    complaint = _unpack(fitting, site, limit) if fitting else None
+    return missing if complaint is None else {**dict.fromkeys(absent.values(), complaint), **missing}
+
+
+def _unpack(wheels: list[Path], site: Path, limit: float) -> str | None:
+    """Have pip do it; returns its complaint."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
-    command += ["--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", "--target", str(site), *wheels]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command += ["--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", "--target", str(site), *map(str, wheels)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return f"pip did not unpack the wheels in {limit:.0f} s"
     return None if done.returncode == 0 else " ".join((done.stdout + done.stderr).split())
+
+
+def _fits(name: str) -> bool:
+    """Whether a wheel is for this Python, by its name."""
+    ours = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    return any(tag in name for tag in (f"-{ours}-", "-py3-", "-py2.py3-", "-abi3-"))
+
+
+def _package(wheel: Path) -> str:
+    return _normal(wheel.name.partition("-")[0])
 
 
 def _installed(module: str) -> bool:

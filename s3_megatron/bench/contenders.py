@@ -62,8 +62,13 @@ def contenders(device: str) -> tuple[list[Contender], list[str]]:
         try:
             found.append(Contender(name, partial(find(), lr=1e-4, weight_decay=0.1), bytes_, some, most))
         except Exception as error:  # a package that is missing, or does not build here
-            missing.append(f"{name}: {str(error).strip().splitlines()[0]}")
+            missing.append(f"{name}: {reason(error)}")
     return found, missing
+
+
+def reason(error: Exception) -> str:
+    """An error in one line: its first, or its kind where it has no text."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _others(device: str) -> Iterator[tuple[str, int, float, Callable[[], Make]]]:

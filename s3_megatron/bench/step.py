@@ -12,7 +12,7 @@ from rich.table import Table
 
 from s3_megatron import machine
 from s3_megatron.bench import host, timing
-from s3_megatron.bench.contenders import ADAMW, S3_BY_DEFAULT, Contender, contenders
+from s3_megatron.bench.contenders import ADAMW, S3_BY_DEFAULT, Contender, contenders, reason
 from s3_megatron.bench.timing import WARM_UP, Times
 from s3_megatron.kernels.cpu import library
 
@@ -133,12 +133,13 @@ def _times(
     """Time the contenders in turns, and graphs of those that can be captured; one that fails is told in ``missing``."""
     racing = {}
     for contender in entrants:
-        optimizer = contender.make(params)
         try:
+            optimizer = contender.make(params)
             optimizer.step()  # allocates its state, and compiles
-        except RuntimeError as error:  # of memory, or of a kernel that does not fit this GPU
-            line = next(iter(str(error).strip().splitlines()), "")
-            missing.append(f"{contender.name}, {len(params):,} tensors: {line}")
+        except Exception as error:  # of memory, or of a kernel that does not fit this GPU; a rival may raise anything
+            if contender.name.startswith("S3") and not isinstance(error, RuntimeError):
+                raise
+            missing.append(f"{contender.name}, {len(params):,} tensors: {reason(error)}")
         else:
             racing[contender.name] = optimizer
     times: dict[str, list[Times]] = {name: [] for name in racing}

@@ -1,9 +1,7 @@
 """`s3-megatron`: what a person types; each command is one call into the package, imported when it runs."""
 
-import io
 import json
 import math
-import os
 import shlex
 import sys
 from functools import partial
@@ -35,15 +33,7 @@ app.add_typer(patch.app)
 
 def main() -> None:
     """Run the command line; a mistake a user can mend is one red line and exit code 2."""
-    if sys.getfilesystemencoding() != "utf-8":
-        # Paths go into files that are UTF-8, and torch reads its own files by the locale (2.13,
-        # _inductor.utils.load_template): in Latin-1 or ASCII neither works. The ranks inherit the variable.
-        os.environ["PYTHONUTF8"] = "1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    for stream in (sys.stdout, sys.stderr):
-        # A letter that the locale does not have is no reason to end.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    machine.speak_utf8()
     try:
         app()
     except S3Error as error:

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from s3_megatron import machine
 from s3_megatron.demo import corpus, preflight, report
 from s3_megatron.demo.engines import ENGINES
 from s3_megatron.demo.runs import RECIPE, iterations_in_all, kill_at, load, trial, with_data
@@ -29,6 +30,7 @@ _STARTS = 4
 
 def main() -> None:
     """Run the demonstration; ends with 2 and one line on a mistake, with 128 + its number on a signal."""
+    machine.speak_utf8()
     for number in _ENDINGS:
         # Of a shell's background jobs SIGINT is ignored, and is not here. Who says nohup wants SIGHUP to be.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:

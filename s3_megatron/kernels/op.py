@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -134,9 +135,17 @@ def _run(kernel: str, columns: Columns, settings: dict[str, Any]) -> None:
         torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_roots, *model_params])
 
 
+def _checked_step_(*columns: Any, **settings: Any) -> None:
+    """``step_`` for code that no S3 object has looked at, compiled code above all: it refuses a wrong rate."""
+    lr = columns[6]
+    if lr.device.type == "cpu" and lr.numel() == 1 and not 0 <= float(lr) < math.inf:
+        raise S3Error(f"lr is {float(lr)}: it must be a finite number >= 0; look at what writes it")
+    step_(*columns, **settings)
+
+
 _op = torch.library.custom_op(
     "s3::step_",
-    step_,
+    _checked_step_,
     mutates_args=("params", "exp_avgs", "exp_avg_roots", "model_params", "statistics"),
     schema=(
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_roots, "

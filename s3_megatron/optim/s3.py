@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels.op import IMPLEMENTATIONS, Implementation, step_
 from s3_megatron.optim.placement import localize
-from s3_megatron.optim.settings import check_hyperparameters, check_step, names_what_it_takes
+from s3_megatron.optim.settings import check_hyperparameters, check_step, names_what_it_takes, report_ignored
 from s3_megatron.optim.state import (
     EXP_AVG,
     EXP_AVG_ROOT,
@@ -114,6 +114,7 @@ class S3(torch.optim.Optimizer):
             beta = group.pop("beta")
             group["betas"] = (beta, beta)
         check_hyperparameters({**self.defaults, **group})
+        report_ignored(group)
         super().add_param_group(group)
         added = self.param_groups[-1]
         for param in added["params"]:
@@ -166,11 +167,12 @@ class S3(torch.optim.Optimizer):
         if self.update_statistics is not None:
             self.update_statistics.zero_()
         for group in self.param_groups:
+            check_step(group)  # of all, before the first moves
+        for group in self.param_groups:
             self._step_group(group)
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        check_step(group["betas"], group["p"])
         self._keep_on_device(group, {})
         seed, lr = group["rounding_seed"], group["lr"]
         for params, grads, exp_avgs, exp_avg_roots, models in self._rows(group):
@@ -265,6 +267,7 @@ class S3(torch.optim.Optimizer):
                 group.setdefault(name, ours.get(name, default))
             group.pop("differentiable", None)  # torch adds it to the defaults of what was loaded
             check_hyperparameters(group)
+            report_ignored(group)
         for param, entry in entries.items():
             if isinstance(param, Tensor):
                 check_entry(entry, param.shape, marked=True)

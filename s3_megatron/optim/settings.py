@@ -12,8 +12,27 @@ import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
+from s3_megatron.optim.state import STATE_MARK
 
 logger = logging.getLogger(__name__)
+
+# What S3 reads in a param group.
+_OF_GROUPS = ("lr", "beta", "betas", "p", "weight_decay", "nesterov", "maximize", "rounding_seed")
+# What others keep in param groups for themselves, and S3 need not know.
+_OF_OTHERS = frozenset(
+    (
+        # torch, its schedulers and AdamW, whose decay is S3's (2.8 to 2.13)
+        *("params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"),
+        "decoupled_weight_decay",
+        # Megatron-LM 0.17.1 to 0.19.2, and NeMo
+        *("start_wd", "end_wd", "wd_mult", "lr_mult", "pre_wd_mult", "pre_lr_mult", "is_expert_parallel"),
+        *("is_decoupled_lr", "is_vision_model_param", "default_config", "optimizer", "step"),
+        # DeepSpeed 0.17.6 to 0.19.8
+        *("moe", "ds_process_group", "_ds_source_param_group_id"),
+        # labels: Lightning's, timm's
+        *("name", "group_name", "lr_scale", "layer_id"),
+    )
+)
 
 
 def names_what_it_takes[F: Callable[..., Any]](init: F) -> F:
@@ -50,19 +69,53 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
         raise S3Error(f"weight_decay is {weight_decay}: it must be a finite number >= 0")
 
 
-def check_step(betas: tuple[float, float], p: float) -> None:
+def report_ignored(group: dict[str, Any]) -> None:
+    """Log once, on rank 0, what a param group asks for that S3 has no setting for, and that is nobody's note.
+
+    What is None or False asks for nothing: the groups of another optimizer have such.
+    """
+    known = {*_OF_GROUPS, STATE_MARK, *_OF_OTHERS}
+    ignored = [name for name, value in group.items() if name not in known and value is not None and value is not False]
+    if ignored:
+        _warn_of_ignored(", ".join(map(repr, ignored)))
+
+
+@functools.cache
+def _warn_of_ignored(names: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            f"S3 ignores {names} in a param group: a group of S3's has {', '.join(_OF_GROUPS)}; implementation, "
+            "state_dtype and capturable are the whole optimizer's"
+        )
+
+
+def check_step(group: dict[str, Any]) -> None:
     """Look at what a step is taken with: schedulers and callbacks write into the groups, and checkpoints bring theirs.
 
+    A rate on the device is not read. Compiled code would be compiled again for each rate: the op looks at it there.
+
     Raises:
-        S3Error: a decay is out of range, or p, with which no weight would move.
+        S3Error: a value is out of range: a rate or weight decay that is negative or not finite, a decay, or p.
     """
-    beta1, beta2 = betas
+    (beta1, beta2), p = group["betas"], group["p"]
+    if not torch.compiler.is_compiling():
+        _check_sizes(group["lr"], group["weight_decay"])
     if not 1 <= p < math.inf:
         raise S3Error(f"a param group's p is {p}: it must be a finite number >= 1; 3 is the paper's")
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise S3Error(f"a param group's betas are {(beta1, beta2)}: both must lie in [0, 1); keep schedulers from them")
     if beta1 != beta2:
         _warn_of_two_betas(beta1, beta2)
+
+
+def _check_sizes(lr: float | Tensor, weight_decay: float) -> None:
+    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+    if not on_device and not 0 <= lr < math.inf:
+        raise S3Error(f"a param group's lr is {float(lr)}: it must be a finite number >= 0; look at what writes it")
+    if not 0 <= weight_decay < math.inf:
+        raise S3Error(
+            f"a param group's weight_decay is {weight_decay}: it must be a finite number >= 0; look at what writes it"
+        )
 
 
 _has_warned = False

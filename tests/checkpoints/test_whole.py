@@ -172,6 +172,21 @@ def test_no_run_starts_from_nothing_beside_torn_checkpoints(tmp_path: Path, engi
         with pytest.raises(S3Error, match=r"no checkpoint in .* is whole") as refused:
             repair_pointer(tmp_path)
         assert "\n" not in str(refused.value)
+    assert "move the folder away if that is wanted, or bring a checkpoint back" in str(refused.value)
+    _follow_that_advice(tmp_path, engine)
+
+
+def _follow_that_advice(folder: Path, engine: str) -> None:
+    """Either way: a folder moved away and made anew by the next run, and a checkpoint brought back from elsewhere."""
+    away = folder.rename(f"{folder}-away")
+    assert repair_pointer(folder) is None and newest_whole(folder) is None, "a run starts from random weights"
+    checkpoint(folder, engine, 2)
+    point(folder, engine, 2)
+    assert repair_pointer(folder) is None, "and goes on from its own"
+    shutil.copytree(folder / "iter_0000002", away / "iter_0000002")
+    line = repair_pointer(away)
+    assert line is not None and "it now names iteration 2" in line
+    assert newest_whole(away) == 2 and (away / POINTER[engine]).read_text() == name(engine, 2)
 
 
 def test_a_folder_without_checkpoints_and_a_release_are_left_alone(tmp_path: Path) -> None:

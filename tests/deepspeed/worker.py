@@ -16,6 +16,7 @@ import torch.distributed as dist
 from s3_megatron.engines.deepspeed import activity, register, unregister, use_gloo
 from s3_megatron.engines.deepspeed.layout import masters
 from s3_megatron.engines.deepspeed.watch import part
+from s3_megatron.optim.settings import _warn_of_ignored
 from tests import checks
 from tests.checks import refuses
 from tests.deepspeed import checkpoints, features, limits
@@ -179,6 +180,12 @@ def check_what_s3_cannot_do_is_refused() -> None:
     refuses(lambda: Run(3, zero=nvme), "offload_param", "nvme", "'cpu'")
     refuses(lambda: Run(3, zero={"offload_optimizer": {"device": "cpu", "ratio": 0.3}}), "ratio 0.3", "AdamW")
     compare(Run(3, zero={"offload_optimizer": {"device": "cpu", "ratio": 1.0}}))  # as the line advises
+    compare(Run(3, zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}))  # and nvme's
+    for stage in (2, 3):
+        zenflow = {"offload_optimizer": {"device": "cpu"}, "zenflow": {"topk_ratio": 0.1}}
+        refuses(lambda stage=stage, zero=zenflow: Run(stage, zero=zero), "has zenflow", "leave it out")
+        del zenflow["zenflow"]
+        compare(Run(stage, zero=zenflow))
     if not OLD:  # which does not know the name
         refuses(lambda: Run(3, zero={"offload_optimizer": {"device": "cpu", "super_offload": True}}), "super_offload")
 
@@ -194,6 +201,16 @@ def check_the_first_line_says_what_s3_holds() -> None:
     assert f"DeepSpeedZeroOptimizer (ZeRO 2): this rank updates {2 + ALONE} tensors" in line, line
     assert f"{held:,} of {sum(p.numel() for p in run.trained().values()):,} elements, on cpu with kernel" in line, line
     assert "masters in float32, m and r in float32; betas=(0.95, 0.95) p=3.0 nesterov=True" in line, line
+
+
+def check_no_note_of_the_hosts_in_a_param_group_is_reported() -> None:
+    """S3 names what it ignores in a group; ZeRO's own entries, of a load too, and ours are none of that."""
+    for stage in (0, 1, 2, 3):
+        run, folder = Run(stage), checks.shared_folder()
+        run.step(gradients(0))
+        run.engine.save_checkpoint(str(folder), tag="saved")
+        Run(stage).engine.load_checkpoint(str(folder), tag="saved")
+    assert _warn_of_ignored.cache_info().currsize == 0, "nor by any check before"
 
 
 def check_a_run_stops_when_something_else_steps() -> None:

@@ -1,22 +1,25 @@
-"""``make gpu``'s own parts, on made-up steps: limits, what is skipped and why, what is written, wheels."""
+"""``make gpu``'s own parts, on made-up steps: limits, what is skipped and why, what is written."""
 
 import json
+import math
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import time
-import zipfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from benchmarks.gpu import __main__ as visit
-from benchmarks.gpu import card, page, report, runner, steps, wheels
+from benchmarks.gpu import card, page, report, runner, steps, variants, visit
 from benchmarks.gpu.runner import FAILED, LATE, PASSED, SKIPPED, Outcome, Step
 from tests.launcher import ROOT
+from tests.terminal import lives
 
 
 def program(code: str) -> list[str]:
@@ -24,11 +27,17 @@ def program(code: str) -> list[str]:
 
 
 def ran(
-    folder: Path, made: list[Step], seconds: float = 60, reasons: dict[str, str] | None = None
+    folder: Path,
+    made: list[Step],
+    seconds: float = 60,
+    reasons: dict[str, str] | None = None,
+    gib: float = math.inf,
 ) -> dict[str, Outcome]:
     seen: list[Outcome] = []
     deadline = time.monotonic() + seconds
-    outcomes = runner.run(made, folder, os.environ, deadline, lambda step: (reasons or {}).get(step.name), seen.append)
+    outcomes = runner.run(
+        made, folder, os.environ, deadline, lambda step: (reasons or {}).get(step.name), seen.extend, gib
+    )
     assert outcomes == seen, "each is shown as soon as it ends"
     return {outcome.step.name: outcome for outcome in outcomes}
 
@@ -48,24 +57,126 @@ def test_no_step_stops_the_next_and_none_outlives_its_limit(tmp_path: Path) -> N
         "fails": FAILED, "hangs": LATE, "absent": SKIPPED, "works": PASSED,
     }  # fmt: skip
     assert found["fails"].reason == "exit code 3: one" and found["absent"].reason == "ncu is not on the PATH"
-    assert found["hangs"].reason.startswith("stopped after 2 s") and "so far" in (tmp_path / "hangs.log").read_text()
+    assert found["hangs"].reason == "stopped after 2 s, its limit" and "so far" in (tmp_path / "hangs.log").read_text()
     assert (tmp_path / "works.json").read_text() == "[7]"
-    assert not [one for one in psutil.process_iter() if runner._belongs(one, "") or _is_marked(one, "hangs-")]
+    assert not left_over("hangs-")
 
 
-def _is_marked(process: psutil.Process, beginning: str) -> bool:
-    try:
-        return process.environ().get(runner.MARK, "").startswith(beginning)
-    except psutil.Error:
-        return False
+def left_over(beginning: str) -> list[psutil.Process]:
+    """Processes of steps whose mark begins so."""
+    return [one for one in psutil.process_iter() if (runner._mark(one) or "").startswith(beginning) and lives(one)]
 
 
 def test_the_whole_ends_in_time_and_names_what_had_none(tmp_path: Path) -> None:
-    made = [Step("long", 1, 600, program("import time; time.sleep(600)")), Step("last", 2, 600, ["true"])]
+    made = [Step("long", 1, 600, ["sleep", "600"]), Step("last", 2, 600, ["true"])]
     started = time.monotonic()
     found = ran(tmp_path, made, seconds=7)
     assert time.monotonic() - started < 7 + runner._GRACE_SECONDS
     assert (found["long"].state, found["last"].state, found["last"].reason) == (LATE, SKIPPED, "no time is left")
+    assert found["long"].reason == "stopped after 2 s, when the time was up"
+
+
+def test_the_profiler_looks_at_the_kernel_as_it_is(tmp_path: Path) -> None:
+    """It skipped two launches, and the third is a variant's with another number of registers, under the same name."""
+    names = list(variants.variants(tmp_path))
+    (step,) = [step for step in steps.steps(tmp_path, dry=False) if step.name == "ncu"]
+    skipped = int(step.command[step.command.index("--launch-skip") + 1])
+    assert names[skipped % len(names)] == "as it is" and 0 < skipped < len(names) * variants.WARM_UP
+
+
+# Everything in a thirtieth of its time, but for the grace: psutil looks at every process of a busy machine meanwhile.
+SCALE, GRACE = 30, 1.5
+
+
+@pytest.mark.slow
+def test_the_plan_ends_in_time_whatever_its_steps_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step hangs and ignores SIGTERM. They were ended one after the other, each with a grace of its own: six
+    side by side took half a minute past the end. The limits add up to more than there is, so the last have no time."""
+    monkeypatch.setattr(runner, "_GRACE_SECONDS", GRACE)
+    plan = steps.steps(tmp_path, dry=False)
+    stages = sorted({step.stage for step in plan})
+    longest = [max(step.limit for step in plan if step.stage == stage) for stage in stages]
+    minutes = 6
+    assert sum(longest) > 60 * minutes, "otherwise nothing is left out, and this test shows less"
+    hanging = ["sh", "-c", 'trap "" TERM; while :; do sleep 1; done']
+    slow = [replace(step, command=hanging, limit=step.limit / SCALE) for step in plan]
+    started, seconds = time.monotonic(), 60 * minutes / SCALE
+    found = ran(tmp_path, slow, seconds=seconds)
+    assert time.monotonic() - started < seconds + 1.5, "a second and a half is for a busy machine"
+    assert list(found) and set(found) == {step.name for step in plan}, "each is named, whatever became of it"
+    states = [found[step.name].state for step in plan]
+    assert states == sorted(states), "what is worth more comes first: 'over its limit' before 'skipped'"
+    assert {LATE, SKIPPED} == set(states) and states[0] == LATE
+    assert {one.reason for one in found.values() if one.state == SKIPPED} == {"no time is left"}
+    assert report.table(report.figures([*found.values()], tmp_path, {}, "")).row_count == len(plan)
+    assert not [process for step in plan for process in left_over(f"{step.name}-")]
+
+
+def test_the_plan_is_in_order_of_worth(tmp_path: Path) -> None:
+    """Whether the kernel is right comes before how fast it is, that before the engines' speed, the profiler last."""
+    order = [step.name for step in steps.steps(tmp_path, dry=False)]
+    first, last = {"health", "kernel", "optimizer", "engines", "memcheck", "rivals"}, ["ncu"]
+    assert set(order[:6]) == first and order[-1:] == last
+    assert order.index("variants") < order.index("bench") < order.index("345m-s3") < order.index("megatron-step")
+
+
+def test_steps_side_by_side_share_the_memory(tmp_path: Path) -> None:
+    """Each fits the GPU, and together they ran out of its memory: the larger waits, and what needs none does not."""
+    note = f"import time; open({str(tmp_path / 'order')!r}, 'a').write('%s'); time.sleep(.5); "
+    note += f"open({str(tmp_path / 'order')!r}, 'a').write('%s')"
+    made = [Step(name, 1, 30, program(note % (name, name)), gib=gib) for name, gib in (("a", 20), ("b", 40), ("c", 0))]
+    found = ran(tmp_path, made, gib=48.0)
+    assert {one.state for one in found.values()} == {PASSED}
+    order = (tmp_path / "order").read_text()
+    assert order.endswith("bb") and "c" in order[:2], order
+
+
+def test_a_log_without_end_costs_no_memory(tmp_path: Path) -> None:
+    """A step may print for as long as it runs: of its log the end alone is read."""
+    log = tmp_path / "loop.log"
+    with log.open("wb") as file:
+        file.truncate(2**40)  # a hole: no disk has so much
+        file.seek(0, os.SEEK_END)
+        file.write(b"\nthe last line\n\n")
+    assert runner.last_line(log) == "the last line"
+    report.archive(tmp_path, tmp_path / "logs.tgz")
+    assert (tmp_path / "logs.tgz").stat().st_size < 10**6
+
+
+@pytest.mark.slow
+def test_a_rehearsal_without_the_time_for_it_ends_in_time(tmp_path: Path) -> None:
+    """The real steps, on the CPU, in half a minute: what had no time is named, in the table and in the figures."""
+    started = time.monotonic()
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--minutes", "0.6", "--out", str(tmp_path / "out")]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert time.monotonic() - started < 36
+    assert shown.returncode == 1 and "Traceback" not in shown.stderr, shown.stderr[-2000:]
+    found = json.loads((tmp_path / "out/gpu.json").read_text())["steps"]
+    assert list(found) and set(found) == {step.name for step in steps.steps(tmp_path, dry=True)}
+    table = shown.stdout[shown.stdout.index("no GPU was looked for") :]
+    assert all(re.search(rf"^ {name} ", table, flags=re.MULTILINE) for name in found)
+    left_out = [name for name, entry in found.items() if entry["state"] == SKIPPED]
+    assert "deepspeed-step" in left_out and {found[name]["reason"] for name in left_out} == {"no time is left"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_visit_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    """A time limit around it sends SIGTERM, which ended Python without its steps, in sessions of their own."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as visiting:
+        end = time.monotonic() + 120
+        while not left_over("kernel-") and time.monotonic() < end:
+            time.sleep(0.1)
+        assert left_over("kernel-")
+        visiting.send_signal(number)
+        _, stderr = visiting.communicate(timeout=60)
+    assert visiting.returncode == 128 + number and "Traceback" not in stderr, stderr
+    assert not left_over("kernel-") and not left_over("optimizer-")
+    while list(tmp_path.glob("s3-gpu-*")):  # its folder goes, too
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_why_a_step_cannot_run_is_one_line() -> None:
@@ -78,6 +189,35 @@ def test_why_a_step_cannot_run_is_one_line() -> None:
     small = Step("s", 1, 1, ["true"], gib=71)
     assert visit._obstacle(small, good, {}) == "70 GiB of the GPU's memory are free, and it needs 71"
     assert visit._obstacle(Step("s", 1, 1, ["true"], gpu=False, gib=99), {"obstacle": "no GPU"}, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("script", "obstacle"),
+    [
+        ("sleep 60", "the driver does not answer in 1 s"),
+        # A process that is ended leaves one that holds its output open: that was waited for, without an end.
+        ("trap '' TERM; setsid sleep 60 & sleep 60", "the driver does not answer in 1 s"),
+        (
+            "echo \"ModuleNotFoundError: No module named 'torch'\" >&2; exit 1",
+            "torch does not start: exit code 1: ModuleNotFoundError: No module named 'torch'",
+        ),
+        ("kill -SEGV $$", "torch does not start: exit code -11: $ "),
+    ],
+)
+def test_a_driver_that_hangs_or_ends_who_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, obstacle: str
+) -> None:
+    """It is asked in a process of its own: one line, which every step then has."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(visit.sys, "executable", str(python))
+    monkeypatch.setattr(visit, "_CARD_SECONDS", 1.0)
+    started = time.monotonic()
+    found = visit._card(tmp_path, dict(os.environ), started + 60)["obstacle"]
+    assert found.startswith(obstacle) and "\n" not in found
+    assert time.monotonic() - started < 1 + runner._GRACE_SECONDS + 2
+    assert not left_over("card-")
 
 
 def test_what_is_wrong_with_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +266,20 @@ def test_a_visit_without_a_gpu_names_every_step(tmp_path: Path) -> None:
     assert shown.stdout.count("skipped") >= 2 * len(found["steps"]) and "Traceback" not in shown.stderr
 
 
+def test_a_mistake_is_one_line_before_a_step_runs(tmp_path: Path) -> None:
+    """A folder for results that is a file was found out after the first step."""
+    (tmp_path / "file").touch()
+    for words, line in (
+        (["--dry", "--out", str(tmp_path / "file")], f"error: {tmp_path}/file/logs.tgz cannot be written: File exists"),
+        (["--dry", "--out", "/proc/none"], "error: /proc/none/logs.tgz cannot be written: No such file or directory"),
+        (["--minutes", "nan"], "error: --minutes nan leaves no time for a step: give more than 0.5"),
+    ):
+        command = [sys.executable, "-m", "benchmarks.gpu", *words]
+        shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert shown.returncode == 2 and shown.stdout == "" and shown.stderr.strip().endswith(line), shown.stderr
+        assert "Traceback" not in shown.stderr
+
+
 def test_the_rehearsal_has_every_step_but_the_profiler(tmp_path: Path) -> None:
     """Programs and their options are the same, so that none meets its first run on the card."""
     real, dry = ({step.name: step for step in steps.steps(tmp_path, dry=dry)} for dry in (False, True))
@@ -168,36 +322,23 @@ def test_figures_table_and_archive(tmp_path: Path) -> None:
         assert content is not None and content.read()[-4:] == b"xend"
 
 
-def test_wheels_are_pinned_repacked_and_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pinned = wheels.pinned((ROOT / "constraints.txt").read_text())
-    assert set(pinned) == set(wheels.CARRIED)
-    with pytest.raises(KeyError):
-        wheels.pinned("torch==2.13.0\n")
-    wheel = tmp_path / "bitsandbytes-1-py3-none-any.whl"
-    kept = ["bitsandbytes/libbitsandbytes_cuda130.so", "bitsandbytes/libbitsandbytes_cpu.so", "bitsandbytes/a.py"]
-    other, record = "bitsandbytes/libbitsandbytes_cuda121.so", "bitsandbytes-1.dist-info/RECORD"
-    with zipfile.ZipFile(wheel, "w") as made:
-        for name in (*kept, other):
-            made.writestr(name, name)
-        made.writestr(record, "".join(f"{name},,\n" for name in (*kept, other, record)))
-    wheels.repack(wheel)
-    with zipfile.ZipFile(wheel) as repacked:
-        assert repacked.namelist() == [*kept, record] and other not in repacked.read(record).decode()
-    assert [path.name for path in tmp_path.iterdir()] == [wheel.name]
-
-    monkeypatch.setattr(wheels, "_installed", lambda module: module not in ("bitsandbytes", "pydantic_core", "torchao"))
-    (tmp_path / "pydantic_core-2.50.4-cp311-cp311-manylinux_2_17_x86_64.whl").touch()
-    missing: dict[str, Any] = wheels.obstacles(tmp_path)
-    assert list(missing) == ["pydantic_core", "torchao"]
-    assert "is for another Python than this 3." in missing["pydantic_core"]
-    assert missing["torchao"] == f"torchao is neither installed nor in {tmp_path.name}/: make gpu-wheels"
-    complaint = wheels.install(tmp_path, tmp_path / "site")
-    assert complaint is not None and "\n" not in complaint, "pip's own words, in a line"
+def test_the_tools_that_a_machine_may_lack(tmp_path: Path) -> None:
+    """Nsight's programs are no part of CUDA's runtime: where they are missing a row of the table says so."""
+    tools = {step.name: step.programs for step in steps.steps(tmp_path, dry=False) if step.programs}
+    assert tools == {"memcheck": ("compute-sanitizer",), "ncu": ("ncu",)}
+    card = {"obstacle": None, "free_gib": 70.0}
+    for step in steps.steps(tmp_path, dry=False):
+        if step.programs and shutil.which(step.programs[0]) is None:
+            assert visit._obstacle(step, card, {}) == f"{step.programs[0]} is not on the PATH"
 
 
 def test_the_page_says_what_is_there_and_the_documentation_has_it(tmp_path: Path) -> None:
     """Nothing is claimed of a GPU that was not measured: the line or the tables are printed from what is kept."""
     assert page.page(tmp_path) == page.NONE
+    for name, looked in (("dry", {"obstacle": None}), ("none", {"torch": "2.11", "obstacle": "no GPU"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "gpu.json").write_text(json.dumps({"card": looked, "steps": {}}))
+    assert page.page(tmp_path) == page.NONE, "a rehearsal measures nothing of a GPU"
     visit_folder = tmp_path / "H200-2026-11-28"
     visit_folder.mkdir()
     entry = {

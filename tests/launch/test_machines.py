@@ -1,9 +1,11 @@
-"""Odd machines: text becomes tokens and S3 trains an iteration on them wherever a program of its kind can run.
+"""Odd machines: the commands of a first run and the demonstration work wherever a program of their kind can run.
 
 Each machine is this one in namespaces of its own (unshare), so it takes root. docs/machines.md is the table of them.
 """
 
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -11,8 +13,14 @@ import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+
+from s3_megatron.checkpoints.whole import newest
+from s3_megatron.data import inspect
+from s3_megatron.demo.engines import ENGINES
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE_PACKAGES = sysconfig.get_path("purelib")
@@ -21,9 +29,17 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="mounts and user ids of its own take root"),
 ]
 
-# The commands of a first run, each as a person types it; a step by AdamW, and S3's without the compiled kernel.
+# The commands of a first run, each as a person types it; a step by AdamW, and S3's without the compiled kernel. Beside
+# them `make demo` until it has printed its first iteration, and then SIGTERM.
 COMMANDS = """
 set -eu
+"$python" -m s3_megatron.demo --engine "$engine" >demo.log 2>&1 &
+demo=$!
+trap 'kill $demo 2>/dev/null || true' EXIT
+{
+    while kill -0 $demo && ! grep -aq "S3: iteration 1 of" demo.log; do sleep 0.2; done
+    kill $demo
+} 2>/dev/null &
 "$python" "$folder/step.py" >"$folder/step.log" 2>&1
 "$python" -m s3_megatron.cli data prepare text.txt --output tokens --train-tokenizer --vocab-size 300
 "$python" -m s3_megatron.cli launch gpt2_tiny --name first --set precision=fp32 --set schedule.train_iters=1 \
@@ -31,6 +47,7 @@ set -eu
     --set model.num_layers=1 --set model.seq_length=32 --set model.vocab_size=512 --set data.mock=false \
     --set data.train=tokens --set data.validation=tokens --set data.tokenizer=sentencepiece \
     --set data.tokenizer_model=tokens.model
+wait $demo || echo "the demonstration: $?"
 "$python" -m s3_megatron.cli status runs/first
 "$python" -m s3_megatron.cli runs
 """
@@ -58,6 +75,7 @@ class Machine:
     folder: str = "work"
     says: tuple[str, ...] = ()
     runs_code: int = 0  # of `s3-megatron runs`, which comes last
+    engine: str = "megatron"  # of the demonstration
 
 
 READ_ONLY = """
@@ -87,10 +105,13 @@ MACHINES = {
         says=(NO_LIST, "set HOME, or XDG_STATE_HOME"),
         runs_code=2,
     ),
-    "HOME cannot be written, TMPDIR is not there, umask 077, another zone": Machine(
-        setup="umask 077",
+    "HOME and Python cannot be written, no TMPDIR, umask 077, another zone, no network but the loopback": Machine(
+        # A demonstration writes where it stands, and in the checkout there says that it cannot.
+        setup=READ_ONLY + 'umask 077; ip link set lo up; (cd "$root"; ! "$python" -m s3_megatron.demo)',
+        unshare=("--mount", "--net"),
         environment={"HOME": "/proc/none", "TMPDIR": "/nowhere/tmp", "TZ": "Asia/Kathmandu"},
-        says=(NO_LIST,),
+        says=(NO_LIST, "runs cannot be written: Read-only file system"),
+        engine="deepspeed",
     ),
     "XDG folders cannot be written, the own name does not resolve": Machine(
         setup="hostname no-such-host.invalid",
@@ -113,9 +134,7 @@ MACHINES = {
         unshare=("--mount", "--net", "--uts"),
         environment={"XDG_CACHE_HOME": "/tmp/s3-megatron-noexec", "LC_ALL": "C"},
         says=("mounted noexec?",),
-    ),
-    "site-packages and the checkout read-only, no network but the loopback": Machine(
-        setup=READ_ONLY + "ip link set lo up", unshare=("--mount", "--net")
+        engine="deepspeed",
     ),
 }
 
@@ -134,7 +153,8 @@ def test_a_first_run(name: str, tmp_path: Path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "S3_"))}
     environment |= {"HOME": str(home), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment |= {"CXX": f"bash {compiler(tmp_path)}", "python": sys.executable, "folder": str(folder)}
-    environment |= {"site": SITE_PACKAGES, "root": str(ROOT)} | machine.environment
+    environment |= {"site": SITE_PACKAGES, "root": str(ROOT), "engine": machine.engine}
+    environment |= machine.environment
     done = subprocess.run(
         ["unshare", *machine.unshare, "bash", "-euc", f"{machine.setup}\n{COMMANDS}"],
         env={key: value for key, value in environment.items() if value is not None},
@@ -144,12 +164,43 @@ def test_a_first_run(name: str, tmp_path: Path):
         timeout=280,
     )
     shutil.rmtree("/tmp/s3-megatron-noexec", ignore_errors=True)
-    output = done.stdout.decode(errors="replace") + (folder / "step.log").read_text(errors="replace")
+    demonstrated = (folder / "demo.log").read_text(errors="replace")
+    output = done.stdout.decode(errors="replace") + (folder / "step.log").read_text(errors="replace") + demonstrated
     assert "Traceback" not in output, output[-3000:]
     assert (folder / "runs/first/FINISHED").exists(), output[-3000:]
     assert done.returncode == machine.runs_code, output[-3000:]
     for text in machine.says:
         assert text in output, output[-3000:]
+    ended_in_order(folder / "runs" / ENGINES[machine.engine].results / "s3", output)
+
+
+def ended_in_order(run: Path, output: str) -> None:
+    """Of a demonstration that was ended nothing runs on, and all that it has written is whole."""
+    assert "the demonstration: 143" in output and "\nstopped; every rank has ended\n" in output, output[-3000:]
+    folder = run.parents[2]
+    assert not [process for process in psutil.process_iter() if stands_in(process, folder)]
+    assert not [path for path in folder.rglob("*") if path.suffix in (".tmp", ".partial", ".part")]
+    first, *_ = [event for event in read(run / "watch/metrics.jsonl") if event["event"] == "train"]
+    assert first["iteration"] == 1 and 7 < first["lm_loss"] < 9
+    assert "S3 ignores" not in (run / "logs/job.log").read_text(), "the hosts' notes in param groups are no settings"
+    saved = newest(run / "checkpoints")
+    assert saved.iteration is not None and not saved.torn, "SIGTERM has Megatron save, and DeepSpeed's entry"
+    corpus = run.parents[1] / "corpus" / platform.python_version()
+    assert all(read(corpus / f"{split}.jsonl") for split in ("train", "validation"))
+    assert inspect(corpus / "train").tokens > 10**6
+
+
+def read(lines: Path) -> list[dict[str, Any]]:
+    """Every line of a file, each a whole JSON value."""
+    return [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+
+
+def stands_in(process: psutil.Process, folder: Path) -> bool:
+    """Whether a process that has not ended has its working folder there."""
+    try:
+        return Path(process.cwd()).is_relative_to(folder) and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def compiler(folder: Path) -> Path:

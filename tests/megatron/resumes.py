@@ -15,6 +15,7 @@ from megatron.training import global_vars
 
 from s3_megatron.engines.megatron.checkpoint import guard_adam, guard_s3
 from s3_megatron.optim import S3
+from s3_megatron.optim.settings import _warn_of_ignored
 from tests.checks import refuses, shared_folder
 from tests.megatron.harness import LR, Run, Scattered, Single, gradients, load, save, set_decay
 
@@ -90,9 +91,11 @@ def check_other_groups_are_refused_and_missing_ones_are_megatrons() -> None:
     with flags(OVERRIDE):
         advice = ("2 param groups and this run 3", "--decoupled-lr")
         refuses(lambda: load(with_embedding(0.5), plain, "fully_reshardable"), *advice)
+        load(Run(), plain, "fully_reshardable")  # as it advises: what makes groups as in the checkpoint's run
         other = with_embedding(0.25)
         load(other, decoupled, "fully_reshardable")
     assert sorted({rate for rate, _ in rates(other)}) == [LR, 0.25]
+    assert _warn_of_ignored.cache_info().currsize == 0, "Megatron's notes in groups are no settings"
 
 
 def check_a_rank_that_holds_nothing_is_saved_and_loaded() -> None:

@@ -134,3 +134,44 @@ def test_a_compiled_step_says_it_too(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger=settings.__name__):
         torch.compile(optimizer.step, backend="eager")()
     assert [line for line in caplog.messages if "two betas" in line]
+
+
+BAD_SIZES = [-1e-9, math.nan, math.inf, torch.tensor(-1.0), torch.tensor(math.nan)]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("bad", BAD_SIZES, ids=str)
+def test_a_rate_out_of_range_is_refused_in_the_step(bad: float | Tensor, compiled: bool) -> None:
+    """A schedule that ran below 0 moved every weight up the slope, in silence; AdamW takes it as well."""
+    first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = S3([{"params": [first]}, {"params": [second]}], lr=LR, weight_decay=DECAY)
+    optimizer.param_groups[1]["lr"] = bad
+    for param in (first, second):
+        param.grad = torch.ones(3)
+    step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+    # An error in a compiled step leaves autograd as it is within (torch 2.13).
+    with torch.enable_grad(), pytest.raises(S3Error, match=r"lr is .*: it must be a finite number >= 0") as refused:
+        step()
+    assert "\n" not in str(refused.value) and torch.equal(second, torch.ones(3))
+    assert compiled or torch.equal(first, torch.ones(3)), "the group before it must not have moved"
+
+
+@pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf])
+def test_a_weight_decay_out_of_range_is_refused_in_the_step(bad: float) -> None:
+    """NaN, as a schedule of 0/0 writes it, made every weight NaN."""
+    optimizer, param = made()
+    optimizer.param_groups[0]["weight_decay"] = bad
+    before = param.detach().clone()
+    with pytest.raises(S3Error, match=r"weight_decay is .*finite number >= 0"):
+        largest_update(optimizer, param)
+    assert torch.equal(param, before)
+
+
+def test_adamw_takes_a_rate_below_zero() -> None:
+    """The control: torch looks at a rate in the constructor alone."""
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([param], lr=LR, weight_decay=0)
+    optimizer.param_groups[0]["lr"] = -LR
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert bool((param > 1).all())
