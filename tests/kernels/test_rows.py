@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from s3_megatron.errors import S3Error
-from s3_megatron.kernels import cpu, foreach, rows
+from s3_megatron.kernels import cpu, examine, foreach, rows
 from s3_megatron.optim import S3
 
 HYPER = {"beta1": 0.95, "beta2": 0.95, "p": 3.0, "weight_decay": 0.1, "nesterov": True}
@@ -24,8 +24,8 @@ def columns(count: int = 3) -> list[list[Tensor]]:
 def looks(monkeypatch) -> list[int]:
     """One entry for each call that is looked at in full."""
     counted: list[int] = []
-    real = rows._look_closely
-    monkeypatch.setattr(rows, "_look_closely", lambda *args: counted.append(1) or real(*args))
+    real = rows._find_apart
+    monkeypatch.setattr(rows, "_find_apart", lambda *args: counted.append(1) or real(*args))
     return counted
 
 
@@ -88,7 +88,7 @@ def test_a_tensor_changed_between_two_calls_is_seen(name: str, kind: int) -> Non
     CHANGES[name](lists[kind][1])
     untouched = [x.clone() for x in lists[0][::2]]
     expected = None
-    if not rows._exceeds_its_storage(lists[kind][1]):  # a clone would read past the end
+    if not examine.exceeds_its_storage(lists[kind][1]):  # a clone would read past the end
         try:
             expected = [[x.clone(memory_format=torch.preserve_format) for x in column] for column in lists]
             foreach.s3_step_(*expected, lr=RATE, **HYPER)

@@ -4,7 +4,6 @@ import ctypes
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +11,9 @@ from s3_megatron.errors import S3Error
 from s3_megatron.kernels import scalars
 from s3_megatron.kernels.cpu import library
 from s3_megatron.kernels.cpu.build import BuildError
-from s3_megatron.kernels.rows import Columns, lay_out
+from s3_megatron.kernels.examine import Columns
+from s3_megatron.kernels.metadata import Memory
+from s3_megatron.kernels.rows import lay_out
 
 
 def unavailable() -> str | None:
@@ -35,7 +36,7 @@ def s3_step_(
     exp_avgs: Sequence[Tensor],
     exp_avg_roots: Sequence[Tensor],
     *,
-    lr: Tensor,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     p: float,
@@ -47,6 +48,7 @@ def s3_step_(
     model_params: Sequence[Tensor] = (),
     statistics: Tensor | None = None,
     rounding_seed: Tensor | None = None,
+    memory: Memory | None = None,
     loop: int = 0,
 ) -> None:
     """Move every parameter by one S3 step in one pass over memory, on torch's number of threads.
@@ -62,7 +64,8 @@ def s3_step_(
     """
     if not params:
         return
-    scalars.check(params[0], statistics, lr=lr, scale=scale, found_inf=found_inf, rounding_seed=rounding_seed)
+    rate = lr if isinstance(lr, Tensor) else None
+    scalars.check(params[0], statistics, lr=rate, scale=scale, found_inf=found_inf, rounding_seed=rounding_seed)
     columns: Columns = [
         params,
         grads,
@@ -72,13 +75,9 @@ def s3_step_(
     ]
     if loop and not 0 < loop < len(library.loops()):
         raise S3Error(f"loop is {loop}: this CPU has {len(library.loops())}")
-    rows = lay_out(columns, library.TYPES)
+    rows = lay_out(columns, library.TYPES, memory)
     if found_inf is not None and found_inf.item():
         return
-    table = np.zeros((len(params), 6), dtype=np.int64)
-    table[:, : len(columns)] = rows.addresses.T
-    table[:, 5] = rows.sizes
-
     seed = 0 if rounding_seed is None else int(rounding_seed)
     settings = library.Settings(
         lr=float(lr),
@@ -103,5 +102,5 @@ def s3_step_(
     )
     threads = torch.get_num_threads()
     out = None if statistics is None else statistics.data_ptr()
-    library.load().s3_step(table.ctypes.data, len(params), ctypes.byref(settings), loop, threads, out)
+    library.load().s3_step(rows.table.ctypes.data, len(params), ctypes.byref(settings), loop, threads, out)
     rows.put_back()
