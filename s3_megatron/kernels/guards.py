@@ -63,7 +63,7 @@ def table_of(columns: Sequence[Sequence[Tensor]]) -> np.ndarray:
 
 def _room(x: Tensor) -> int:
     """Elements from a tensor's first to its storage's end."""
-    return x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return int(x.untyped_storage().nbytes() // x.element_size() - x.storage_offset())
 
 
 def _name(columns: Columns) -> tuple[int, ...]:

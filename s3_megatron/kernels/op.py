@@ -133,7 +133,7 @@ def _run(kernel: str, columns: Columns, settings: dict[str, Any], memory: Memory
     params, grads, exp_avgs, exp_avg_roots, *models = columns
     model_params = models[0] if models else ()
     if kernel == "foreach":
-        foreach.s3_step_(params, grads, exp_avgs, exp_avg_roots, model_params=model_params, **settings)
+        _KERNELS[kernel].s3_step_(params, grads, exp_avgs, exp_avg_roots, model_params=model_params, **settings)
         return
     step_of = _KERNELS[kernel].s3_step_
     step_of(params, grads, exp_avgs, exp_avg_roots, model_params=model_params, memory=memory, **settings)

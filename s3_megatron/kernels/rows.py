@@ -106,9 +106,7 @@ def lay_out(columns: Columns, takes: Container[torch.dtype], memory: Memory | No
     dtypes = [column[0].dtype for column in columns]
     if all(dtype in takes for dtype in dtypes) and dtypes[2] == dtypes[3] in formats.FORMATS:
         memory = memory or read(columns)
-        table = memory.table if memory else None
-        if not metadata.available() and _plain.issuperset(map(type, (columns[0][0], columns[2][0]))):
-            table = guards.read(columns)
+        table = memory.table if memory is not None else _known_otherwise(columns)
         if table is not None:
             _keep_apart(columns, table)
             return Rows(columns, columns, table)
@@ -137,6 +135,12 @@ def sort(columns: Columns) -> list[Columns]:
         for column, x in zip(parts.setdefault(key, [[] for _ in columns]), row, strict=True):
             column.append(x)  # type: ignore[attr-defined]
     return list(parts.values())
+
+
+def _known_otherwise(columns: Columns) -> np.ndarray | None:
+    if metadata.available() or not _plain.issuperset(map(type, (columns[0][0], columns[2][0]))):
+        return None
+    return guards.read(columns)
 
 
 def _look_closely(columns: Columns, every: list[Tensor]) -> Rows:
@@ -168,16 +172,12 @@ def _straight(columns: Columns) -> Columns:
     rows = list(zip(params, [x.resolve_neg() for x in grads], *rest, strict=True))
     rows = [row if _in_one_order(row) else tuple(x.contiguous() for x in row) for row in rows]
     used = [list(column) for column in zip(*rows, strict=True)]
-    return [
-        column if all(map(is_, column, its)) else its for column, its in zip(columns, used, strict=True)
-    ]
+    return [column if all(map(is_, column, its)) else its for column, its in zip(columns, used, strict=True)]
 
 
 def _in_one_order(row: Sequence[Tensor]) -> bool:
     """Whether the tensors of a row fill one block of memory each, all in one order of dimensions."""
-    orders = [
-        [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1] for x in row
-    ]
+    orders = [[(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1] for x in row]
     reach = 1
     for stride, size in sorted(orders[0]):
         if stride != reach:

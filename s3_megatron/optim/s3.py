@@ -1,7 +1,7 @@
 """S3 as a ``torch.optim.Optimizer``."""
 
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -26,7 +26,7 @@ from s3_megatron.optim.state import (
     check_groups,
 )
 
-type Lookups = tuple[Lookup[dict[str, Tensor]], Lookup[Tensor]]
+type Lookups = tuple[Lookup, Lookup]  # of states, and of model parameters
 
 
 class S3(torch.optim.Optimizer):
@@ -182,7 +182,8 @@ class S3(torch.optim.Optimizer):
         self._keep_on_device(group, {})
         seed, lr = group["rounding_seed"], group["lr"]
         if lookups is None and not isinstance(lr, Tensor):
-            # The compiled op takes a tensor. Not as_tensor, for which torch's compiler takes a float as it is, and compiles again for the next.
+            # The compiled op takes a tensor. Not as_tensor, for which torch's compiler takes a float as it is, and
+            # compiles again for the next.
             lr = torch.full((), lr, dtype=torch.float64, device="cpu")
         for columns, memory in self._rows(group, lookups):
             params, grads, exp_avgs, exp_avg_roots, *low = columns
@@ -225,11 +226,11 @@ class S3(torch.optim.Optimizer):
             return []
         entries, *states = self._states(params, lookups)
         columns: Columns = [params, grads, *states]
-        models: list[Tensor | None] = []
+        models: list[Any] = []
         if self.model_params:
             models = lookups[1].of(params) if lookups else [self.model_params.get(param) for param in params]
         if lookups is not None and type(None) not in set(map(type, models)):
-            whole = [*columns, models] if models else columns
+            whole: Columns = [*columns, models] if models else columns
             memory = rows.read(whole)
             if memory is not None:
                 return [(whole, memory)]
@@ -322,13 +323,13 @@ class S3(torch.optim.Optimizer):
 
 def _apart(columns: Columns, models: list[Tensor | None]) -> list[Columns]:
     """Sort rows apart by device, and by whether they have a model parameter."""
-    parts: dict[tuple[torch.device, bool], Columns] = {}
+    parts: dict[tuple[torch.device, bool], list[list[Tensor]]] = {}
     for *row, model in zip(*columns, models, strict=True):
         row += [] if model is None else [model]
         part = parts.setdefault((row[0].device, model is None), [[] for _ in row])
         for column, x in zip(part, row, strict=True):
             column.append(x)
-    return list(parts.values())
+    return [list(part) for part in parts.values()]
 
 
 def _on(device: torch.device, seed: int | Tensor | None) -> Tensor | None:

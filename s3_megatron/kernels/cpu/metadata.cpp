@@ -7,7 +7,12 @@
 
 namespace {
 // Rows whose objects and tensors are fetched together, before any is read: what is read then is in the first cache.
-constexpr int64_t TOGETHER = 8;
+constexpr int64_t TOGETHER = 16;
+
+struct Column {
+    int32_t layout, dtype, device, index;
+    int32_t type = 0;  // the S3Type
+};
 
 bool is_any_of(const void *type, const void *const *types, int64_t count) {
     for (int64_t i = 0; i < count; ++i)
@@ -52,39 +57,44 @@ int64_t bytes_of(int32_t type) { return type == S3_FLOAT32 ? 4 : 2; }
 // they are not, `table` means nothing. Reads no value.
 S3_EXPORT int32_t s3_read(const S3Torch *torch, const char *const *objects, int64_t rows, int64_t columns,
                           const void *const *types, int64_t type_count, S3Row *table) {
-    int32_t device = 0, index = 0, dtypes[5];
+    Column found[5];
     for (int64_t begin = 0; begin < rows; begin += TOGETHER) {
-        const int64_t end = begin + TOGETHER < rows ? begin + TOGETHER : rows;
+        const int64_t count = rows - begin < TOGETHER ? rows - begin : TOGETHER;
+        const void *handles[5][TOGETHER];
+        void *places[5][TOGETHER] = {};
         for (int64_t column = 0; column < columns; ++column) {
-            const char *const *its = objects + column * rows;
-            for (int64_t row = end; row < end + TOGETHER && row < rows; ++row) __builtin_prefetch(its[row]);
-            for (int64_t row = begin; row < end; ++row) {
+            const char *const *its = objects + column * rows + begin;
+            for (int64_t row = count; row < 2 * TOGETHER && begin + row < rows; ++row) __builtin_prefetch(its[row]);
+            for (int64_t row = 0; row < count; ++row) {
                 if (!is_any_of(*(const void *const *)(its[row] + torch->type_at), types, type_count)) return 0;
-                const char *tensor = *(const char *const *)(its[row] + torch->tensor_at);
+                handles[column][row] = its[row] + torch->tensor_at;
+                const char *tensor = *(const char *const *)handles[column][row];
                 for (int line = 0; line < 4; ++line) __builtin_prefetch(tensor + 64 * line);
             }
         }
-        for (int64_t row = begin; row < end; ++row) {
-            const int64_t *sizes = nullptr, *strides = nullptr;
-            int64_t dim = 0, numel = 0;
-            void *places[5] = {};
-            for (int64_t column = 0; column < columns; ++column) {
-                const void *x = objects[column * rows + row] + torch->tensor_at;
-                int32_t layout, dtype, its_device, its_index;
+        for (int64_t column = 0; column < columns; ++column)
+            for (int64_t row = 0; row < count; ++row) {
+                const void *x = handles[column][row];
+                Column its;
                 // Of a layout without storage or strides nothing further is asked.
-                if (torch->layout(x, &layout) || layout != torch->strided || torch->is_neg(x)) return 0;
-                if (torch->dtype(x, &dtype) || torch->device_type(x, &its_device) || torch->device_index(x, &its_index))
+                if (torch->layout(x, &its.layout) || its.layout != torch->strided || torch->is_neg(x)) return 0;
+                if (torch->dtype(x, &its.dtype) || torch->device_type(x, &its.device) ||
+                    torch->device_index(x, &its.index) || torch->data_ptr(x, &places[column][row]))
                     return 0;
-                int32_t type = 0;
-                while (type < 3 && torch->dtypes[type] != dtype) ++type;
-                if (type == 3) return 0;
-                if (row == 0) dtypes[column] = type;
-                if (row == 0 && column == 0) {
-                    device = its_device;
-                    index = its_index;
+                if (begin + row == 0) {
+                    found[column] = its;
+                    while (found[column].type < 3 && torch->dtypes[found[column].type] != its.dtype)
+                        ++found[column].type;
+                    if (found[column].type == 3) return 0;
                 }
-                if (dtypes[column] != type || device != its_device || index != its_index) return 0;
-
+                if (its.dtype != found[column].dtype || its.device != found[0].device || its.index != found[0].index)
+                    return 0;
+            }
+        for (int64_t row = 0; row < count; ++row) {
+            const int64_t *sizes, *strides;
+            int64_t dim, numel = 0;
+            for (int64_t column = 0; column < columns; ++column) {
+                const void *x = handles[column][row];
                 const int64_t *its_sizes, *its_strides;
                 int64_t its_dim, size, offset;
                 if (torch->dim(x, &its_dim) || torch->sizes(x, &its_sizes) || torch->strides(x, &its_strides)) return 0;
@@ -96,12 +106,12 @@ S3_EXPORT int32_t s3_read(const S3Torch *torch, const char *const *objects, int6
                     if (numel < 0) return 0;
                 } else if (its_dim != dim || !same_places(sizes, strides, its_sizes, its_strides, dim))
                     return 0;
-                if (torch->data_ptr(x, &places[column])) return 0;
                 if (numel == 0) continue;
                 if (torch->storage_size(x, &size) || torch->storage_offset(x, &offset)) return 0;
-                if (!places[column] || size / bytes_of(type) - offset < numel) return 0;
+                if (!places[column][row] || size / bytes_of(found[column].type) - offset < numel) return 0;
             }
-            table[row] = {places[0], places[1], places[2], places[3], places[4], numel};
+            table[begin + row] = {places[0][row], places[1][row], places[2][row],
+                                  places[3][row], places[4][row], numel};
         }
     }
     return 1;
