@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from s3_megatron.kernels import formats, scalars
-from s3_megatron.kernels.rows import examine
+from s3_megatron.kernels.examine import examine
 from s3_megatron.watch.statistics import LARGEST
 
 # What torch._foreach_* takes and gives.

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels import cpu, foreach, triton
-from s3_megatron.kernels.rows import Columns, Unfit, examine, sort
+from s3_megatron.kernels.examine import Columns, examine
+from s3_megatron.kernels.metadata import Memory
+from s3_megatron.kernels.rows import Unfit, sort
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ def step_(
     exp_avg_roots: Sequence[Tensor],
     model_params: Sequence[Tensor],
     statistics: Tensor | None,
-    lr: Tensor,
+    lr: float | Tensor,
     scale: Tensor | None,
     found_inf: Tensor | None,
     rounding_seed: Tensor | None,
@@ -43,6 +45,7 @@ def step_(
     nesterov: bool,
     maximize: bool,
     implementation: str,
+    memory: Memory | None = None,
 ) -> None:
     """Move every parameter by one S3 step, in a single pass over memory where a fast kernel runs.
 
@@ -64,7 +67,7 @@ def step_(
         model_params: empty, or for each parameter a tensor, in low precision, to which its new value is written too.
         statistics: None, or ``watch.statistics.zeros`` on the parameters' device, to which this step's are added
             (modified in place); u is the update in units of the rate, 0 where a coordinate was left out.
-        lr: learning rate, 0-dim, on the CPU or on the parameters' device.
+        lr: learning rate, a number or 0-dim, on the CPU or on the parameters' device.
         scale: None, or one float32 on the parameters' device by which gradients are multiplied first (1 / loss
             scale, and the clip coefficient).
         found_inf: None, or one float32 on the parameters' device; not 0 makes the whole step do nothing.
@@ -78,6 +81,7 @@ def step_(
         nesterov: look ahead by one step, as Algorithm 1 does.
         maximize: ascend instead of descending; the decay still shrinks.
         implementation: one of ``IMPLEMENTATIONS``.
+        memory: what ``rows.read`` returned of these lists just now, which is then not read again.
 
     Raises:
         S3Error: the implementation does not run here, or not for these tensors; or they do not belong together.
@@ -102,7 +106,7 @@ def step_(
     kernel = _kernel_for(columns, implementation)
     if kernel != "foreach":
         try:
-            _run(kernel, columns, settings)
+            _run(kernel, columns, settings, memory)
             return
         except Unfit:
             pass
@@ -126,12 +130,16 @@ def _kernel_for(columns: Columns, implementation: str) -> str:
     return choose(implementation, columns[0][0].device.type, frozenset([column[0].dtype for column in columns]))
 
 
-def _run(kernel: str, columns: Columns, settings: dict[str, Any]) -> None:
+def _run(kernel: str, columns: Columns, settings: dict[str, Any], memory: Memory | None = None) -> None:
     params, grads, exp_avgs, exp_avg_roots, *models = columns
     model_params = models[0] if models else ()
-    _KERNELS[kernel].s3_step_(params, grads, exp_avgs, exp_avg_roots, model_params=model_params, **settings)
-    if kernel != "foreach":
-        # It writes past autograd, which must know that what it may have saved is no more.
+    if kernel == "foreach":
+        _KERNELS[kernel].s3_step_(params, grads, exp_avgs, exp_avg_roots, model_params=model_params, **settings)
+        return
+    step_of = _KERNELS[kernel].s3_step_
+    step_of(params, grads, exp_avgs, exp_avg_roots, model_params=model_params, memory=memory, **settings)
+    # It writes past autograd, which must know that what it may have saved is no more.
+    if memory is None or not memory.count_up_versions():
         torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_roots, *model_params])
 
 

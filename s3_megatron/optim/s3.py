@@ -1,7 +1,7 @@
 """S3 as a ``torch.optim.Optimizer``."""
 
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -9,7 +9,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from s3_megatron.errors import S3Error
+from s3_megatron.kernels import rows
+from s3_megatron.kernels.examine import Columns
+from s3_megatron.kernels.metadata import Memory
 from s3_megatron.kernels.op import IMPLEMENTATIONS, Implementation, step_
+from s3_megatron.optim.lookup import Lookup
 from s3_megatron.optim.placement import localize
 from s3_megatron.optim.settings import check_hyperparameters, check_step, names_what_it_takes, report_ignored
 from s3_megatron.optim.state import (
@@ -21,6 +25,8 @@ from s3_megatron.optim.state import (
     check_entry,
     check_groups,
 )
+
+type Lookups = tuple[Lookup, Lookup]  # of states, and of model parameters
 
 
 class S3(torch.optim.Optimizer):
@@ -166,25 +172,31 @@ class S3(torch.optim.Optimizer):
         check_groups(self.param_groups)
         if self.update_statistics is not None:
             self.update_statistics.zero_()
+        # torch's compiler cannot follow them, and needs them not.
+        lookups = None if torch.compiler.is_compiling() else (Lookup(self.state), Lookup(self.model_params))
         for group in self.param_groups:
             check_step(group)  # of all, before the first moves
         for group in self.param_groups:
-            self._step_group(group)
+            self._step_group(group, lookups)
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _step_group(self, group: dict[str, Any], lookups: Lookups | None) -> None:
         self._keep_on_device(group, {})
         seed, lr = group["rounding_seed"], group["lr"]
-        for params, grads, exp_avgs, exp_avg_roots, models in self._rows(group):
-            (torch.ops.s3.step_ if torch.compiler.is_compiling() else step_)(
+        if lookups is None and not isinstance(lr, Tensor):
+            # The compiled op takes a tensor. Not as_tensor, for which torch's compiler takes a float as it is, and
+            # compiles again for the next.
+            lr = torch.full((), lr, dtype=torch.float64, device="cpu")
+        for columns, memory in self._rows(group, lookups):
+            params, grads, exp_avgs, exp_avg_roots, *low = columns
+            (torch.ops.s3.step_ if lookups is None else step_)(
                 params,
                 grads,
                 exp_avgs,
                 exp_avg_roots,
-                models,
+                low[0] if low else [],
                 self.update_statistics,
-                # Not as_tensor, for which torch's compiler takes a float as it is, and compiles again for the next.
-                lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=torch.float64, device="cpu"),
+                lr,
                 self.grad_scale,
                 self.found_inf,
                 _on(params[0].device, seed),
@@ -195,14 +207,18 @@ class S3(torch.optim.Optimizer):
                 nesterov=group["nesterov"],
                 maximize=group["maximize"],
                 implementation=self.implementation,
+                **({} if memory is None else {"memory": memory}),
             )
         if isinstance(seed, Tensor):
             seed += 1
         elif seed is not None:
             group["rounding_seed"] = seed + 1
 
-    def _rows(self, group: dict[str, Any]) -> list[list[list[Tensor]]]:
-        """List a group's parameters, gradients, m, r and model parameters, one device and kind of row at a time."""
+    def _rows(self, group: dict[str, Any], lookups: Lookups | None) -> list[tuple[Columns, Memory | None]]:
+        """List a group's parameters, gradients, m, r and model parameters, one device and kind of row at a time.
+
+        Beside each list is what ``rows.read`` found, if it is as a kernel wants it.
+        """
         # Shards come by the thousand, and a step of a small one takes a microsecond: loops are few and short here.
         params, grads = group["params"], [param.grad for param in group["params"]]
         if type(None) in set(map(type, grads)):
@@ -210,24 +226,31 @@ class S3(torch.optim.Optimizer):
             grads = [grad for grad in grads if grad is not None]
         if not params:
             return []
-        entries = [self.state[param] for param in params]
-        if list(chain.from_iterable(entries)) == [EXP_AVG, EXP_AVG_ROOT] * len(params):
-            states = list(chain.from_iterable(map(dict.values, entries)))
-        else:
-            states = [self._state_of(param)[name] for param in params for name in NAMES]
-        columns = [params, grads, states[::2], states[1::2]]
-        models = [self.model_params.get(param) for param in params] if self.model_params else []
+        entries, *states = self._states(params, lookups)
+        columns: Columns = [params, grads, *states]
+        models: list[Any] = []
+        if self.model_params:
+            models = lookups[1].of(params) if lookups else [self.model_params.get(param) for param in params]
+        if lookups is not None and type(None) not in set(map(type, models)):
+            whole: Columns = [*columns, models] if models else columns
+            memory = rows.read(whole)
+            if memory is not None:
+                return [(whole, memory)]
         if any(issubclass(kind, DTensor) for kind in set(map(type, params))):
             local = [localize(*row, NAMES) for row in zip(params, grads, entries, strict=True)]
             columns = [list(column) for column in zip(*local, strict=True)]
-        if not models and len(set(map(Tensor.get_device, params))) == 1:
-            return [[*columns, []]]
-        parts: dict[tuple[torch.device, bool], list[list[Tensor]]] = {}
-        for *row, model in zip(*columns, models or repeat(None, len(params)), strict=True):
-            part = parts.setdefault((row[0].device, model is None), [[], [], [], [], []])
-            for column, x in zip(part, row if model is None else [*row, model], strict=model is not None):
-                column.append(x)
-        return list(parts.values())
+        return [(part, None) for part in _apart(columns, models or [None] * len(params))]
+
+    def _states(self, params: list[Tensor], lookups: Lookups | None) -> tuple[list[Any], list[Tensor], list[Tensor]]:
+        """Return the entries of parameters in the state, which get one if they have none, and m and r of each."""
+        entries = [] if lookups is None else lookups[0].of(params)
+        try:
+            if sum(map(len, entries)) == len(NAMES) * len(params):
+                return entries, [entry[EXP_AVG] for entry in entries], [entry[EXP_AVG_ROOT] for entry in entries]
+        except (TypeError, KeyError):  # none yet, or not S3's
+            pass
+        entries = [self._state_of(param) for param in params]
+        return entries, [entry[EXP_AVG] for entry in entries], [entry[EXP_AVG_ROOT] for entry in entries]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load S3's own state, in this optimizer's ``state_dtype``; torch would cast it to the parameter's dtype.
@@ -299,6 +322,17 @@ class S3(torch.optim.Optimizer):
                 continue
             value = torch.as_tensor(value, dtype=dtype).to(group["params"][0].device)
             group[name] = held.copy_(value) if isinstance(held, Tensor) else value
+
+
+def _apart(columns: Columns, models: list[Tensor | None]) -> list[Columns]:
+    """Sort rows apart by device, and by whether they have a model parameter."""
+    parts: dict[tuple[torch.device, bool], list[list[Tensor]]] = {}
+    for *row, model in zip(*columns, models, strict=True):
+        row += [] if model is None else [model]
+        part = parts.setdefault((row[0].device, model is None), [[] for _ in row])
+        for column, x in zip(part, row, strict=True):
+            column.append(x)
+    return [list(part) for part in parts.values()]
 
 
 def _on(device: torch.device, seed: int | Tensor | None) -> Tensor | None:

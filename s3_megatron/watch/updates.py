@@ -31,7 +31,7 @@ def adam_statistics(optimizer: torch.optim.Optimizer) -> Tensor:
         if state["exp_avg"].is_floating_point()
     ]
     device = local(entries[0][1]["exp_avg"]).device if entries else None
-    total = statistics.zeros(device=device)
+    total, elements = statistics.zeros(device=device), 0
     for (group, state, _), step in zip(entries, _numbers([step for *_, step in entries]), strict=True):
         if step == 0:
             continue
@@ -42,9 +42,11 @@ def adam_statistics(optimizer: torch.optim.Optimizer) -> Tensor:
             update = (mean / (1 - beta1**step)).div_(root.add_(group["eps"])).abs_()
             total[SUM] += update.sum(dtype=torch.float64).to(total.device)
             total[LARGEST] = torch.maximum(total[LARGEST], update.max().to(total))
-            total[ELEMENTS] += update.numel()
-    if total[ELEMENTS]:
-        total[[SATURATED, AGREEING]] = torch.nan
+            elements += update.numel()
+    total[ELEMENTS].fill_(elements)
+    if elements:
+        for unknown in (SATURATED, AGREEING):  # an index of both would be a tensor on its way to the GPU
+            total[unknown].fill_(torch.nan)
     return total
 
 

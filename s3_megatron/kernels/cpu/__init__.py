@@ -1,10 +1,10 @@
 """The S3 update as a C++ loop over any number of tensors: AVX-512, AVX2 or portable, chosen where it runs."""
 
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +12,9 @@ from s3_megatron.errors import S3Error
 from s3_megatron.kernels import scalars
 from s3_megatron.kernels.cpu import library
 from s3_megatron.kernels.cpu.build import BuildError
-from s3_megatron.kernels.rows import Columns, lay_out
+from s3_megatron.kernels.examine import Columns
+from s3_megatron.kernels.metadata import Memory
+from s3_megatron.kernels.rows import lay_out
 
 
 def unavailable() -> str | None:
@@ -35,7 +37,7 @@ def s3_step_(
     exp_avgs: Sequence[Tensor],
     exp_avg_roots: Sequence[Tensor],
     *,
-    lr: Tensor,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     p: float,
@@ -47,6 +49,7 @@ def s3_step_(
     model_params: Sequence[Tensor] = (),
     statistics: Tensor | None = None,
     rounding_seed: Tensor | None = None,
+    memory: Memory | None = None,
     loop: int = 0,
 ) -> None:
     """Move every parameter by one S3 step in one pass over memory, on torch's number of threads.
@@ -62,7 +65,8 @@ def s3_step_(
     """
     if not params:
         return
-    scalars.check(params[0], statistics, lr=lr, scale=scale, found_inf=found_inf, rounding_seed=rounding_seed)
+    rate = lr if isinstance(lr, Tensor) else None
+    scalars.check(params[0], statistics, lr=rate, scale=scale, found_inf=found_inf, rounding_seed=rounding_seed)
     columns: Columns = [
         params,
         grads,
@@ -72,18 +76,41 @@ def s3_step_(
     ]
     if loop and not 0 < loop < len(library.loops()):
         raise S3Error(f"loop is {loop}: this CPU has {len(library.loops())}")
-    rows = lay_out(columns, library.TYPES)
+    rows = lay_out(columns, library.TYPES, memory)
     if found_inf is not None and found_inf.item():
         return
-    table = np.zeros((len(params), 6), dtype=np.int64)
-    table[:, : len(columns)] = rows.addresses.T
-    table[:, 5] = rows.sizes
+    seed = None if rounding_seed is None or exp_avgs[0].dtype != torch.bfloat16 else int(rounding_seed)
+    settings = _settings(
+        *(float(lr), weight_decay, (1.0 if scale is None else float(scale)) * (-1.0 if maximize else 1.0)),
+        *(beta1, beta2, p, nesterov, seed),
+        *(column[0].dtype for index, column in enumerate(columns) if index != 3),
+    )
+    threads = torch.get_num_threads()
+    out = None if statistics is None else statistics.data_ptr()
+    library.load().s3_step(rows.table.ctypes.data, len(params), ctypes.byref(settings), loop, threads, out)
+    rows.put_back()
 
-    seed = 0 if rounding_seed is None else int(rounding_seed)
-    settings = library.Settings(
-        lr=float(lr),
+
+# A structure of this size takes longer to fill than one small tensor to move.
+@functools.lru_cache(maxsize=64)
+def _settings(
+    lr: float,
+    weight_decay: float,
+    scale: float,
+    beta1: float,
+    beta2: float,
+    p: float,
+    nesterov: bool,
+    seed: int | None,
+    param: torch.dtype,
+    grad: torch.dtype,
+    state: torch.dtype,
+    model: torch.dtype = torch.float32,
+) -> library.Settings:
+    return library.Settings(
+        lr=lr,
         weight_decay=weight_decay,
-        scale=(1.0 if scale is None else float(scale)) * (-1.0 if maximize else 1.0),
+        scale=scale,
         beta1=beta1,
         one_minus_beta1=1 - beta1,
         beta2=beta2,
@@ -93,15 +120,11 @@ def s3_step_(
         form=library.form(p),
         nesterov=nesterov,
         forgets=beta2 == 0,
-        stochastic=rounding_seed is not None and exp_avgs[0].dtype == torch.bfloat16,
-        param=library.TYPES[params[0].dtype],
-        grad=library.TYPES[grads[0].dtype],
-        state=library.TYPES[exp_avgs[0].dtype],
-        model=library.TYPES[model_params[0].dtype] if model_params else 0,
+        stochastic=seed is not None,
+        param=library.TYPES[param],
+        grad=library.TYPES[grad],
+        state=library.TYPES[state],
+        model=library.TYPES[model],
         # Two keys of the noise, each far from the next step's.
-        seed=tuple((seed * 0x9E3779B97F4A7C15 >> shift) & 0xFFFFFFFF for shift in (16, 32)),
+        seed=tuple(((seed or 0) * 0x9E3779B97F4A7C15 >> shift) & 0xFFFFFFFF for shift in (16, 32)),
     )
-    threads = torch.get_num_threads()
-    out = None if statistics is None else statistics.data_ptr()
-    library.load().s3_step(table.ctypes.data, len(params), ctypes.byref(settings), loop, threads, out)
-    rows.put_back()

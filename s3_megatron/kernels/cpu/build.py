@@ -15,7 +15,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("step.h", "lanes.h", "formats.h", "powers.h", "step.cpp", "dispatch.cpp")
+SOURCES = ("step.h", "lanes.h", "formats.h", "powers.h", "metadata.h", "step.cpp", "dispatch.cpp", "metadata.cpp")
 
 # No -march=native: the library chooses its loop where it runs. Compiled without traps and errno, which vectors do not
 # keep; without contraction, so that every copy of the loop rounds alike; and without the scheduler's first pass, which
@@ -70,6 +70,7 @@ def compile_library(target: Path, extra: list[str] | None = None) -> None:
         command += _threads(command, Path(folder, "probe.so"))
         jobs = [("step.cpp", Path(folder, f"{loop}.o"), [*flags, f"-DS3_LOOP={loop}"]) for loop, flags in LOOPS.items()]
         jobs.append(("dispatch.cpp", Path(folder, "dispatch.o"), [f'-DS3_FINGERPRINT="{fingerprint()}"']))
+        jobs.append(("metadata.cpp", Path(folder, "metadata.o"), []))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda job: _run([*command, *job[2], "-c", str(FOLDER / job[0]), "-o", str(job[1])]), jobs))
         library = Path(folder, target.name)

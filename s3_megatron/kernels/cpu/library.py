@@ -45,6 +45,23 @@ def load() -> ctypes.CDLL:
     Raises:
         BuildError: it is not there and cannot be compiled, or not be loaded from where it is.
     """
+    return _installed() or _from_cache(_cached())
+
+
+def at_hand() -> ctypes.CDLL | None:
+    """Return the library if it has been compiled and loads: what a GPU needs of it is not worth a compilation."""
+    return load() if load.cache_info().currsize else _compiled_before()
+
+
+@functools.cache
+def _compiled_before() -> ctypes.CDLL | None:
+    try:
+        return _installed() or (_from_cache(_target()) if _target().exists() else None)
+    except (BuildError, OSError):
+        return None
+
+
+def _installed() -> ctypes.CDLL | None:
     if named := os.environ.get("S3_MEGATRON_KERNEL"):
         return _open(Path(named))
     for installed in INSTALLED.glob("_step*.so"):
@@ -54,7 +71,10 @@ def load() -> ctypes.CDLL:
             continue
         if library.s3_fingerprint().decode() == fingerprint():
             return library
-    cached = _cached()
+    return None
+
+
+def _from_cache(cached: Path) -> ctypes.CDLL:
     try:
         return _open(cached)
     except OSError as error:
@@ -87,10 +107,14 @@ def cache_folder() -> Path:
         raise BuildError(f"{error}; S3_MEGATRON_CACHE does for the kernel alone") from None
 
 
+def _target() -> Path:
+    return cache_folder() / f"step-{fingerprint()}-{platform.machine()}.so"
+
+
 def _cached() -> Path:
     # Not torch.utils.cpp_extension: its lock is a file, which a rank that is killed while compiling leaves behind, and
     # every later rank then waits for ever. The kernel takes this one back from a dead process.
-    target = cache_folder() / f"step-{fingerprint()}-{platform.machine()}.so"
+    target = _target()
     if target.exists():  # also in a cache that only its owner can write
         return target
     try:

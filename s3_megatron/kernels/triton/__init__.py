@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s3_megatron.kernels.rows import Columns
+from s3_megatron.kernels.examine import Columns
+from s3_megatron.kernels.metadata import Memory
 
 
 def unavailable() -> str | None:
@@ -29,7 +30,7 @@ def s3_step_(
     exp_avgs: Sequence[Tensor],
     exp_avg_roots: Sequence[Tensor],
     *,
-    lr: Tensor,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     p: float,
@@ -41,6 +42,7 @@ def s3_step_(
     model_params: Sequence[Tensor] = (),
     statistics: Tensor | None = None,
     rounding_seed: Tensor | None = None,
+    memory: Memory | None = None,
 ) -> None:
     """Move every parameter by one S3 step in one pass over memory and at most two launches.
 
@@ -53,7 +55,7 @@ def s3_step_(
         grads: gradients, one of the same dtypes; never modified.
         exp_avgs: m, float32 or bfloat16 (modified in place).
         exp_avg_roots: r, dtype of m (modified in place).
-        lr: learning rate, 0-dim; on the CPU it is read as a number, on the device by the kernel.
+        lr: learning rate, a number or 0-dim; on the CPU it is read as a number, on the device by the kernel.
         beta1: decay of m, in [0, 1).
         beta2: decay of s, in [0, 1). If it equals beta1 the update is clamped to [-1, 1].
         p: exponent of the denominator, >= 1.
@@ -66,6 +68,7 @@ def s3_step_(
         statistics: ``watch.statistics.zeros``, to which this call adds its own (modified in place); a broken gradient
             counts as u = 0.
         rounding_seed: int64, one element: bfloat16 m and r are rounded stochastically with it, not to nearest even.
+        memory: what ``rows.read`` returned of these lists just now.
 
     Raises:
         S3Error: a CUDA graph captures a call with these tensors before any such call has run; the lists do not belong
@@ -74,9 +77,10 @@ def s3_step_(
     # Triton takes a second to import.
     from s3_megatron.kernels.triton.launch import form, step_
 
+    pointer = lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else None
     hyperparameters = {
-        "lr": 0.0 if lr.device.type != "cpu" else float(lr),
-        "lr_pointer": None if lr.device.type == "cpu" else lr,
+        "lr": float(lr) if pointer is None else 0.0,
+        "lr_pointer": pointer,
         "sign": -1.0 if maximize else 1.0,
         "beta1": float(beta1),
         "rest1": 1.0 - beta1,
@@ -95,4 +99,4 @@ def s3_step_(
         "NESTEROV": nesterov,
     }
     columns: Columns = [params, grads, exp_avgs, exp_avg_roots, *([model_params] if model_params else [])]
-    step_(columns, hyperparameters)
+    step_(columns, hyperparameters, memory)

@@ -8,7 +8,9 @@ import torch
 import triton.language as tl
 
 from s3_megatron.kernels import scalars
-from s3_megatron.kernels.rows import Columns, lay_out
+from s3_megatron.kernels.examine import Columns
+from s3_megatron.kernels.metadata import Memory
+from s3_megatron.kernels.rows import lay_out
 from s3_megatron.kernels.triton import kernel
 from s3_megatron.kernels.triton.tables import Tables
 
@@ -17,21 +19,23 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 _tables = Tables(kernel.BLOCK, kernel.COLUMNS.value)
 
 
-def step_(columns: Columns, hyperparameters: dict[str, Any]) -> None:
+def step_(columns: Columns, hyperparameters: dict[str, Any], memory: Memory | None = None) -> None:
     """Launch the kernel on rows of weight, gradient, m, r and, if there is a fifth column, model weight.
 
-    ``hyperparameters`` are the kernel's arguments by name. All but the gradients are modified in place.
+    ``hyperparameters`` are the kernel's arguments by name, ``memory`` is ``rows.read``'s. All but the gradients are
+    modified in place.
     """
     if not columns[0]:
         return
     numbers = {"lr": hyperparameters["lr_pointer"]}
     numbers |= {name: hyperparameters[name] for name in ("scale", "found_inf", "rounding_seed")}
     scalars.check(columns[0][0], hyperparameters["statistics"], **numbers)
-    laid = lay_out(columns, DTYPES)
-    table = _tables.find([column[0] for column in laid.straight], laid.addresses, laid.sizes)
+    laid = lay_out(columns, DTYPES, memory)
     param, grad, state, _, *model = (DTYPES[column[0].dtype] for column in columns)
     device = columns[0][0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        # Here, where the current stream is that of the tensors' device: it is asked whether it captures.
+        table = _tables.find([column[0] for column in laid.straight], laid.addresses, laid.sizes)
         for launch in table.launches:
             kernel.s3_step[(launch.work.numel(),)](
                 launch.work,

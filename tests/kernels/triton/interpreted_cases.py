@@ -105,8 +105,8 @@ def test_lr_is_read_from_a_pointer(dtype, monkeypatch):
     before = Problem.of((15, 200), lr=torch.tensor(0.25, dtype=dtype), **_types(DTYPES[0]))
     launched = launch.step_
 
-    def by_pointer(columns, hyperparameters):
-        launched(columns, hyperparameters | {"lr": -1.0, "lr_pointer": before.settings["lr"]})
+    def by_pointer(columns, hyperparameters, memory):
+        launched(columns, hyperparameters | {"lr": -1.0, "lr_pointer": before.settings["lr"]}, memory)
 
     monkeypatch.setattr(launch, "step_", by_pointer)
     check(before, before.step())

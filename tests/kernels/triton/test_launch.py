@@ -1,6 +1,8 @@
 """What a launch compiles, with a driver that pretends to be a GPU: compiled for real, never run."""
 
 from collections import defaultdict
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ import torch
 pytest.importorskip("triton")
 from triton.runtime import driver
 
-from s3_megatron.kernels.triton import kernel, s3_step_
+from s3_megatron.errors import S3Error
+from s3_megatron.kernels.triton import kernel, launch, s3_step_
 from s3_megatron.kernels.triton.audit import TARGETS, Layout, compiled
 
 BF16 = torch.bfloat16
@@ -83,3 +86,29 @@ def test_the_audit_compiles_what_a_launch_does(compiling, monkeypatch):
     monkeypatch.setattr(kernel, "s3_step", compiling.kernel)
     audited = compiled(TARGETS["sm_90"], Layout(grad="bfloat16", state="bfloat16"))
     assert launched.asm["ptx"] == audited.asm["ptx"]
+
+
+def test_the_stream_of_the_tensors_device_is_asked_whether_it_captures(monkeypatch):
+    """Incident: the current device was asked, which is another where a model is on the second GPU. There is none here,
+    so stand-ins show the order alone."""
+    device, entered, asked = torch.device("cuda", 1), [], []
+
+    @contextmanager
+    def entering(named):
+        entered.append(named)
+        yield
+        entered.pop()
+
+    def find(*_):
+        asked.append(list(entered))
+        raise S3Error("enough")
+
+    columns = [[SimpleNamespace(device=device, dtype=torch.float32)] for _ in range(4)]
+    laid = SimpleNamespace(straight=columns, addresses=None, sizes=None)
+    monkeypatch.setattr(torch.cuda, "device", entering)
+    monkeypatch.setattr(launch, "lay_out", lambda *_: laid)
+    monkeypatch.setattr(launch, "_tables", SimpleNamespace(find=find))
+    settings = dict.fromkeys(("lr_pointer", "scale", "found_inf", "rounding_seed", "statistics"))
+    with pytest.raises(S3Error, match="enough"):
+        launch.step_(columns, settings)
+    assert asked == [[device]]
