@@ -22,8 +22,18 @@ from s3_megatron.optim.temperature import Schedule, phases
 
 logger = logging.getLogger(__name__)
 
+# The six numbers of the schedule, by their names in the param groups. Each in a place of its own, and of one type from
+# the start: torch's full_state_dict takes a tuple apart, and cannot load it where there is a None.
+_SCHEDULE = {
+    "mu": "soft_mu",
+    "sigma": "soft_sigma",
+    "eps": "eps",
+    "first": "soft_first",
+    "length": "soft_length",
+    "map": "soft_map",
+}
 # What all param groups share: the run's phases and where it is in them.
-_OF_THE_RUN = ("sign_iters", "transition_iters", "eps", "tmax", "step", "schedule")
+_OF_THE_RUN = ("sign_iters", "transition_iters", "tmax", "step", *_SCHEDULE.values())
 
 
 class SoftSignum(MarkedOptimizer):
@@ -116,7 +126,11 @@ class SoftSignum(MarkedOptimizer):
             "eps": eps,
             "tmax": tmax,
             "step": 0,
-            "schedule": None,
+            "soft_mu": 0.0,
+            "soft_sigma": 0.0,
+            "soft_first": -1,
+            "soft_length": 0,
+            "soft_map": "tanh",
         }
         super().__init__(params, defaults)
 
@@ -153,11 +167,17 @@ class SoftSignum(MarkedOptimizer):
             )
 
     @property
+    def schedule(self) -> Schedule | None:
+        """What every temperature follows from; None before the soft phase."""
+        run = self.param_groups[0]
+        return None if run["soft_first"] < 0 else Schedule(**{name: run[key] for name, key in _SCHEDULE.items()})
+
+    @property
     def tau(self) -> float:
         """The temperature of the step to come; infinity is a hard one."""
-        run = self.param_groups[0]
-        if run["schedule"] is not None:
-            return Schedule(*run["schedule"]).tau(run["step"], run["tmax"])
+        run, schedule = self.param_groups[0], self.schedule
+        if schedule is not None:
+            return schedule.tau(run["step"], run["tmax"])
         # The quantile at 0 is 0, so the first soft step needs no median: it is known when the next one begins.
         return float(run["tmax"]) if self._is_soft() else math.inf
 
@@ -213,14 +233,14 @@ class SoftSignum(MarkedOptimizer):
 
     def _count_step(self) -> None:
         run = self.param_groups[0]
-        if self._is_soft() and run["schedule"] is None:
+        if self._is_soft() and self.schedule is None:
             first, length = run["step"], max(run["sign_iters"] + run["transition_iters"] - run["step"], 1)
             schedule = Schedule(*self._measure(), run["eps"], first, length, "tanh")
             if os.environ.get("RANK", "0") == "0":
                 last = schedule.tau(first + length, run["tmax"])
                 logger.info("SoftSignum is soft for %d steps, down to a tau of %.4g: %s", length, last, schedule)
             for group in self.param_groups:
-                group["schedule"] = tuple(schedule)
+                group.update({key: getattr(schedule, name) for name, key in _SCHEDULE.items()})
         steps = run["step"] + 1
         for group in self.param_groups:
             group["step"] = steps
@@ -264,12 +284,11 @@ class SoftSignum(MarkedOptimizer):
         ours = self.__dict__.get("param_groups", groups)[0]
         asked = ours["sign_iters"], ours["transition_iters"]
         super().__setstate__(state)
-        run = self.param_groups[0]
-        if run["schedule"] is None:
+        run, schedule = self.param_groups[0], self.schedule
+        if schedule is None:
             for group in self.param_groups:
                 group["sign_iters"], group["transition_iters"] = asked
         elif asked != (run["sign_iters"], run["transition_iters"]) and os.environ.get("RANK", "0") == "0":
-            schedule = Schedule(*run["schedule"])
             logger.warning(
                 f"the state was saved in its soft phase, of {schedule.length} steps from step {schedule.first}, which "
                 f"goes on; the {asked[0]} hard and {asked[1]} soft steps of this run do not count"
