@@ -1,4 +1,4 @@
-"""The SoftSignum update over lists of tensors with ``torch._foreach_*``: any device. A fused kernel would enter here."""
+"""The SoftSignum update over lists of tensors with ``torch._foreach_*``: any device. A fused one would enter here."""
 
 import math
 from collections.abc import Iterator, Sequence

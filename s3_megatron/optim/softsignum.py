@@ -41,8 +41,9 @@ class SoftSignum(MarkedOptimizer):
 
     m is an average of the gradient. In the hard phase a weight moves by ``lr * sign(m)``, in the soft phase by
     ``lr * tanh(tau * m)``, with a tau that falls from step to step (``optim/temperature.py``): never by more than lr.
-    The state is one tensor a parameter, m, shaped like it and allocated at the first step. A gradient coordinate that is
-    not finite leaves its weight and m untouched. Parameters in bfloat16 or float16 are moved in float32, rounded once.
+    The state is one tensor a parameter, m, shaped like it and allocated at the first step. A gradient coordinate that
+    is not finite leaves its weight and m untouched. Parameters in bfloat16 or float16 are moved in float32 and rounded
+    once.
 
     Where the soft phase begins, median and median absolute deviation of m are taken over the whole model: every
     parameter that requires a gradient or has a state. All ranks that hold a part of it must take that step; it
@@ -111,6 +112,14 @@ class SoftSignum(MarkedOptimizer):
             raise S3Error("rounding_seed is for state_dtype=torch.bfloat16: a float32 state is not rounded")
         self.state_dtype = state_dtype
         self.process_group = process_group
+        self._asked = {
+            "total_steps": total_steps,
+            "soft_start": soft_start,
+            "sign_iters": sign_iters,
+            "transition_iters": transition_iters,
+            "eps": eps,
+            "tmax": tmax,
+        }
         hard, soft = phases(total_steps, soft_start, sign_iters, transition_iters)
         if soft and process_group is not None and dist.get_rank(process_group) < 0:
             raise S3Error("this rank is not in process_group: give the group of all ranks that hold the model")
@@ -134,6 +143,9 @@ class SoftSignum(MarkedOptimizer):
         }
         super().__init__(params, defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_asked": self._asked}
+
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise S3Error for a hyperparameter out of range."""
         super().check_group(group)
@@ -146,10 +158,12 @@ class SoftSignum(MarkedOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with their own hyperparameters; the phases are the whole run's."""
-        own = param_group.keys() & {*_OF_THE_RUN, "total_steps", "soft_start"}
+        # ZeroRedundancyOptimizer gives every group what it gives the optimizer itself.
+        shared = param_group.keys() & {*_OF_THE_RUN, *self._asked}
+        own = sorted(name for name in shared if param_group[name] != self._asked.get(name))
         if own:
-            raise S3Error(f"a param group has {', '.join(sorted(own))}: that is the whole run's; give it to SoftSignum")
-        super().add_param_group(param_group)
+            raise S3Error(f"a param group has {', '.join(own)}: that is the whole run's; give it to SoftSignum")
+        super().add_param_group({name: value for name, value in param_group.items() if name not in shared})
         added = self.param_groups[-1]
         added.update({name: self.param_groups[0][name] for name in _OF_THE_RUN})
         for param in added["params"]:
@@ -273,8 +287,8 @@ class SoftSignum(MarkedOptimizer):
                 index and placement.is_replicate() for index, placement in zip(place, m.placements, strict=True)
             )
         else:
-            # Beside DTensors a plain weight is on every rank. Where all are plain it may be a shard as well; and as often
-            # as every rank counts a whole model, its median does not change.
+            # Beside DTensors a plain weight is on every rank. Where all are plain it may be a shard as well; and where
+            # every rank counts the whole model, the median is that of one.
             is_copy = mixed and dist.get_rank(group) > 0
         return local.reshape(-1)[:0] if is_copy else local
 

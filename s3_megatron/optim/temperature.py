@@ -36,7 +36,7 @@ class Schedule(NamedTuple):
     map: str
 
     def tau(self, step: int, tmax: float) -> float:
-        """Return the temperature of a step, in [1, tmax]: the first one's is tmax, and behind the end the last stays."""
+        """Return the temperature of a step, in [1, tmax]: of the first tmax; behind the last one its own stays."""
         k = min(max(step - self.first, 0), self.length - 1)
         q = folded_cauchy_quantile(self.mu, self.sigma, k / self.length)
         return tmax if q == 0 else min(max(REACHES[self.map](self.eps) / q, 1.0), tmax)
@@ -45,8 +45,8 @@ class Schedule(NamedTuple):
 def folded_cauchy_quantile(mu: float, sigma: float, p: float) -> float:
     """Return the q with P(|y| <= q) = p for a Cauchy y with centre mu and width sigma; p in [0, 1).
 
-    Closed form: tan of a sum of two angles is p's, which makes it the root of a quadratic. At p = 0 it is 0, for a width
-    of 0, too.
+    Closed form: tan of a sum of two angles is p's, which makes it the root of a quadratic. At p = 0 it is 0, even
+    for a width of 0.
     """
     scale = max(abs(mu), sigma)
     if scale == 0 or p == 0:
@@ -80,7 +80,9 @@ def phases(
         if value is not None and (not isinstance(value, int) or value < low):
             raise S3Error(f"{name} is {value}: it must be a whole number >= {low}; soft_start=1 has no soft step")
     if not 0 <= soft_start <= 1:
-        raise S3Error(f"soft_start is {soft_start}: it must lie in [0, 1], the share of the run that is hard; .9 is usual")
+        raise S3Error(
+            f"soft_start is {soft_start}: it must lie in [0, 1], the share of the run that is hard; .9 is usual"
+        )
     if sign_iters is None:
         if transition_iters is not None:
             raise S3Error(f"transition_iters is {transition_iters} without sign_iters: give both, or soft_start")

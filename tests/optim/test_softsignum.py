@@ -180,7 +180,10 @@ def test_a_broken_gradient_leaves_weight_and_state(dtype: torch.dtype, tau: floa
 
 def test_a_run_follows_the_reference_through_both_phases() -> None:
     """Weights, m and temperatures, with decay, two groups with other rates, and a scheduler. In float64."""
-    params = [random(31, 3, dtype=torch.float64).requires_grad_(), random(7, seed=9, dtype=torch.float64).requires_grad_()]
+    params = [
+        random(31, 3, dtype=torch.float64).requires_grad_(),
+        random(7, seed=9, dtype=torch.float64).requires_grad_(),
+    ]
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.02, "beta": 0.95, "weight_decay": 0.0}]
     groups[1]["nesterov"] = True
     optimizer = SoftSignum(groups, lr=0.1, weight_decay=0.1, total_steps=12, soft_start=0.5)
@@ -256,7 +259,10 @@ def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists that are cut by size and by the states' dtype move as one tensor at a time, noise included."""
 
     def run() -> list[Tensor]:
-        xs = [random(n, seed=n, dtype=d) for n, d in ((5, torch.float32), (9, torch.float64), (70, torch.bfloat16), (3, torch.float32))]
+        xs = [
+            random(n, seed=n, dtype=d)
+            for n, d in ((5, torch.float32), (9, torch.float64), (70, torch.bfloat16), (3, torch.float32))
+        ]
         dtypes = (torch.bfloat16, torch.float64, torch.bfloat16, torch.bfloat16)
         ms = [torch.zeros(x.shape, dtype=d) for x, d in zip(xs, dtypes, strict=True)]
         kernel(xs, [random(len(x), seed=1, dtype=x.dtype) for x in xs], ms, rounding_seed=3)
@@ -308,7 +314,7 @@ def test_a_closure_is_called_once_with_gradients_and_its_loss_returned() -> None
 
 
 def test_weights_without_a_gradient_do_not_move_and_count_as_zeros() -> None:
-    """Whether or not an engine has allocated their state, the temperature is the same; a frozen weight does not count."""
+    """Whether or not an engine has allocated their state, the temperature is the same; frozen weights do not count."""
     taus = set()
     for allocates in (False, True):
         stepped, waiting = random(101).requires_grad_(), random(90, seed=2).requires_grad_()
@@ -329,10 +335,12 @@ def test_weights_without_a_gradient_do_not_move_and_count_as_zeros() -> None:
 
 
 def test_steps_at_rate_0_do_not_count() -> None:
-    """Incident class: torch's get_optimizer_state_dict steps a fresh optimizer with rate and gradients 0 to allocate its
-    state, and one without parameters every time: ranks would count apart, and wait for each other for ever."""
+    """Incident class: torch's get_optimizer_state_dict steps a fresh optimizer with rate and gradients 0 to allocate
+    its state, and one without parameters every time: ranks would count apart, and wait for each other for ever."""
     x = random(5).requires_grad_()
-    optimizer = SoftSignum([{"params": [x]}, {"params": []}], lr=0.1, weight_decay=0.1, sign_iters=0, transition_iters=3)
+    optimizer = SoftSignum(
+        [{"params": [x]}, {"params": []}], lr=0.1, weight_decay=0.1, sign_iters=0, transition_iters=3
+    )
     for rates in ((0.0, 0.0), (torch.tensor(0.0), 0)):
         for group, lr in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = lr

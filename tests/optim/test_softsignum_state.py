@@ -1,4 +1,4 @@
-"""SoftSignum's state: saved and loaded in both phases, copied, told apart from other optimizers'; and what is refused."""
+"""SoftSignum's state: saved and loaded in both phases, copied, kept apart from others'; and what is refused."""
 
 import copy
 import io
@@ -81,7 +81,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(dtype: torch.dtype, m
 
 @pytest.mark.parametrize("moment", [2, 8])
 @pytest.mark.parametrize("settings", [{}, {"state_dtype": BRAIN, "rounding_seed": 3}], ids=["float32", "stochastic"])
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_goes_on_alike_and_apart(way: Callable[[Any], Any], settings: dict[str, Any], moment: int) -> None:
     params = parameters()
     optimizer = build(params, **settings)
@@ -265,6 +267,7 @@ def test_values_of_a_group_are_checked_and_the_runs_own_are_no_groups() -> None:
     with pytest.raises(S3Error, match="real floating-point"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]})
     assert len(optimizer.param_groups) == 2
+    optimizer = copy.deepcopy(optimizer)
     # One that is added late is where the run is.
     optimizer.add_param_group({"params": [x], "lr": 0.2})
     assert optimizer.schedule is not None
@@ -273,7 +276,9 @@ def test_values_of_a_group_are_checked_and_the_runs_own_are_no_groups() -> None:
 
 @pytest.mark.parametrize("name", ["capturable", "foreach", "betas", "momentum", "dampening", "tau"])
 def test_an_argument_that_it_has_not_is_refused_with_those_it_has(name: str) -> None:
-    with pytest.raises(TypeError, match=f"SoftSignum has no argument '{name}'; it has lr, beta, weight_decay, nesterov"):
+    with pytest.raises(
+        TypeError, match=f"SoftSignum has no argument '{name}'; it has lr, beta, weight_decay, nesterov"
+    ):
         SoftSignum(parameters(), **{name: True})
 
 
