@@ -51,11 +51,14 @@ def softsignum_step_(
         rounding_seed: None, or a seed: bfloat16 states are then rounded stochastically, not to nearest even.
 
     Raises:
-        S3Error: tau is out of range, the lists do not belong together, or a tensor cannot be written; nothing has been
+        S3Error: tau or beta is out of range, the lists do not belong together, or a tensor cannot be written; nothing has been
             written.
     """
     if not tau > 0:
         raise S3Error(f"tau is {tau}: a temperature must be > 0; infinity is the hard step")
+    # Schedulers and callbacks write into the groups.
+    if not 0 <= beta < 1:
+        raise S3Error(f"a param group's beta is {beta}: it must lie in [0, 1)")
     if not params:
         return
     # m in the place of S3's second state, too.

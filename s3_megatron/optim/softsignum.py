@@ -130,8 +130,8 @@ class SoftSignum(MarkedOptimizer):
             "nesterov": nesterov,
             "maximize": maximize,
             "rounding_seed": rounding_seed,
-            "sign_iters": hard,
-            "transition_iters": soft,
+            "sign_iters": int(hard),  # numpy's could not be loaded with weights_only
+            "transition_iters": int(soft),
             "eps": eps,
             "tmax": tmax,
             "step": 0,
@@ -203,6 +203,8 @@ class SoftSignum(MarkedOptimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    # Compiled code calls it as it is: another number in every step, and at one of them talk with other ranks.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Move every parameter that has a gradient; returns the closure's loss, if one is given."""

@@ -5,6 +5,7 @@ Imports no torch. The momentum that it starts from is measured in ``optim/pooled
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import NamedTuple
 
 from s3_megatron.errors import S3Error
@@ -77,7 +78,7 @@ def phases(
         "transition_iters": transition_iters,
     }.items():
         low = 0 if name == "sign_iters" else 1
-        if value is not None and (not isinstance(value, int) or value < low):
+        if value is not None and (not isinstance(value, Integral) or value < low):
             raise S3Error(f"{name} is {value}: it must be a whole number >= {low}; soft_start=1 has no soft step")
     if not 0 <= soft_start <= 1:
         raise S3Error(

@@ -13,6 +13,7 @@ from s3_megatron.errors import S3Error
 from s3_megatron.kernels.softsignum import softsignum_step_
 from s3_megatron.optim import EXP_AVG, SoftSignum
 from s3_megatron.optim.softsignum_reference import reference_temperature, softsignum_reference_step
+from tests.fake_gpu import fake_gpu, never_waiting
 
 INF, NAN = math.inf, float("nan")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -375,3 +376,44 @@ def test_training_is_deterministic_and_a_soft_end_is_lower_than_a_hard_one() -> 
     hard, late, early = train(1.0), train(0.7), train(0.3)
     assert late == train(0.7)
     assert hard > 1.5 * late and late > 2 * early > 0
+
+
+def test_a_step_waits_for_no_gpu() -> None:
+    """Hard, soft, and with noise; the one that takes the medians does wait, once in a run (tests/fake_gpu.py)."""
+    for settings in ({"nesterov": True}, {"state_dtype": torch.bfloat16, "rounding_seed": 0}):
+        with fake_gpu():
+            params = [nn.Parameter(torch.randn(n, device="cuda")) for n in (3, 5)]
+            lr = torch.full((), 0.1, device="cuda")
+            optimizer = SoftSignum(params, lr=lr, weight_decay=0.1, total_steps=8, soft_start=0.5, **settings)
+            for x in params:
+                x.grad = torch.randn_like(x)
+            with never_waiting():
+                optimizer.step()
+                for group in optimizer.param_groups:
+                    group.update(step=6, soft_mu=1e-4, soft_sigma=1e-4, soft_first=4, soft_length=4)
+                assert 1 < optimizer.tau < 1e9
+                optimizer.step()
+
+
+def test_compiled_code_steps_it_as_it_is() -> None:
+    params, others = ([random(5, seed=i).requires_grad_() for i in range(2)] for _ in range(2))
+    plain, compiled = (SoftSignum(xs, lr=0.1, weight_decay=0.1, total_steps=6) for xs in (params, others))
+    step = torch.compile(compiled.step, backend="eager")
+    for i in range(6):
+        for x, y in zip(params, others, strict=True):
+            x.grad, y.grad = random(5, seed=10 + i), random(5, seed=10 + i)
+        plain.step()
+        step()
+    assert all(map(torch.equal, params, others)) and plain.schedule == compiled.schedule is not None
+
+
+def test_a_beta_that_a_callback_writes_is_looked_at() -> None:
+    x = torch.ones(2).requires_grad_()
+    optimizer = SoftSignum([x], soft_start=1)
+    x.grad = torch.ones(2)
+    optimizer.param_groups[0]["beta"] = 1.0
+    with pytest.raises(S3Error, match="a param group's beta is 1.0"):
+        optimizer.step()
+    assert torch.equal(x, torch.ones(2))
+    with pytest.raises(ValueError, match="cycle_momentum"):
+        lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)

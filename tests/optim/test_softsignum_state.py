@@ -259,7 +259,7 @@ def test_values_of_a_group_are_checked_and_the_runs_own_are_no_groups() -> None:
     x = nn.Parameter(torch.ones(2))
     for bad, message in (
         ({"beta": 2.0}, "beta is 2.0"),
-        ({"soft_start": 0.5}, "a param group has soft_start: that is the whole run's"),
+        ({"soft_start": 0.25}, "a param group has soft_start: that is the whole run's"),
         ({"step": 3, "tmax": 20.0}, "has step, tmax"),
     ):
         with pytest.raises(S3Error, match=message):

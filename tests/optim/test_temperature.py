@@ -4,6 +4,7 @@ import itertools
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -94,6 +95,7 @@ def test_the_reference_has_the_same_temperatures() -> None:
 
 RUNS = {  # total_steps, soft_start, sign_iters, transition_iters: hard steps, soft steps
     (10_000, 0.9, None, None): (9000, 1000),
+    (np.int64(10), 0.5, None, None): (5, 5),
     (10, 0.0, None, None): (0, 10),
     (10, 1.0, None, None): (10, 0),
     (None, 1.0, None, None): (0, 0),
