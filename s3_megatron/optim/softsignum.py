@@ -32,8 +32,9 @@ _SCHEDULE = {
     "length": "soft_length",
     "map": "soft_map",
 }
-# What all param groups share: the run's phases and where it is in them.
-_OF_THE_RUN = ("sign_iters", "transition_iters", "tmax", "step", *_SCHEDULE.values())
+# What all param groups share: how the run is to be relaxed, and where it is.
+_PLAN = ("sign_iters", "transition_iters", "eps", "tmax")
+_OF_THE_RUN = {*_PLAN, "step", *_SCHEDULE.values()}
 
 
 class SoftSignum(MarkedOptimizer):
@@ -159,7 +160,7 @@ class SoftSignum(MarkedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with their own hyperparameters; the phases are the whole run's."""
         # ZeroRedundancyOptimizer gives every group what it gives the optimizer itself.
-        shared = param_group.keys() & {*_OF_THE_RUN, *self._asked}
+        shared = param_group.keys() & (_OF_THE_RUN | self._asked.keys())
         own = sorted(name for name in shared if param_group[name] != self._asked.get(name))
         if own:
             raise S3Error(f"a param group has {', '.join(own)}: that is the whole run's; give it to SoftSignum")
@@ -295,19 +296,20 @@ class SoftSignum(MarkedOptimizer):
         return local.reshape(-1)[:0] if is_copy else local
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take state and param groups; of a run that is not soft yet the phases are this optimizer's own."""
-        groups = state["param_groups"]
-        ours = self.__dict__.get("param_groups", groups)[0]
-        asked = ours["sign_iters"], ours["transition_iters"]
+        """Take state and param groups; before the soft phase this optimizer's own phases, eps and tmax count."""
+        ours = self.__dict__.get("param_groups", state["param_groups"])[0]
+        plan = {name: ours[name] for name in _PLAN if name in ours}
         super().__setstate__(state)
         run, schedule = self.param_groups[0], self.schedule
         if schedule is None:
             for group in self.param_groups:
-                group["sign_iters"], group["transition_iters"] = asked
-        elif asked != (run["sign_iters"], run["transition_iters"]) and os.environ.get("RANK", "0") == "0":
+                group.update(plan)
+            return
+        ignored = ", ".join(f"{name}={value}" for name, value in plan.items() if run[name] != value)
+        if ignored and os.environ.get("RANK", "0") == "0":
             logger.warning(
-                f"the state was saved in its soft phase, of {schedule.length} steps from step {schedule.first}, which "
-                f"goes on; the {asked[0]} hard and {asked[1]} soft steps of this run do not count"
+                f"the state was saved in its soft phase, which goes on as it began, {schedule.length} steps from step "
+                f"{schedule.first}: {ignored} of this run does not count"
             )
 
 

@@ -167,6 +167,10 @@ def test_before_the_soft_phase_a_new_length_counts() -> None:
         train(others, loaded, range(first, total))
         for group in loaded.param_groups:
             assert (group["soft_first"], group["soft_length"]) == (first, length) and group["step"] == total
+    # So do eps and tmax.
+    loaded = build(parameters(), eps=1e-3, tmax=20.0)
+    loaded.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert [(group["eps"], group["tmax"]) for group in loaded.param_groups] == [(1e-3, 20.0)] * 2
     # A run of hard steps alone stays hard, and a soft phase may begin behind all that was planned.
     for settings, soft in (({"soft_start": 1.0}, False), ({"total_steps": 3}, True)):
         others = parameters()
@@ -182,10 +186,11 @@ def test_inside_the_soft_phase_the_schedule_is_kept_and_that_is_logged(caplog: p
     train(params, optimizer, range(7))
     saved = through_a_file(optimizer.state_dict())
     others = parameters()
-    loaded = build(others, total_steps=100)
+    loaded = build(others, total_steps=100, tmax=20.0)
     with caplog.at_level(logging.WARNING):
         loaded.load_state_dict(saved)
-    assert "its soft phase, of 5 steps from step 5, which goes on; the 50 hard and 50 soft steps" in caplog.text
+    assert "goes on as it began, 5 steps from step 5: sign_iters=50, transition_iters=50, tmax=20.0" in caplog.text
+    assert "\n" not in caplog.messages[0] and len(caplog.messages) == 1
     assert loaded.tau == optimizer.tau
     caplog.clear()
     # What is saved again is the run that goes on.
