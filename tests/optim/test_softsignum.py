@@ -412,7 +412,7 @@ def test_a_beta_that_a_callback_writes_is_looked_at() -> None:
     optimizer = SoftSignum([x], soft_start=1)
     x.grad = torch.ones(2)
     optimizer.param_groups[0]["beta"] = 1.0
-    with pytest.raises(S3Error, match="a param group's beta is 1.0"):
+    with pytest.raises(S3Error, match=r"a param group's beta is 1\.0"):
         optimizer.step()
     assert torch.equal(x, torch.ones(2))
     with pytest.raises(ValueError, match="cycle_momentum"):
