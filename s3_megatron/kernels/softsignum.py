@@ -51,8 +51,8 @@ def softsignum_step_(
         rounding_seed: None, or a seed: bfloat16 states are then rounded stochastically, not to nearest even.
 
     Raises:
-        S3Error: tau or beta is out of range, the lists do not belong together, or a tensor cannot be written. Nothing has
-            been written.
+        S3Error: tau or beta is out of range, the lists do not belong together, or a tensor cannot be written. Nothing
+            has been written.
     """
     if not tau > 0:
         raise S3Error(f"tau is {tau}: a temperature must be > 0; infinity is the hard step")
