@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
-from s3_megatron.optim import S3
+from s3_megatron.optim import S3, SoftSignum
 
 type Weights = dict[str, Tensor]
 # Weights by name, peak rate, weight decay and settings in; optimizers out, which together move every weight.
@@ -20,13 +20,15 @@ class Contender:
     """An optimizer by what it is built from.
 
     ``stacked`` says that it is element-wise: members along a leading axis do not meet. Others get every member's
-    weights by themselves. ``own_schedule`` takes the warm-up and no decay of the rate.
+    weights by themselves. ``own_schedule`` takes the warm-up and no decay of the rate. ``takes_length`` gets the run's
+    steps as the setting ``total_steps``.
     """
 
     make: Make
     settings: tuple[str, ...]
     stacked: bool = True
     own_schedule: bool = False
+    takes_length: bool = False
 
 
 def is_decayed(name: str) -> bool:
@@ -83,6 +85,10 @@ def _s3(weights: Weights, rate: float, decay: float, **settings: Any) -> list[to
     return [S3(groups(weights, decay), lr=rate, **_tuples(settings))]
 
 
+def _softsignum(weights: Weights, rate: float, decay: float, **settings: Any) -> list[torch.optim.Optimizer]:
+    return [SoftSignum(groups(weights, decay), lr=rate, **settings)]
+
+
 def _schedule_free(weights: Weights, rate: float, decay: float, **settings: Any) -> list[torch.optim.Optimizer]:
     try:
         from schedulefree import AdamWScheduleFree
@@ -125,6 +131,10 @@ CONTENDERS = {
     "muon": Contender(_muon, ("momentum", "nesterov"), stacked=False),
     "lion": Contender(_library("Lion"), ("betas",)),
     "signum": Contender(_library("SignSGD"), ("momentum",)),
+    # Its temperature is over all that an optimizer moves, so a member has one of its own.
+    "softsignum": Contender(
+        _softsignum, ("beta", "nesterov", "soft_start", "eps", "tmax"), stacked=False, takes_length=True
+    ),
     "adan": Contender(_library("Adan", weight_decouple=True), ("betas",)),
     "ademamix": Contender(_library("AdEMAMix", weight_decouple=True), ("betas", "alpha", "t_alpha_beta3")),
     "adopt": Contender(_library("ADOPT", weight_decouple=True), ("betas",)),

@@ -135,13 +135,15 @@ def _optimizers(
         cell, last = cells[first], first + 1
         while last < len(cells) and cells[last].configuration == cell.configuration:
             last += 1
-        stacked = contenders.CONTENDERS[cell.optimizer].stacked
-        for sliced in [slice(first, last)] if stacked else range(first, last):
+        contender = contenders.CONTENDERS[cell.optimizer]
+        for sliced in [slice(first, last)] if contender.stacked else range(first, last):
             part: contenders.Weights = {
                 name: torch.nn.Parameter(w.detach()[sliced]) for name, w in stack.weights.items()
             }
             views += [(parameter, index, sliced) for index, parameter in enumerate(part.values())]
             decay, settings = cell.setup.decay / cell.rate, json.loads(cell.settings)
+            if contender.takes_length:
+                settings["total_steps"] = cell.setup.steps
             optimizers += contenders.build(cell.optimizer, part, cell.rate, decay, settings)
         first = last
     for optimizer in optimizers:

@@ -8,8 +8,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from s3_megatron.errors import S3Error
 
 
-def localize(param: Tensor, grad: Tensor, state: dict[str, Any], names: tuple[str, str]) -> tuple[Tensor, ...]:
-    """Return weight, gradient, m and r as they lie on this rank.
+def localize(param: Tensor, grad: Tensor, state: dict[str, Any], names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """Return weight, gradient and the states ``names`` as they lie on this rank.
 
     A gradient with another placement than its weight's (a sum still to be made, another dimension) is redistributed,
     which talks to the ranks of the weight's mesh: as with DTensor's own operators they must all come here. A state
@@ -21,8 +21,8 @@ def localize(param: Tensor, grad: Tensor, state: dict[str, Any], names: tuple[st
     if isinstance(param, DTensor):
         if any(placement.is_partial() for placement in param.placements):
             raise S3Error(
-                f"a weight of shape {list(param.shape)} is placed {param.placements}, a sum still to be made: S3 can "
-                "move it only after param.redistribute(...)"
+                f"a weight of shape {list(param.shape)} is placed {param.placements}, a sum still to be made: it "
+                "can be moved only after param.redistribute(...)"
             )
         grad = _as(param, "gradient", grad)
         for name in names:

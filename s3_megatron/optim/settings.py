@@ -37,13 +37,14 @@ _OF_OTHERS = frozenset(
 
 def names_what_it_takes[F: Callable[..., Any]](init: F) -> F:
     """Let an ``__init__`` list its arguments in the TypeError for one that it does not have."""
+    kind = init.__qualname__.split(".")[0]
     known = [name for name in inspect.signature(init).parameters if name not in ("self", "params")]
 
     @functools.wraps(init)
     def __init__(*args: Any, **arguments: Any) -> None:
         unknown = [name for name in arguments if name not in (*known, "params")]
         if unknown:
-            raise TypeError(f"S3 has no argument {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+            raise TypeError(f"{kind} has no argument {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
         init(*args, **arguments)
 
     return __init__  # type: ignore[return-value]

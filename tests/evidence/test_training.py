@@ -23,6 +23,7 @@ SETTINGS = {
     "muon": ({"momentum": 0.95}, {"momentum": 0.9}),
     "lion": ({"betas": [0.9, 0.99]}, {"betas": [0.95, 0.98]}),
     "signum": ({"momentum": 0.9}, {"momentum": 0.95}),
+    "softsignum": ({"beta": 0.9, "soft_start": 0.5}, {"beta": 0.95, "nesterov": True, "soft_start": 0.0}),
     "adan": ({"betas": [0.98, 0.92, 0.99]}, {"betas": [0.95, 0.92, 0.96]}),
     "ademamix": ({"alpha": 5.0}, {"alpha": 2.0, "betas": [0.9, 0.99, 0.999]}),
     "adopt": ({"betas": [0.9, 0.999]}, {"betas": [0.9, 0.99]}),

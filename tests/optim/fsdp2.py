@@ -1,6 +1,7 @@
 """Runs on ranks: S3 in plain PyTorch's FSDP2 (``fully_shard``), against the unsharded run.
 
-A check is a function whose name starts with ``check_``, and one test in test_fsdp2.py; tests/checks.py runs them.
+A check is a function whose name starts with ``check_``, here or in softsignum_ranks.py, and one test in
+test_fsdp2.py; tests/checks.py runs them.
 """
 
 import copy
@@ -390,6 +391,8 @@ def load(run: Run, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    from tests.optim import softsignum_ranks  # which imports this module
+
     dist.init_process_group("gloo")
-    checks.run(checks.named(globals()), sys.argv[3:], Path(sys.argv[1]))
+    checks.run(checks.named(globals()) | checks.named(vars(softsignum_ranks)), sys.argv[3:], Path(sys.argv[1]))
     dist.destroy_process_group()

@@ -1,4 +1,7 @@
-"""S3 in PyTorch's FSDP2 on 2 gloo ranks, and on 4 and 1 with what those have saved (the checks are in fsdp2.py)."""
+"""S3 and SoftSignum in PyTorch's FSDP2 on 2 gloo ranks, and on 4 and 1 with what those have saved.
+
+The checks are in fsdp2.py and softsignum_ranks.py.
+"""
 
 import re
 from pathlib import Path
@@ -9,7 +12,10 @@ from tests import checks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-CHECKS = re.findall(r"^def (check_\w+)", Path(__file__).with_name("fsdp2.py").read_text(), flags=re.MULTILINE)
+WORKERS = [Path(__file__).with_name(name) for name in ("fsdp2.py", "softsignum_ranks.py")]
+CHECKS = [
+    name for worker in WORKERS for name in re.findall(r"^def (check_\w+)", worker.read_text(), flags=re.MULTILINE)
+]
 
 
 @pytest.fixture(scope="module")

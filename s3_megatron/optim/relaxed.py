@@ -1,0 +1,219 @@
+"""What SoftSignum shares with its like: hard steps, then soft ones, and the temperature in between."""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from s3_megatron.errors import S3Error
+from s3_megatron.optim.marked import MarkedOptimizer
+from s3_megatron.optim.temperature import Schedule, phases
+
+logger = logging.getLogger(__name__)
+
+# How the run is to be relaxed.
+PLAN = ("sign_iters", "transition_iters", "eps", "tmax")
+# The six numbers of the schedule, by their names in the param groups. Each in a place of its own, and of one type from
+# the start: torch's full_state_dict takes a tuple apart, and cannot load it where there is a None.
+SCHEDULE = {
+    "mu": "soft_mu",
+    "sigma": "soft_sigma",
+    "eps": "eps",
+    "first": "soft_first",
+    "length": "soft_length",
+    "map": "soft_map",
+}
+# What all param groups share.
+OF_THE_RUN = (*PLAN, "step", *(key for key in SCHEDULE.values() if key not in PLAN))
+
+
+class RelaxedOptimizer(MarkedOptimizer):
+    """An optimizer that is hard for ``sign_iters`` steps and soft for ``transition_iters``.
+
+    Its phases, its temperatures and the number of the step lie in every param group, and so in checkpoints. A step at
+    rate 0 in every group does not count: torch's checkpoint functions take one, on some ranks, to allocate state.
+
+    A subclass has the class attributes, ``step_group`` and ``measure``.
+    """
+
+    soft_map: ClassVar[str]  # a key of temperature.REACHES
+    usual_beta: ClassVar[float]
+    of_the_run: ClassVar[tuple[str, ...]] = OF_THE_RUN
+
+    # The ranks that hold the model. Copies do not keep it.
+    process_group: dist.ProcessGroup | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        defaults: dict[str, Any],
+        *,
+        process_group: dist.ProcessGroup | None,
+        **asked: Any,
+    ) -> None:
+        """Put the run's own entries into the param groups; ``asked`` are the arguments of ``phases``, eps and tmax."""
+        self.process_group = process_group
+        self._asked = asked
+        hard, soft = phases(**{name: value for name, value in asked.items() if name not in ("eps", "tmax")})
+        if soft and process_group is not None and dist.get_rank(process_group) < 0:
+            raise S3Error("this rank is not in process_group: give the group of all ranks that hold the model")
+        run = {
+            "sign_iters": int(hard),  # numpy's could not be loaded with weights_only
+            "transition_iters": int(soft),
+            "eps": asked["eps"],
+            "tmax": asked["tmax"],
+            "step": 0,
+            "soft_mu": 0.0,
+            "soft_sigma": 0.0,
+            "soft_first": -1,
+            "soft_length": 0,
+            "soft_map": self.soft_map,
+        }
+        super().__init__(params, {**defaults, **run})
+
+    def step_group(self, group: dict[str, Any], tau: float) -> None:
+        """Move a group's parameters that have a gradient, by the temperature ``tau``; infinity is a hard step."""
+        raise NotImplementedError
+
+    def measure(self) -> tuple[float, float]:
+        """Return mu and sigma of the whole model's momentum."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_asked": self._asked}
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise S3Error for a hyperparameter out of range."""
+        super().check_group(group)
+        if not 0 <= group["beta"] < 1:
+            raise S3Error(f"beta is {group['beta']}: it must lie in [0, 1); {self.usual_beta} is usual")
+        if not 0 < group["eps"] < 1:
+            raise S3Error(f"eps is {group['eps']}: it must lie in (0, 1); 1e-4 is the paper's")
+        if not group["tmax"] >= 1:
+            raise S3Error(f"tmax is {group['tmax']}: it must be a number >= 1; 1e9 leaves the first soft step hard")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with their own hyperparameters; the phases are the whole run's."""
+        # ZeroRedundancyOptimizer gives every group what it gives the optimizer itself.
+        shared = param_group.keys() & {*self.of_the_run, *self._asked}
+        own = sorted(name for name in shared if param_group[name] != self._asked.get(name))
+        if own:
+            raise S3Error(f"a param group has {', '.join(own)}: that is the whole run's; give it to {self.title}")
+        super().add_param_group({name: value for name, value in param_group.items() if name not in shared})
+        added = self.param_groups[-1]
+        added.update({name: self.param_groups[0][name] for name in self.of_the_run})
+        try:
+            for param in added["params"]:
+                self._check_mesh(param)
+        except S3Error:
+            self.param_groups.pop()
+            raise
+
+    def _check_mesh(self, param: Tensor) -> None:
+        if self.process_group is not None or not isinstance(param, DTensor):
+            return
+        ranks, own = dist.get_world_size(), param.device_mesh.size()
+        if own != ranks and self.param_groups[0]["transition_iters"]:
+            raise S3Error(
+                f"a weight of shape {list(param.shape)} is on {own} of {ranks} ranks: give process_group, the ranks "
+                "that hold the model, over which the temperature is taken"
+            )
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """What every temperature follows from; None before the soft phase."""
+        run = self.param_groups[0]
+        return None if run["soft_first"] < 0 else Schedule(**{name: run[key] for name, key in SCHEDULE.items()})
+
+    @property
+    def tau(self) -> float:
+        """The temperature of the step to come; infinity is a hard one."""
+        run, schedule = self.param_groups[0], self.schedule
+        if schedule is not None:
+            return schedule.tau(run["step"], run["tmax"])
+        # The quantile at 0 is 0, so the first soft step needs no median: it is known when the next one begins.
+        return float(run["tmax"]) if self._is_soft() else math.inf
+
+    def _is_soft(self) -> bool:
+        run = self.param_groups[0]
+        return bool(run["transition_iters"]) and run["step"] >= run["sign_iters"]
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    # Compiled code calls it as it is: another number in every step, and at one of them talk with other ranks.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Move every parameter that has a gradient; returns the closure's loss, if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # ZeroRedundancyOptimizer writes state and groups into the optimizer that it wraps, past every method.
+        self.check_marks(self.param_groups)
+        tau = self.tau
+        for group in self.param_groups:
+            self.step_group(group, tau)
+        if not all(map(_is_zero, self.param_groups)):
+            self._count_step()
+        return loss
+
+    def _count_step(self) -> None:
+        run = self.param_groups[0]
+        if self._is_soft() and self.schedule is None:
+            first, length = run["step"], max(run["sign_iters"] + run["transition_iters"] - run["step"], 1)
+            mu, sigma = self.measure()
+            if not (math.isfinite(mu) and math.isfinite(sigma)):
+                raise S3Error(
+                    f"the median of the momentum is {mu}, of its deviation {sigma}: the soft phase cannot begin; "
+                    "resume from a checkpoint whose state is finite"
+                )
+            schedule = Schedule(mu, sigma, run["eps"], first, length, self.soft_map)
+            last = schedule.tau(first + length, run["tmax"])
+            log_on_first_rank(
+                logging.INFO, f"{self.title} is soft for {length} steps, down to a tau of {last:.4g}: {schedule}"
+            )
+            self.write_to_groups(**{key: getattr(schedule, name) for name, key in SCHEDULE.items()})
+        self.write_to_groups(step=run["step"] + 1)
+
+    def write_to_groups(self, **values: Any) -> None:
+        """Give every param group the same values."""
+        for group in self.param_groups:
+            group.update(values)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take state and param groups; before the soft phase this optimizer's own phases, eps and tmax count."""
+        ours = self.__dict__.get("param_groups", state["param_groups"])[0]
+        plan = {name: ours[name] for name in PLAN if name in ours}
+        super().__setstate__(state)
+        run, schedule = self.param_groups[0], self.schedule
+        if schedule is None:
+            self.write_to_groups(**plan)
+            return
+        ignored = ", ".join(f"{name}={value}" for name, value in plan.items() if run[name] != value)
+        if ignored:
+            log_on_first_rank(
+                logging.WARNING,
+                f"the state was saved in its soft phase, which goes on as it began, {schedule.length} steps from step "
+                f"{schedule.first}: {ignored} of this run does not count",
+            )
+
+
+def log_on_first_rank(level: int, line: str) -> None:
+    """Log a line once a job."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.log(level, line)
+
+
+def _is_zero(group: dict[str, Any]) -> bool:
+    lr = group["lr"]
+    # One on the GPU is not looked at: reading it would synchronise with the device, and torch's own zero is on the CPU.
+    return not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) == 0

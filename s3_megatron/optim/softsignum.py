@@ -1,0 +1,173 @@
+"""SoftSignum as a ``torch.optim.Optimizer``."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from s3_megatron.errors import S3Error
+from s3_megatron.kernels.softsignum import softsignum_step_
+from s3_megatron.optim.placement import localize
+from s3_megatron.optim.pooled_median import median_and_deviation
+from s3_megatron.optim.relaxed import RelaxedOptimizer
+from s3_megatron.optim.settings import names_what_it_takes
+from s3_megatron.optim.state import EXP_AVG
+
+
+class SoftSignum(RelaxedOptimizer):
+    """SoftSignum (arXiv 2605.31371): a momentum's sign, which becomes a soft one near the end of the run.
+
+    m is an average of the gradient. In the hard phase a weight moves by ``lr * sign(m)``, in the soft phase by
+    ``lr * tanh(tau * m)``, with a tau that falls from step to step (``optim/temperature.py``): never by more than lr.
+    The state is one tensor a parameter, m, shaped like it and allocated at the first step. A gradient coordinate that
+    is not finite leaves its weight and m untouched. Parameters in bfloat16 or float16 are moved in float32 and rounded
+    once.
+
+    Where the soft phase begins, median and median absolute deviation of m are taken over the whole model: every
+    parameter that requires a gradient or has a state. All ranks that hold a part of it must take that step; it
+    communicates, and waits for the device. A step at rate 0 in every group does not count: torch's checkpoint functions
+    take one, on some ranks, to allocate state.
+
+    Args:
+        params: parameters, or dicts defining param groups; lr, beta, weight_decay, nesterov, maximize and
+            rounding_seed can be set per group.
+        lr: learning rate, >= 0; the largest distance a weight moves in one step, the decay left out.
+        beta: decay of m, in [0, 1).
+        weight_decay: decoupled decay, >= 0: ``x <- x - lr * (update + weight_decay * x)``.
+        nesterov: look ahead one step: ``beta * m + (1 - beta) * g`` in the place of m in the update.
+        total_steps: steps of the run.
+        soft_start: the share of the run that is hard, in [0, 1]; at 1 all of it is (Signum), and no length is needed.
+        sign_iters: hard steps; in the place of ``soft_start``.
+        transition_iters: soft steps, >= 1; with ``sign_iters``, in the place of ``total_steps``.
+        eps: how far tanh stays below 1 at each quantile of the momentum, in (0, 1).
+        tmax: the highest tau, >= 1. The first soft step has it: it is hard for all |m| above about 10 / tmax.
+        maximize: maximize the objective instead of minimizing it.
+        state_dtype: dtype of m: torch.float32, or torch.bfloat16 for half the memory. Float64 parameters always have
+            a float64 m.
+        rounding_seed: if given, a bfloat16 m is rounded stochastically with noise of this seed and the step's number;
+            if None, to nearest even.
+        process_group: the ranks that hold the model, each coordinate on one of them or all on every one; None: all
+            ranks, where torch.distributed runs. Not kept by copies.
+
+    Raises:
+        S3Error: (a ValueError) for a hyperparameter out of range, a run without a known length, a complex or integer
+            parameter, a sparse gradient, or a loaded state that is not SoftSignum's.
+    """
+
+    title = "SoftSignum"
+    state_names = (EXP_AVG,)
+    mark = "softsignum_state"
+    state_format = f"{EXP_AVG}=m"
+    soft_map = "tanh"
+    usual_beta = 0.9
+
+    # For engines whose tensors do not show it: what this rank counts of a parameter's m, as that lies here, in the
+    # median: ``m`` itself, a part of it without padding, or an empty one where another rank counts it.
+    counted: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @names_what_it_takes
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-3,
+        beta: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        nesterov: bool = False,
+        total_steps: int | None = None,
+        soft_start: float = 0.9,
+        sign_iters: int | None = None,
+        transition_iters: int | None = None,
+        eps: float = 1e-4,
+        tmax: float = 1e9,
+        maximize: bool = False,
+        state_dtype: torch.dtype = torch.float32,
+        rounding_seed: int | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if state_dtype not in (torch.float32, torch.bfloat16):
+            raise S3Error(f"state_dtype is {state_dtype}: it must be torch.float32 or torch.bfloat16")
+        if rounding_seed is not None and state_dtype != torch.bfloat16:
+            raise S3Error("rounding_seed is for state_dtype=torch.bfloat16: a float32 state is not rounded")
+        self.state_dtype = state_dtype
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "beta": beta,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "maximize": maximize,
+                "rounding_seed": rounding_seed,
+            },
+            process_group=process_group,
+            total_steps=total_steps,
+            soft_start=soft_start,
+            sign_iters=sign_iters,
+            transition_iters=transition_iters,
+            eps=eps,
+            tmax=tmax,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with their own hyperparameters; the phases are the whole run's."""
+        super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        if added["rounding_seed"] is not None:
+            # Groups must not share their noise.
+            added["rounding_seed"] += (len(self.param_groups) - 1) << 40
+
+    def step_group(self, group: dict[str, Any], tau: float) -> None:
+        """Move a group's parameters that have a gradient, by the temperature ``tau``; infinity is a hard step."""
+        # Nor do steps share it.
+        seed = None if group["rounding_seed"] is None else group["rounding_seed"] + group["step"]
+        parts: dict[torch.device, list[list[Tensor]]] = {}
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            local = localize(param, param.grad, self.state_of(param), self.state_names)
+            for column, x in zip(parts.setdefault(param.device, [[], [], []]), local, strict=True):
+                column.append(x)
+        for params, grads, exp_avgs in parts.values():
+            softsignum_step_(
+                params,
+                grads,
+                exp_avgs,
+                lr=group["lr"],
+                beta=group["beta"],
+                tau=tau,
+                weight_decay=group["weight_decay"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+                rounding_seed=seed,
+            )
+
+    def measure(self) -> tuple[float, float]:
+        """Return median and median absolute deviation of m over the model."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        # A weight that got no gradient yet has an m of 0, whether or not an engine has allocated it.
+        ms = {param: self.state_of(param)[EXP_AVG] for param in params if param.requires_grad or self.state.get(param)}
+        group = self.process_group
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        mixed = any(isinstance(m, DTensor) for m in ms.values())
+        return median_and_deviation([self._counted(param, m, group, mixed) for param, m in ms.items()], group)
+
+    def _counted(self, param: Tensor, m: Tensor, group: dist.ProcessGroup | None, mixed: bool) -> Tensor:
+        """Return the part of m that this rank counts: each coordinate is to be counted once."""
+        local = m.to_local() if isinstance(m, DTensor) else m
+        if self.counted is not None:
+            return self.counted(param, local)
+        if isinstance(m, DTensor):
+            place = m.device_mesh.get_coordinate()
+            is_copy = place is None or any(
+                index and placement.is_replicate() for index, placement in zip(place, m.placements, strict=True)
+            )
+        else:
+            # Beside DTensors a plain weight is on every rank. Where all are plain it may be a shard as well; and where
+            # every rank counts the whole model, the median is that of one.
+            is_copy = mixed and dist.get_rank(group) > 0
+        return local.reshape(-1)[:0] if is_copy else local
