@@ -4,8 +4,7 @@
 
 One process, on a GPU or in Megatron's rehearsal on the CPU, a GPT of 20 million parameters under DistributedOptimizer,
 random gradients in its buffers, clipped at every step. Two copies of the model take turns, and Megatron's own timers
-tell the
-parts, so both runs are the same host code but for what S3 replaces. Medians, in milliseconds.
+measure the parts, so both runs are the same host code but for what S3 replaces. Medians, in milliseconds.
 """
 
 import argparse

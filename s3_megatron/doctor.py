@@ -70,7 +70,7 @@ except ImportError:
     import backports.zstd
 """,
     "transformer_engine": "import transformer_engine.pytorch",
-    # What tells NVIDIA's apex from the unrelated package of that name.
+    # What distinguishes NVIDIA's apex from the unrelated package of that name.
     "apex": "from apex.optimizers import FusedAdam",
 }
 

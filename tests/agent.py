@@ -27,11 +27,11 @@ def start(
 def end(run: Path, agent: subprocess.Popen[str], timeout: float = 200) -> tuple[int, dict[str, Any], str]:
     """Wait for the agent; returns its exit code, its verdict, and what was printed."""
     try:
-        said, _ = agent.communicate(timeout=timeout)
+        printed, _ = agent.communicate(timeout=timeout)
     finally:
         if agent.poll() is None:
             agent.send_signal(signal.SIGINT)  # it ends its own
-    return agent.returncode, json.loads((run / "attempts/1-0/node1.json").read_text()), said
+    return agent.returncode, json.loads((run / "attempts/1-0/node1.json").read_text()), printed
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 100) -> Any:

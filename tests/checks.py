@@ -28,7 +28,7 @@ def selected(request: "pytest.FixtureRequest", **params: object) -> list[str]:
 
 
 def launch(worker: str, names: Sequence[str], nproc: int, folder: Path) -> dict[str, str]:
-    """What each of the checks ``names`` of a module said on ``nproc`` ranks, which share ``folder``."""
+    """What each of the checks ``names`` of a module returned on ``nproc`` ranks, which share ``folder``."""
     if not names:
         return {}
     output = folder / f"results-{nproc}.json"
@@ -62,13 +62,13 @@ def run(checks: Mapping[str, Callable[[], object]], names: Sequence[str], output
         output.write_text(json.dumps({name: next(filter(None, (r[name] for r in ranks)), "") for name in mine}))
 
 
-def passed(said: str) -> None:
+def passed(outcome: str) -> None:
     """Judge, in pytest, what ``run`` wrote of a check: it fails, or is skipped where it raised SkipTest."""
     import pytest  # the ranks do without
 
-    if said.startswith(_SKIPPED):
-        pytest.skip(said.removeprefix(_SKIPPED))
-    assert said == "", said
+    if outcome.startswith(_SKIPPED):
+        pytest.skip(outcome.removeprefix(_SKIPPED))
+    assert outcome == "", outcome
 
 
 def named(namespace: Mapping[str, object]) -> dict[str, Callable[[], object]]:

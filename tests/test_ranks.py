@@ -1,4 +1,4 @@
-"""The ranks that tests start, forked or by torchrun: what they are given, how they end, and what is said of a hang."""
+"""The ranks that tests start, forked or by torchrun: what they get, how they end, and what is printed of a hang."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def script(folder: Path, text: str) -> str:
 
 
 def standing(text: str) -> dict[str, str]:
-    """What is said of each rank's place, by its number; skips where the kernel lets nobody look."""
+    """What is printed of each rank's place, by its number; skips where the kernel forbids to look."""
     found = dict(re.findall(r"^rank (\d): (.*?)(?=^rank|\Z)", text, flags=re.MULTILINE | re.DOTALL))
     if any("no stacks: " in stack for stack in found.values()):
         pytest.skip(f"py-spy may not read processes here: {found}")

@@ -35,7 +35,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
-        # Thousands of files, 15 s on a slow disk: they go while nobody waits.
+        # Thousands of files, 15 s on a slow disk: they are removed in the background.
         subprocess.Popen(
             ["rm", "-rf", str(folder)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

@@ -140,7 +140,7 @@ def _outcome(one: _Running, code: int | None, seconds: float, folder: Path) -> O
 
 
 def write_numbers(figures: Any) -> None:
-    """Write a step's figures, as JSON, where ``run`` has asked for them; a program that nobody watches writes none."""
+    """Write a step's figures, as JSON, where ``run`` has asked for them; a program started by hand writes none."""
     if path := os.environ.get(NUMBERS):
         Path(path).write_text(json.dumps(figures), encoding="utf-8")
 

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu.variants [--elements 5e8] [--device cuda|cpu]
 
 Which of its loads a GPU's compiler puts up front decides how much of the memory's bandwidth a step gets, and only a
-clock tells what each way costs: "plain" leaves it to the compiler, which saves registers, and "registers" allows it
+clock measures what each way costs: "plain" leaves it to the compiler, which saves registers, and "registers" allows it
 128 a thread; as it is, the kernel keeps them together. One process, all taking turns; medians of CUDA events. On a CPU,
 for a rehearsal, in Triton's interpreter.
 """

@@ -130,7 +130,7 @@ def _row(
 def _times(
     entrants: list[Contender], params: list[torch.nn.Parameter], device: str, repeats: int, missing: list[str]
 ) -> tuple[dict[str, Times], dict[str, float]]:
-    """Time the contenders in turns, and graphs of those that can be captured; one that fails is told in ``missing``."""
+    """Time the contenders in turns, and graphs of those that can be captured; failures go into ``missing``."""
     racing = {}
     for contender in entrants:
         try:

@@ -27,7 +27,7 @@ class FolderIsHeld(S3Error):
 
 @contextmanager
 def held(folder: Path, lost: Callable[[str], None]) -> Iterator[None]:
-    """Hold ``folder`` while the body runs; calls ``lost`` from another thread with a line should somebody take it.
+    """Hold ``folder`` while the body runs; calls ``lost`` from another thread with a line if another process takes it.
 
     A holder of this machine that has ended keeps nothing; nor does an earlier start of the same SLURM job. One on
     another machine is waited for until it has not refreshed its claim for LEASE_SECONDS. ``folder/holder`` names the

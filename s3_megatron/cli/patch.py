@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="patch",
     help="Three lines in your own Megatron-LM or DeepSpeed, after which it knows S3 by itself. "
-    "Exit code 0: done, or so; 1: not so; 2: cannot be done or told.",
+    "Exit code 0: done, or so; 1: not so; 2: cannot be done or known.",
     no_args_is_help=True,
 )
 
@@ -130,12 +130,12 @@ def _warn(place: "Place", release: "Release") -> bool:
 
     for finding in host_symbols.compare(place, release):
         if finding.state != OK:
-            _say(f"{finding.name}: {finding.found} since {_name(place)}; S3 goes through it: compare a short run")
+            _print(f"{finding.name}: {finding.found} since {_name(place)}; S3 goes through it: compare a short run")
     python = work.python_without_us(place.root)
     if python is not None:
-        _say(f"{python} does not find s3_megatron, which the patched {place.host} imports: install it there")
+        _print(f"{python} does not find s3_megatron, which the patched {place.host} imports: install it there")
     return python is None
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     errors.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -39,10 +39,10 @@ def stale(request: Request, folder: str | Path | None, seed: int) -> Iterator[st
 
 def _describes(path: Path, part: Part, request: Request, seed: int) -> bool:
     try:
-        said: Any = json.loads(path.read_text(encoding="utf-8"))
+        written: Any = json.loads(path.read_text(encoding="utf-8"))
         wanted = (part.prefix, part.samples, part.name, request.sequence, seed)
         keys = ("dataset_path", "num_samples", "index_split", "sequence_length", "random_seed")
-        return tuple(said.get(key) for key in keys) == wanted and said.get("split") == request.split
+        return tuple(written.get(key) for key in keys) == wanted and written.get("split") == request.split
     except (OSError, ValueError, AttributeError):  # another program's, or gone meanwhile
         return False
 

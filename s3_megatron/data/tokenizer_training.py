@@ -11,7 +11,7 @@ from s3_megatron.data.tokenizers import import_sentencepiece
 from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
 
-# BPE merges settle long before this many lines; more would only cost memory.
+# BPE merges change little after this many lines; more would only cost memory.
 SAMPLED_LINES = 500_000
 # Bytes. Longer lines (minified code) teach nothing; SentencePiece's own limit of 4,192 would drop paragraphs.
 LONGEST_LINE = 1 << 16

@@ -69,7 +69,7 @@ def build(root: Path, console: Console) -> Corpus:
 
 
 def _existing(folder: Path) -> Corpus | None:
-    """Read the corpus in ``folder``; None where it is not whole, as after an interruption or somebody's tidying up."""
+    """Read the corpus in ``folder``; None where it is not whole, as after an interruption or a clean-up."""
     try:
         corpus = Corpus(folder, **json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""What would end the demonstration after minutes is said before it starts."""
+"""What would end the demonstration after minutes is refused before it starts."""
 
 import os
 import shutil
@@ -53,7 +53,7 @@ def own_folder(runs: Path) -> Iterator[None]:
     """
     try:
         runs.mkdir(exist_ok=True)
-        (runs / LOCK).touch()  # FileLock takes a folder that cannot be written for one that somebody holds (4.2.11)
+        (runs / LOCK).touch()  # FileLock takes a folder that cannot be written for one that is held (4.2.11)
         lock = FileLock(runs / LOCK)
         lock.acquire(timeout=0)
     except Timeout:

@@ -79,15 +79,15 @@ def _here(cluster: Cluster) -> dict[str, Any]:
 
     The GPUs' own memory then counts, where the file says none.
     """
-    settled = cluster.model_dump()
+    resolved = cluster.model_dump()
     if cluster.accelerator == "auto":
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if hidden is None else len(hidden.split(",")) * bool(hidden)
-        settled["accelerator"] = "gpu" if gpus else "cpu"
-        settled["ranks_per_node"] = gpus or settled["ranks_per_node"]
+        resolved["accelerator"] = "gpu" if gpus else "cpu"
+        resolved["ranks_per_node"] = gpus or resolved["ranks_per_node"]
         if gpus and "memory_gib" not in cluster.gpu.model_fields_set and (memory := least_memory()):
-            settled["gpu"]["memory_gib"] = memory
-    return settled
+            resolved["gpu"]["memory_gib"] = memory
+    return resolved
 
 
 def _read(path: Path, as_written: bool) -> DictConfig:

@@ -1,4 +1,4 @@
-"""What somebody has edited in a run's recipe.yaml and cluster.yaml since its script was written."""
+"""What a user has edited in a run's recipe.yaml and cluster.yaml since its script was written."""
 
 import json
 from typing import Any

@@ -83,7 +83,7 @@ def _engine(job: Job, folder: RunFolder) -> dict[str, Any]:
 
 def _data(data: Data, folder: Path, vocab_size: int) -> dict[str, Any]:
     if data.mock:
-        # Megatron's NullTokenizer adds one token, the end of a document, to what it is told (0.19.2).
+        # Megatron's NullTokenizer adds one token, the end of a document, to the size that it is given (0.19.2).
         return {"mock_data": True, "tokenizer_type": "NullTokenizer", "vocab_size": vocab_size - 1}
     assert data.train is not None and data.validation is not None, "the recipe's schema asks for them"
     files = {"train_data_path": folder / data.train, "valid_data_path": folder / data.validation}

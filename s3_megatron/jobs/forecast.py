@@ -1,4 +1,4 @@
-"""How long a few training runs take in all: said once they have begun, and corrected at most once."""
+"""How long a few training runs take in all: printed once they have begun, and corrected at most once."""
 
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class Forecast:
 
     def __init__(self, say: Callable[[str], None], starts: int, work: float) -> None:
         """``say`` gets the line to show; ``starts`` and ``work``, in iterations of training, are of all runs."""
-        self._say = say
+        self._print = say
         self._starts, self._work = starts, work
         self._began = self._started = time.monotonic()
         self._start_seconds = 0.0
@@ -46,10 +46,10 @@ class Forecast:
         each = (now - self._first) / self._done
         total = self._first - self._began + self._starts * self._start_seconds + self._work * each
         if self._said is None:
-            self._say(f"about {spoken(total)} in all on this machine: {each:.2f} s an iteration")
+            self._print(f"about {spoken(total)} in all on this machine: {each:.2f} s an iteration")
             self._said = total
         elif abs(total - self._said) > MISLEADING * self._said:
-            self._say(f"corrected: about {spoken(total)} in all, {each:.2f} s an iteration")
+            self._print(f"corrected: about {spoken(total)} in all, {each:.2f} s an iteration")
 
 
 def work(schedule: Schedule) -> float:

@@ -41,7 +41,7 @@ class Run(RunFolder):
 
     @cached_property
     def job(self) -> Job:
-        """The recipe and the cluster; raises S3Error where somebody has edited them wrongly."""
+        """The recipe and the cluster; raises S3Error where an edit has broken them."""
         return Job(_read(Recipe, self.recipe), _read(Cluster, self.cluster))
 
     @property

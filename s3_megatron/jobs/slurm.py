@@ -12,7 +12,7 @@ ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPE
 
 @dataclass(frozen=True)
 class JobState:
-    """A job as the queue tells it; ``reason`` is why it waits."""
+    """A job as the queue reports it; ``reason`` is why it waits."""
 
     state: str
     reason: str
@@ -52,6 +52,6 @@ def _run(*command: str) -> str:
     except subprocess.TimeoutExpired as error:
         raise S3Error(f"{command[0]} does not answer within a minute: is the controller up (scontrol ping)?") from error
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())
-        raise S3Error(f"{command[0]} refuses: {said}")
+        message = " ".join((done.stderr or done.stdout).split())
+        raise S3Error(f"{command[0]} refuses: {message}")
     return done.stdout

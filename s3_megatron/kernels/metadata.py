@@ -88,7 +88,7 @@ def _address(array: np.ndarray) -> int:
 def read(columns: Sequence[Sequence[Tensor]], kinds: Iterable[type]) -> Memory | None:
     """Return where rows of tensors lie; None if any is not what a kernel takes as memory, or here nothing can be read.
 
-    All that ``rows.examine`` looks for is looked for, each time, but for tensors that share memory.
+    All that ``examine`` looks for is looked for, each time, but for tensors that share memory.
 
     Args:
         columns: weights, gradients, m, r, and perhaps model weights: one length each, at least 1.

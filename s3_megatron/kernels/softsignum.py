@@ -8,7 +8,7 @@ from torch import Tensor
 
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels import formats
-from s3_megatron.kernels.rows import examine
+from s3_megatron.kernels.examine import examine
 
 # Elements of the lists that a pass takes at once: more would only make its copies larger.
 _AT_ONCE = 1 << 24

@@ -36,7 +36,7 @@ def release_of(place: Place) -> Release:
     if place.version not in known:
         raise S3Error(
             f"{place.root} is {place.host} {place.version}, which there is no patch for; there are {', '.join(known)}: "
-            "docs/new-host-version.md tells how to add one"
+            "docs/new-host-version.md explains how to add one"
         )
     return load(place.host, place.version)
 

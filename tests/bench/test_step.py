@@ -67,18 +67,18 @@ def test_shards_cover_the_parameters_once_and_are_of_odd_sizes():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--device", "tpu"], "cpu or cuda"),
         (["--parameters", "1000"], "more than 1000"),
         (["--repeats", "0"], "repeats"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(options, said, monkeypatch, capsys):
+def test_what_cannot_be_measured_is_refused(options, message, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["s3-megatron", "bench", "step", *options])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells a machine without a GPU what it can do instead")

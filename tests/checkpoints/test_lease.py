@@ -71,14 +71,14 @@ def test_a_requeued_job_takes_over_from_its_own_start_that_runs_on_where_it_was(
 
 def test_who_has_lost_the_folder_hears_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "LEASE_SECONDS", 0.6)
-    said: list[str] = []
-    with held(tmp_path, said.append):
+    messages: list[str] = []
+    with held(tmp_path, messages.append):
         (tmp_path / "other").write_text("another's")
         (tmp_path / "other").replace(tmp_path / "lease")
         limit = time.monotonic() + 20
-        while not said and time.monotonic() < limit:
+        while not messages and time.monotonic() < limit:
             time.sleep(0.05)
-    assert len(said) == 1 and "is no longer this run's" in said[0]
+    assert len(messages) == 1 and "is no longer this run's" in messages[0]
 
 
 # Names are looked up when they are first asked for.
@@ -92,7 +92,7 @@ del filelock.__getattr__
 def test_a_filelock_without_leases_still_keeps_a_second_run_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """NVIDIA's container pins one before 3.30: a line said that a second run would not be noticed, and it was not."""
+    """NVIDIA's container pins one before 3.30: a line warned that a second run would not be noticed, and it was not."""
     from filelock import FileLock, SoftFileLease, Timeout  # noqa: F401  (now they are known, and stay so but for the second)
 
     monkeypatch.setattr(sys.modules[__name__], "HOLD", "from filelock import FileLock, Timeout" + WITHOUT_LEASES + HOLD)

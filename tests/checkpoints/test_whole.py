@@ -58,7 +58,7 @@ def name(engine: str, iteration: int) -> str:
 @engines
 def test_each_file_counts(tmp_path: Path, engine: str) -> None:
     """A kill leaves files out, a full disk leaves them empty, a file server cuts them off. Of a checkpoint without one
-    of its shards `status` said that it was whole, and every start of the job failed on it."""
+    of its shards `status` reported it as whole, and every start of the job failed on it."""
     checkpoint(tmp_path, engine, 4)
     found = newest(tmp_path)
     assert found.iteration == 4 and 0 <= found.age < 60 and found.torn == ()
@@ -95,8 +95,10 @@ def test_what_could_not_be_loaded_is_passed_over_until_it_is_saved_anew(tmp_path
     point(tmp_path, engine, 8)
     (tmp_path / "iter_0000008" / LOAD_FAILED).write_text("OSError: a bad block\n")
     assert newest(tmp_path).torn_text == "iteration 8 is not whole: it could not be loaded (OSError: a bad block)"
-    said = repair_pointer(tmp_path)
-    assert said is not None and "(it could not be loaded (OSError: a bad block)): it now names iteration 4" in said
+    message = repair_pointer(tmp_path)
+    assert (
+        message is not None and "(it could not be loaded (OSError: a bad block)): it now names iteration 4" in message
+    )
     for file in FILES[engine]:
         os.utime(tmp_path / "iter_0000008" / file, (time.time() + 5,) * 2)
     assert newest_whole(tmp_path) == 8
@@ -134,7 +136,7 @@ def test_names_and_sizes_are_those_of_torchs_own_reader(tmp_path: Path) -> None:
 
 @engines
 def test_a_pointer_to_a_whole_checkpoint_stays(tmp_path: Path, engine: str) -> None:
-    """Somebody may have gone back to it, before a spike of the loss."""
+    """A user may have gone back to it, before a spike of the loss."""
     for iteration in (4, 8):
         checkpoint(tmp_path, engine, iteration)
     point(tmp_path, engine, 4)
@@ -152,9 +154,9 @@ def test_a_pointer_is_led_to_the_newest_whole_checkpoint(tmp_path: Path, engine:
         (tmp_path / POINTER[engine]).unlink(missing_ok=True)
         if broken is not None:
             point(tmp_path, engine, broken)
-        said = repair_pointer(tmp_path)
-        assert said is not None and "it now names iteration 8" in said and "\n" not in said
-        assert ("is missing" if broken is None else repr(name(engine, broken))) in said
+        message = repair_pointer(tmp_path)
+        assert message is not None and "it now names iteration 8" in message and "\n" not in message
+        assert ("is missing" if broken is None else repr(name(engine, broken))) in message
         assert (tmp_path / POINTER[engine]).read_text() == name(engine, 8)
         assert repair_pointer(tmp_path) is None
 
@@ -162,8 +164,8 @@ def test_a_pointer_is_led_to_the_newest_whole_checkpoint(tmp_path: Path, engine:
 @engines
 def test_no_run_starts_from_nothing_beside_torn_checkpoints(tmp_path: Path, engine: str) -> None:
     (checkpoint(tmp_path, engine, 4) / FILES[engine][0]).unlink()
-    said = repair_pointer(tmp_path)
-    assert said is not None and "as a kill in the first save leaves it: starting anew" in said
+    message = repair_pointer(tmp_path)
+    assert message is not None and "as a kill in the first save leaves it: starting anew" in message
     for point_to in (None, 4):
         if point_to is None:
             (checkpoint(tmp_path, engine, 8) / FILES[engine][0]).unlink()

@@ -82,7 +82,7 @@ def test_killed_and_interrupted_runs_leave_no_dataset(corpus: Path, model: Path,
         for worker in workers:
             wait_for(lambda worker=worker: gone(worker), f"the end of worker {worker}")
     left = sorted(path.name for path in tmp_path.iterdir())
-    # Nobody can clean up after SIGKILL; what stays has a name that nothing takes for data.
+    # Nothing can clean up after SIGKILL; what stays has a name that nothing takes for data.
     assert left == ["SIGKILL.bin.partial", "large.jsonl"]
     prepare([corpus / "json_tool.txt"], tmp_path / "SIGKILL", tokenizer_model=model, workers=1)
     assert inspect(tmp_path / "SIGKILL").documents == 1

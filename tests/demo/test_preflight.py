@@ -25,21 +25,21 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
     monkeypatch.setattr(demo, "_demonstrate", lambda *_: pytest.fail("it has started"))
     with pytest.raises(SystemExit) as stop:
         demo.main()
-    said = capfd.readouterr()
-    assert stop.value.code == 2 and said.out == "" and said.err.count("\n") == 1, said
-    return said.err
+    message = capfd.readouterr()
+    assert stop.value.code == 2 and message.out == "" and message.err.count("\n") == 1, message
+    return message.err
 
 
 def test_an_engine_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ):
-    said = refused(monkeypatch, capfd, tmp_path, "--engine", "fsdp")
-    assert "'fsdp'" in said.replace('"', "'") and "'megatron' or 'deepspeed'" in said
+    message = refused(monkeypatch, capfd, tmp_path, "--engine", "fsdp")
+    assert "'fsdp'" in message.replace('"', "'") and "'megatron' or 'deepspeed'" in message
     assert not list(tmp_path.iterdir()), "refused before anything is made"
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda runs: runs.write_text(""), "is a file"),
         (lambda runs: runs.symlink_to("nowhere"), "is a link that leads nowhere"),
@@ -48,10 +48,10 @@ def test_an_engine_that_is_not_there(
     ],
 )
 def test_a_runs_folder_that_is_none(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, make, said: str
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, make, message: str
 ):
     make(tmp_path / "runs")
-    assert said in refused(monkeypatch, capfd, tmp_path)
+    assert message in refused(monkeypatch, capfd, tmp_path)
 
 
 def test_a_second_demonstration_in_the_same_folder(
@@ -85,10 +85,10 @@ def test_a_missing_package():
 def test_one_core_is_slow_and_no_obstacle(monkeypatch: pytest.MonkeyPatch):
     console = Console(record=True, file=open(os.devnull, "w"))
     monkeypatch.setattr(machine, "available_memory", lambda: 2**33)
-    for cores, said in ((2, ""), (1, "one core: its two ranks share it, and all takes about twice as long\n")):
+    for cores, message in ((2, ""), (1, "one core: its two ranks share it, and all takes about twice as long\n")):
         monkeypatch.setattr(machine, "cores", lambda cores=cores: cores)
         preflight.check(ENGINES["megatron"], console)
-        assert console.export_text() == said
+        assert console.export_text() == message
 
 
 def test_an_earlier_demonstration_is_set_aside(tmp_path: Path):

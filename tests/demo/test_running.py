@@ -46,14 +46,14 @@ class Demo:
                 preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
             )
 
-    def said(self) -> str:
+    def printed(self) -> str:
         return self.output.read_text()
 
     def wait_for(self, text: str) -> None:
         """Wait until ``text`` is printed, and a little into what it announces."""
         end = time.monotonic() + SECONDS
-        while text not in self.said():
-            assert self.process.poll() is None and time.monotonic() < end, self.said()
+        while text not in self.printed():
+            assert self.process.poll() is None and time.monotonic() < end, self.printed()
             time.sleep(0.02)
         time.sleep(0.3)
 
@@ -115,7 +115,7 @@ def test_before_there_are_tokens(tmp_path: Path, start: Callable[..., Demo], sta
     demo = start(tmp_path, PAUSE="1", TORCH="1")
     demo.wait_for(stage)
     number = getattr(signal, how)
-    assert demo.end(number) == (-9 if how == "SIGKILL" else 128 + number), demo.said()
+    assert demo.end(number) == (-9 if how == "SIGKILL" else 128 + number), demo.printed()
 
 
 @pytest.mark.parametrize(
@@ -141,9 +141,9 @@ def test_while_it_trains(
     if signals == ["SIGKILL"]:
         assert code == -9
     else:
-        assert code == 128 + numbers[0], demo.said()
-        assert demo.said().endswith("stopped; every rank has ended\n")
-    assert "Traceback" not in demo.said()
+        assert code == 128 + numbers[0], demo.printed()
+        assert demo.printed().endswith("stopped; every rank has ended\n")
+    assert "Traceback" not in demo.printed()
 
 
 def with_corpus(folder: Path, corpus: Path) -> Path:
@@ -160,16 +160,16 @@ def test_a_log_of_the_whole(tmp_path: Path, corpus: Path, start: Callable[..., D
     demo = start(folder, ignored="INT HUP", PAUSE="0.02")  # as under nohup
     demo.wait_for("S3: iteration 1 ")
     demo.process.send_signal(signal.SIGHUP)
-    assert demo.process.wait(SECONDS) == 0, demo.said()
-    said = demo.said()
-    assert not re.search(r"[\x00-\x09\x0b-\x1f]", said)
-    assert "the last demonstration is now in runs/demo.previous\n" in said
+    assert demo.process.wait(SECONDS) == 0, demo.printed()
+    printed = demo.printed()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", printed)
+    assert "the last demonstration is now in runs/demo.previous\n" in printed
     assert (
-        len(re.findall(r"^about \d+ (seconds|minutes) in all on this machine: 0\.\d\d s an iteration$", said, re.M))
+        len(re.findall(r"^about \d+ (seconds|minutes) in all on this machine: 0\.\d\d s an iteration$", printed, re.M))
         == 1
     )
     assert re.search(
-        r"SIGKILL to rank 1 at iteration [89]\d\n.*\n.*\n.*resumed from the checkpoint of iteration 64\n", said
+        r"SIGKILL to rank 1 at iteration [89]\d\n.*\n.*\n.*resumed from the checkpoint of iteration 64\n", printed
     )
     found = json.loads((folder / "runs/demo/report.json").read_text())
     assert (found["resume"]["resumed_from"], found["resume"]["loss_gap"]) == (64, 0)
@@ -203,4 +203,4 @@ def test_a_reader_that_goes_away(tmp_path: Path, corpus: Path, start: Callable[.
             pass
         family = demo.family()
     assert demo.process.wait(SECONDS) == 1
-    assert "Traceback" not in demo.said() and not any(map(lives, family))
+    assert "Traceback" not in demo.printed() and not any(map(lives, family))

@@ -25,7 +25,7 @@ def value(flags: list[str], name: str) -> str:
 
 
 def test_the_recipe_chooses_the_engine(tmp_path: Path):
-    """Both are told the same but for what is their own; a checkpoint's format is Megatron's affair."""
+    """Both get the same flags but for what is their own; a checkpoint's format is Megatron's affair."""
     assert load("s3", None).recipe.engine == "megatron"
     megatron, deepspeed = command(tmp_path, "megatron"), command(tmp_path, "deepspeed")
     assert value(megatron, "-m") == value(deepspeed, "-m") == "torch.distributed.run"

@@ -56,7 +56,7 @@ go_on() {
     say "$1"
     local bad
     bad=$(find "$run/attempts" -name bad_nodes -exec cut -f1 {} + | sort -u | paste -sd,)
-    # After scancel, and at the time limit, it is COMPLETING: a requeue would bring it back against somebody's will.
+    # After scancel, and at the time limit, it is COMPLETING: a requeue would bring it back against its owner's will.
     local state before
     state=$(ours %T) || no_answer
     if [[ $state != RUNNING ]]; then

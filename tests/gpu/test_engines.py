@@ -60,7 +60,7 @@ def falls(events: list[Train]) -> bool:
 
 
 def test_megatron_resumes_in_bf16_where_it_was(tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
-    """On CPUs to the bit. A GPU owes that to nobody (atomic additions of the host's own kernels): bf16 sums in another
+    """On CPUs to the bit. A GPU does not promise it (atomic additions of the host's own kernels): bf16 sums in another
     order differ by 1e-5 here (tests/megatron/test_pretrain.py), ten times that is allowed; the figure is recorded."""
     made = job()
     text, whole = train(made, tmp_path / "whole", torchrun=VISIT)

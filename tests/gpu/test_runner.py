@@ -253,7 +253,7 @@ def test_what_is_wrong_with_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_visit_without_a_gpu_names_every_step(tmp_path: Path) -> None:
-    """Exit code 1, the reason in every row; what was found is written all the same, though nobody reads the output."""
+    """Exit code 1, the reason in every row; what was found is written all the same, though the output is closed."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--minutes", "2", "--out", str(tmp_path / "out")]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)

@@ -1,4 +1,4 @@
-"""What ranks really keep: each job of JOBS.json trains, and its first forward pass tells the bytes it saves.
+"""What ranks really keep: each job of JOBS.json trains, and its first forward pass counts the bytes it saves.
 
 ``torchrun ... tests/jobs/measure.py JOBS.json`` is what ``test_memory`` starts. Every rank writes SAVED, a number of
 bytes, into the job's run folder.

@@ -231,15 +231,17 @@ def test_deepspeeds_file_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     job = compose.load("gpt2_345m", "slurm_pyxis", ["engine=deepspeed", f"deepspeed={file}"])
 
-    def said(content: str) -> list[str]:
+    def message(content: str) -> list[str]:
         file.write_text(content)
         return [finding.found for finding in engines.deepspeed(job, RUN)]
 
-    assert "cannot be read as JSON" in said("{")[0]
-    assert "holds no JSON object" in said("[]")[0]
-    assert "has zero_optimization {'stage': 4}" in said('{"zero_optimization": {"stage": 4}}')[0]
-    assert "has ZeRO stage 0, and precision is bf16" in said("{}")[0]
-    assert "has optimizer type 'Lion'" in said('{"zero_optimization": {"stage": 1}, "optimizer": {"type": "Lion"}}')[0]
+    assert "cannot be read as JSON" in message("{")[0]
+    assert "holds no JSON object" in message("[]")[0]
+    assert "has zero_optimization {'stage': 4}" in message('{"zero_optimization": {"stage": 4}}')[0]
+    assert "has ZeRO stage 0, and precision is bf16" in message("{}")[0]
+    assert (
+        "has optimizer type 'Lion'" in message('{"zero_optimization": {"stage": 1}, "optimizer": {"type": "Lion"}}')[0]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -260,10 +262,10 @@ def test_everything_wrong_is_one_list_and_one_table(tmp_path: Path, sentences: P
         *(f"cluster.runs_dir={tmp_path}", f"cluster.shared_dirs=[{tmp_path}/shared]"),
     ]
     report = checks.check(compose.load("gpt2_345m", "slurm", settings))
-    said = {finding.name: finding for finding in report.errors}
-    assert {"batch", "checkpoints", "data.train", "runs_dir", "tokenizer", "parser", "python"} <= set(said)
-    assert "unrecognized arguments: --no-such-flag" in said["parser"].found
-    assert "sentencepiece has 400 tokens, model.vocab_size is 64" in said["tokenizer"].found
+    found = {finding.name: finding for finding in report.errors}
+    assert {"batch", "checkpoints", "data.train", "runs_dir", "tokenizer", "parser", "python"} <= set(found)
+    assert "unrecognized arguments: --no-such-flag" in found["parser"].found
+    assert "sentencepiece has 400 tokens, model.vocab_size is 64" in found["tokenizer"].found
     assert report.memory is not None and report.throughput.days is not None
     console = Console(width=240, record=True, file=open(os.devnull, "w"))
     console.print(table(report.findings))

@@ -73,7 +73,7 @@ def test_every_mistake_is_named_at_once_with_the_nearest_key():
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (["model.num_layers"], "must be KEY=VALUE"),
         (["model.num_layers=0"], "greater than or equal to 1"),
@@ -93,8 +93,8 @@ def test_every_mistake_is_named_at_once_with_the_nearest_key():
         (["schedule.lr_decay_style=WSD", "schedule.lr_wsd_decay_iters=9999999"], "are more than the"),
     ],
 )
-def test_a_wrong_value_is_refused_with_what_is_allowed(settings: list[str], said: str):
-    assert said in refused("gpt2_tiny", "slurm", *settings)
+def test_a_wrong_value_is_refused_with_what_is_allowed(settings: list[str], message: str):
+    assert message in refused("gpt2_tiny", "slurm", *settings)
 
 
 @pytest.mark.parametrize(
@@ -156,9 +156,9 @@ def test_unknown_names_are_answered_with_the_known(tmp_path: Path):
     assert "one of local, slurm, slurm_apptainer, slurm_pyxis" in refused("gpt2_7b", "mine")
     assert "mine.yaml is not a file" in refused("gpt2_7b", "mine.yaml")
     broken = tmp_path / "broken.yaml"
-    for text, said in (("a: [1", "is no YAML"), ("- 1\n", "must be a mapping")):
+    for text, message in (("a: [1", "is no YAML"), ("- 1\n", "must be a mapping")):
         broken.write_text(text)
-        assert said in refused(str(broken), "slurm")
+        assert message in refused(str(broken), "slurm")
 
 
 def test_without_a_scheduler_there_is_one_node_with_what_it_has(monkeypatch: pytest.MonkeyPatch):

@@ -195,10 +195,10 @@ def described(runs: Path, name: str) -> Optimizer:
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["dp2", "fp32", "tp2", "pp2"])
 def test_ranks_hold_what_is_estimated(runs: Path, name: str) -> None:
-    job, said = small(name), described(runs, name)
-    layout, elements = job.recipe.layout, said.shard_elements
+    job, event = small(name), described(runs, name)
+    layout, elements = job.recipe.layout, event.shard_elements
     by_stage = [memory.shard_parameters(job, stage) for stage in range(layout.pipeline)]
-    assert said.parameters == by_stage[-1], "the last rank writes"
+    assert event.parameters == by_stage[-1], "the last rank writes"
     estimate = memory.estimate(job)
     masters = 4 if job.recipe.precision == "bf16" else 0
     if layout.pipeline > 1:
@@ -209,7 +209,7 @@ def test_ranks_hold_what_is_estimated(runs: Path, name: str) -> None:
     assert sum(elements) == by_stage[0] * layout.tensor
     assert estimate.exp_avg == estimate.exp_avg_root == 4 * sum(elements) // 2
     assert estimate.masters == masters * sum(elements) // 2
-    held = {key: getattr(said, f"{key}_bytes_per_param_rank") * said.parameters for key in ("state", "master")}
+    held = {key: getattr(event, f"{key}_bytes_per_param_rank") * event.parameters for key in ("state", "master")}
     assert held["state"] == pytest.approx(8 * max(elements), rel=1e-12), "m and r in float32, and nothing else"
     assert held["master"] == pytest.approx(masters * max(elements), rel=1e-12)
 
@@ -218,14 +218,14 @@ def test_ranks_hold_what_is_estimated(runs: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
 def test_deepspeeds_ranks_hold_what_is_estimated(runs: Path, name: str) -> None:
     """Padding is 2 x dp elements for each of the two param groups, or dp for each of ZeRO-3's 52 parameters."""
-    job, said = small(name), described(runs, name)
-    assert said.parameters == memory.parameters(job)
+    job, event = small(name), described(runs, name)
+    assert event.parameters == memory.parameters(job)
     estimate = memory.estimate(job)
     for ours, theirs in (
-        (estimate.exp_avg + estimate.exp_avg_root, said.state_bytes_per_param_rank),
-        (estimate.masters, said.master_bytes_per_param_rank),
+        (estimate.exp_avg + estimate.exp_avg_root, event.state_bytes_per_param_rank),
+        (estimate.masters, event.master_bytes_per_param_rank),
     ):
-        assert 0 <= theirs * said.parameters - ours <= 8 * 52 * 2
+        assert 0 <= theirs * event.parameters - ours <= 8 * 52 * 2
 
 
 @pytest.mark.distributed
@@ -248,7 +248,7 @@ def test_a_forward_pass_keeps_what_is_estimated(runs: Path, name: str) -> None:
 
 
 def again(job: Job, recompute: str) -> int:
-    """One layer's part of what full recomputation spares, or one layer's attention, told by longer models."""
+    """One layer's part of what full recomputation spares, or one layer's attention, measured by longer models."""
     layers = job.recipe.model.num_layers
     whole, selective = (
         with_layers(small(name), 2 * layers) - with_layers(small(name), layers) for name in ("dp2", "selective")

@@ -13,7 +13,7 @@ from s3_megatron.jobs.process import Training
 from tests.terminal import lives
 
 # Starts two "ranks" in sessions of their own, as torchrun does, each with a helper process, and fails when one rank
-# ends. SIGTERM ends the ranks unless they are deaf to it; nothing tells the helpers.
+# ends. SIGTERM ends the ranks unless they are deaf to it; nothing signals the helpers.
 STAND_IN = """
 import os, signal, subprocess, sys
 deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);" if "deaf" in sys.argv else ""
@@ -65,7 +65,7 @@ def test_an_interrupted_run_leaves_no_process(tmp_path: Path, manner: str, monke
 
 
 @pytest.mark.parametrize(
-    ("said", "reason"),
+    ("lines", "reason"),
     [
         (
             ["[local_rank0]:[rank0]: ValueError: a peer is gone", "attempt: failed on n1: ended by SIGKILL"],
@@ -75,8 +75,8 @@ def test_an_interrupted_run_leaves_no_process(tmp_path: Path, manner: str, monke
         (["out of", "", "words"], "out of / words"),
     ],
 )
-def test_the_first_failure_is_told(tmp_path: Path, said: list[str], reason: str):
-    """The node agent knows which it was; of ranks without one, what all say is told once."""
-    with Training(["sh", "-c", 'printf "%s\\n" "$@"; exit 5', "-", *said], tmp_path, os.environ) as training:
+def test_the_first_failure_is_the_reason(tmp_path: Path, lines: list[str], reason: str):
+    """The node agent knows which it was; of ranks without one, what all report is printed once."""
+    with Training(["sh", "-c", 'printf "%s\\n" "$@"; exit 5', "-", *lines], tmp_path, os.environ) as training:
         with pytest.raises(S3Error, match=rf"training ended with status 5: {reason} \(whole log"):
             training.check("training")

@@ -1,4 +1,4 @@
-"""What a person sees of a run, on a terminal and in a log, and how long it is said to take."""
+"""What a person sees of a run, on a terminal and in a log, and the time it is expected to take."""
 
 import io
 
@@ -79,30 +79,30 @@ def test_where_bars_cannot_be_drawn(monkeypatch: pytest.MonkeyPatch):
     assert not is_live(Console(file=io.StringIO(), _environ={"FORCE_COLOR": "1"}))
 
 
-def told(clock: list[float], *rates: float) -> list[str]:
-    """A start of 10 s and one iteration after the other, each of the given seconds; what is said."""
-    said: list[str] = []
-    watched = Forecast(said.append, starts=4, work=500)
+def report(clock: list[float], *rates: float) -> list[str]:
+    """A start of 10 s and one iteration after the other, each of the given seconds; returns what is printed."""
+    lines: list[str] = []
+    watched = Forecast(lines.append, starts=4, work=500)
     watched.started()
     clock[0] += 10
     for iteration, rate in enumerate([0.0, *rates], 1):
         clock[0] += rate
         watched.event(event(iteration))
-    return said
+    return lines
 
 
 def test_the_first_iterations_say_how_long_it_takes(clock: list[float]):
     """10 s of the first start, three more of them, and 500 iterations."""
-    assert told(clock, *[0.5] * 5) == []
-    assert told(clock, *[0.5] * 100) == ["about 5 minutes in all on this machine: 0.50 s an iteration"]
-    assert told(clock, *[0.06] * 100) == ["about 70 seconds in all on this machine: 0.06 s an iteration"]
+    assert report(clock, *[0.5] * 5) == []
+    assert report(clock, *[0.5] * 100) == ["about 5 minutes in all on this machine: 0.50 s an iteration"]
+    assert report(clock, *[0.06] * 100) == ["about 70 seconds in all on this machine: 0.06 s an iteration"]
 
 
 def test_a_misleading_start_is_corrected_once(clock: list[float]):
-    first, second = told(clock, *[2.0] * 6, *[0.5] * 34, *[4.0] * 60)
+    first, second = report(clock, *[2.0] * 6, *[0.5] * 34, *[4.0] * 60)
     assert first == "about 17 minutes in all on this machine: 2.00 s an iteration"
     assert second == "corrected: about 7 minutes in all, 0.72 s an iteration"
-    assert len(told(clock, *[0.55] * 6, *[0.5] * 94)) == 1
+    assert len(report(clock, *[0.55] * 6, *[0.5] * 94)) == 1
 
 
 def test_validation_counts(clock: list[float]):

@@ -1,4 +1,4 @@
-"""Run folders, and what is told of them. What needs a queue is in tests/slurm."""
+"""Run folders, and what is reported of them. What needs a queue is in tests/slurm."""
 
 import json
 import os
@@ -274,14 +274,14 @@ def test_the_commands_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "no runs yet" in invoke(cli.app, ["runs"]).stdout
     make(tmp_path)
     assert "first" in invoke(cli.app, ["runs"]).stdout and "first" in invoke(cli.app, ["status", "first"]).stdout
-    for command, said in (
+    for command, message in (
         (["submit", "gpt2_tiny", "--cluster", "local"], "has no scheduler: s3-megatron launch"),
         (["launch", "gpt2_tiny", "--cluster", "slurm"], "has a scheduler: s3-megatron submit"),
         (["cancel", "first"], "has no job in the queue"),
         (["logs", "second"], "there is no run 'second'"),
     ):
         result = invoke(cli.app, command)
-        assert isinstance(result.exception, S3Error) and said in str(result.exception)
+        assert isinstance(result.exception, S3Error) and message in str(result.exception)
     shown = invoke(cli.app, ["config", "show", "gpt2_345m", "--cluster", "slurm"]).stdout
     for line in ("global_batch_size: 512", "hang_minutes: 30.0", "16 ranks", "0.01, by the paper's rule"):
         assert line in shown
@@ -304,7 +304,7 @@ def test_commands_for_login_nodes_import_no_torch(command: str):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=dict(os.environ))
 
 
-def test_what_a_local_run_prints_is_printed_and_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_what_a_local_run_prints_is_message_and_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     run = make(tmp_path)
     for _ in range(2):
         run.script.write_text("echo trains; echo fails >&2; exit 3\n")
@@ -348,7 +348,7 @@ def test_what_was_edited_in_a_run_is_said_and_applied(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"model__num_layers": 3}, "cannot go on with model.num_layers 4 -> 3"),
         ({"engine": "deepspeed"}, "cannot go on with engine megatron -> deepspeed"),
@@ -357,11 +357,11 @@ def test_what_was_edited_in_a_run_is_said_and_applied(tmp_path: Path):
     ],
 )
 def test_what_a_run_cannot_change_is_refused_and_nothing_is_written(
-    tmp_path: Path, settings: dict[str, Any], said: str
+    tmp_path: Path, settings: dict[str, Any], message: str
 ):
     run = make(tmp_path)
     script, about = run.script.read_text(), (run.path / "about.json").read_text()
-    with pytest.raises(S3Error, match=re.escape(said)):
+    with pytest.raises(S3Error, match=re.escape(message)):
         edits.apply(edit(run, **settings))
     assert (run.script.read_text(), (run.path / "about.json").read_text()) == (script, about)
 

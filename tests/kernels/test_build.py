@@ -14,7 +14,7 @@ import pytest
 from s3_megatron.kernels.cpu import build, library
 
 # Stands in for the compiler, which takes 40 CPU seconds: what is tested is who calls it and what becomes of its output.
-# It counts its calls, and takes as long as it is told to; linking gives the real library.
+# It counts its calls, and takes as long as it is asked to; linking gives the real library.
 COMPILER = """#!{python}
 import os, shutil, sys, time
 with open({log!r}, "a") as log:
@@ -83,8 +83,8 @@ def test_a_rank_killed_while_compiling_is_not_waited_for(machine):
 
 @pytest.mark.slow
 def test_a_compiler_that_fails_leaves_nothing_and_says_why(machine):
-    said, _ = start(machine, BROKEN="1").communicate(timeout=250)
-    assert "error: something is not as it was" in said
+    message, _ = start(machine, BROKEN="1").communicate(timeout=250)
+    assert "error: something is not as it was" in message
     cache = Path(machine["S3_MEGATRON_CACHE"])
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
@@ -92,20 +92,20 @@ def test_a_compiler_that_fails_leaves_nothing_and_says_why(machine):
 @pytest.mark.slow
 def test_a_cache_that_cannot_be_written_is_named(machine, tmp_path):
     (tmp_path / "file").touch()
-    said, _ = start(machine, S3_MEGATRON_CACHE=str(tmp_path / "file" / "cache")).communicate(timeout=250)
-    assert str(tmp_path / "file" / "cache") in said and "S3_MEGATRON_CACHE" in said
+    message, _ = start(machine, S3_MEGATRON_CACHE=str(tmp_path / "file" / "cache")).communicate(timeout=250)
+    assert str(tmp_path / "file" / "cache") in message and "S3_MEGATRON_CACHE" in message
 
 
 @pytest.mark.slow
 def test_without_a_home_it_is_said_what_to_set_and_a_named_cache_does(machine, tmp_path):
     """A user id without a name and without HOME, as in containers: the first step was a RuntimeError, with
     S3_MEGATRON_CACHE set, too, where AdamW steps."""
-    nobody = {"S3_MEGATRON_CACHE": "", "XDG_CACHE_HOME": "", "NAMELESS": "1"}
+    nameless = {"S3_MEGATRON_CACHE": "", "XDG_CACHE_HOME": "", "NAMELESS": "1"}
     homeless = {key: value for key, value in machine.items() if key != "HOME"}
-    said, _ = start(homeless, **nobody).communicate(timeout=60)
-    assert "set HOME, or XDG_CACHE_HOME" in said and "S3_MEGATRON_CACHE" in said and said.count("\n") == 1
-    nobody["S3_MEGATRON_CACHE"] = str(tmp_path / "named")
-    assert start(homeless, **nobody).communicate(timeout=60)[0].strip() == "portable"
+    message, _ = start(homeless, **nameless).communicate(timeout=60)
+    assert "set HOME, or XDG_CACHE_HOME" in message and "S3_MEGATRON_CACHE" in message and message.count("\n") == 1
+    nameless["S3_MEGATRON_CACHE"] = str(tmp_path / "named")
+    assert start(homeless, **nameless).communicate(timeout=60)[0].strip() == "portable"
 
 
 def test_a_cache_that_only_its_owner_can_write_is_read(machine, monkeypatch, tmp_path):
@@ -122,8 +122,8 @@ def test_a_library_that_cannot_be_loaded_from_its_folder_is_named(machine, monke
     broken = tmp_path / "cache" / f"step-{build.fingerprint()}-{os.uname().machine}.so"
     broken.parent.mkdir()
     broken.write_bytes(b"not for this machine")
-    said, _ = start(machine).communicate(timeout=60)
-    assert f"is {broken.parent} mounted noexec?" in said and "S3_MEGATRON_CACHE" in said
+    message, _ = start(machine).communicate(timeout=60)
+    assert f"is {broken.parent} mounted noexec?" in message and "S3_MEGATRON_CACHE" in message
 
 
 @pytest.fixture
@@ -137,8 +137,8 @@ def without_openmp(machine, monkeypatch) -> Path:
 def test_a_compiler_without_openmp_gives_a_library_for_one_thread(without_openmp, tmp_path, caplog):
     """Apple's clang refuses -fopenmp: the kernel did not compile there, and S3 stepped by foreach."""
     build.compile_library(tmp_path / "step.so")
-    said = "without OpenMP and runs on one thread"
-    assert [said in line and "unsupported option '-fopenmp'" in line for line in caplog.messages] == [True]
+    message = "without OpenMP and runs on one thread"
+    assert [message in line and "unsupported option '-fopenmp'" in line for line in caplog.messages] == [True]
     refused, *others = without_openmp.read_text().splitlines()
     assert "-fopenmp" in refused and not [line for line in others if "-fopenmp" in line or "-lomp" in line]
     assert (tmp_path / "step.so").exists()

@@ -1,4 +1,4 @@
-"""One op, whichever kernel runs: what torch's compiler is told, how the kernel is chosen, and who hears of it."""
+"""One op, whichever kernel runs: what torch's compiler knows, how the kernel is chosen, and what is logged."""
 
 import logging
 
@@ -117,7 +117,7 @@ def test_what_no_fast_kernel_takes_goes_to_foreach_without_a_word(caplog):
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "dtypes", "said"),
+    ("asked", "device", "dtypes", "message"),
     [
         ("triton", "cpu", WIDE, "the tensors are on cpu"),
         ("cpu", "cuda", WIDE, "the tensors are on cuda"),
@@ -125,8 +125,8 @@ def test_what_no_fast_kernel_takes_goes_to_foreach_without_a_word(caplog):
         ("fast", "cpu", WIDE, "auto, foreach, cpu, triton"),
     ],
 )
-def test_what_was_asked_for_and_cannot_run_is_refused(asked, device, dtypes, said):
-    with pytest.raises(S3Error, match=said):
+def test_what_was_asked_for_and_cannot_run_is_refused(asked, device, dtypes, message):
+    with pytest.raises(S3Error, match=message):
         choose(asked, device, dtypes)
 
 

@@ -37,7 +37,7 @@ def copy_of_the_checkout(target: Path) -> Path:
 @pytest.mark.parametrize("links", [True, False])
 def test_configs_templates_and_patches_are_files_in_a_build(links: bool, tmp_path: Path):
     """git on Windows, and some unpackers of archives, leave a text file where a link was: the package was installed
-    without its recipes, and said so at the first command. What an older build left in build/ went into it as well."""
+    without its recipes, and failed at the first command. What an older build left in build/ went into it as well."""
     source = copy_of_the_checkout(tmp_path / "checkout")
     if not links:
         for link in LINKED:
@@ -144,8 +144,8 @@ def test_the_sdist_falls_back_where_there_is_no_compiler(built: Path, wheel: Pat
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    said = [line for line in done.stderr.splitlines() if "the C++ kernel was not compiled" in line]
-    assert len(said) == 1 and "/nowhere/g++" in said[0], done.stderr
+    printed = [line for line in done.stderr.splitlines() if "the C++ kernel was not compiled" in line]
+    assert len(printed) == 1 and "/nowhere/g++" in printed[0], done.stderr
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
         assert {name for name in archive.namelist() if name.startswith("s3_megatron/")} == package - {
             "s3_megatron/kernels/cpu/_step.so"
@@ -198,8 +198,8 @@ def test_it_trains_where_there_is_no_compiler(bare_machine: dict[str, str], tmp_
 
     loaded, moved = run("python", "-W", "ignore", "-c", STEP).split()
     assert Path(loaded).is_relative_to(venv.parent) and moved == "True"
-    said = " ".join(run("s3-megatron", "doctor").split())
-    assert "CPU: C++ (" in said and "C++ compiler none" in said
+    printed = " ".join(run("s3-megatron", "doctor").split())
+    assert "CPU: C++ (" in printed and "C++ compiler none" in printed
     # In bf16, whose products a CPU without such instructions computes slowly, three iterations take a minute.
     settings = ["precision=fp32", "data.mock=true", "schedule.train_iters=3", "schedule.lr_warmup_iters=0"]
     settings += ["model.num_layers=1", "schedule.eval_iters=0"]

@@ -1,6 +1,6 @@
 """The Dockerfile, as far as it can be held to its word without Docker.
 
-What only Docker can tell is not tested: that the images' tags exist, and that the build runs through.
+What only Docker can show is not tested: that the images' tags exist, and that the build runs through.
 """
 
 import os

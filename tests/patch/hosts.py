@@ -42,7 +42,7 @@ def copy_whole(host: str, root: Path) -> Path:
 
 
 def copy_some(host: str, root: Path) -> Path:
-    """Copy what tells the version, and what the patch touches."""
+    """Copy what names the version, and what the patch touches."""
     for file in _recorded(host):
         if str(file) in (TOUCHED[host], _VERSION[host]):
             (root / file).parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """The hosts' own entries train with S3 once they are patched, and are as pip installed them after revert.
 
-A patched copy stands first on PYTHONPATH; nobody calls install() or register() there. Its losses must be those of the
-unpatched host under ``s3_megatron.train.run``, to the bit: the same operations run in the same order.
+A patched copy stands first on PYTHONPATH; install() and register() are not called there. Its losses must be
+those of the unpatched host under ``s3_megatron.train.run``, to the bit: the same operations run in the same order.
 """
 
 import json

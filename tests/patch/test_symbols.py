@@ -165,7 +165,7 @@ def test_what_has_moved_is_found(place: Place) -> None:
     file.write_text(f"from {package}.new_home import {name}\n" + "".join(rest))
     assert verdicts(place)[symbol] == f"moved to {package}/new_home.py"
     file.write_text("".join(rest))
-    assert verdicts(place)[symbol] == f"moved to {package}/new_home.py", "although nobody imports it"
+    assert verdicts(place)[symbol] == f"moved to {package}/new_home.py", "although nothing imports it"
 
 
 def test_the_command_and_the_warnings(

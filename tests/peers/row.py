@@ -45,9 +45,9 @@ def _error_inputs(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
             each.error_regex = "it must be one number"
     return shared + [
         ErrorOptimizerInput(
-            OptimizerInput(params=None, kwargs=kwargs, desc=said), error_type=ValueError, error_regex=said
+            OptimizerInput(params=None, kwargs=kwargs, desc=message), error_type=ValueError, error_regex=message
         )
-        for said, kwargs in wrong.items()
+        for message, kwargs in wrong.items()
     ]
 
 

@@ -28,27 +28,27 @@ def test_a_checkout_of_a_known_version_is_taken(checkout: Path) -> None:
 
 @pytest.mark.parametrize("spoil", ["unset", "no folder", "no version", "no file", "other version", "no torch"])
 def test_what_cannot_be_used_is_one_line_and_exit_code_2(spoil, checkout: Path, tmp_path, capsys) -> None:
-    path, said = str(checkout), ""
+    path, message = str(checkout), ""
     if spoil == "unset":
-        path, said = "", "TORCH is not set"
+        path, message = "", "TORCH is not set"
     if spoil == "no folder":
-        path, said = str(tmp_path / "none"), "no such folder"
+        path, message = str(tmp_path / "none"), "no such folder"
     if spoil == "no version":
         (checkout / "version.txt").unlink()
-        said = "version.txt not there"
+        message = "version.txt not there"
     if spoil == "no file":
         (checkout / "test" / SUITES[0].file).unlink()
         (checkout / "test" / SUITES[-1].file).unlink()
-        said = f"test/{SUITES[0].file} and 1 more not there"
+        message = f"test/{SUITES[0].file} and 1 more not there"
     if spoil == "other version":
         (checkout / "version.txt").write_text("1.0.0a0\n")
-        said = f"version.txt has 1.0.0; outcomes are written down for {KNOWN}"
+        message = f"version.txt has 1.0.0; outcomes are written down for {KNOWN}"
     if spoil == "no torch":
         (checkout / "version.txt").write_bytes(b"\xff\xfe")
-        said = "version.txt has no version"
+        message = "version.txt has no version"
     assert run.main([path]) == 2
     out, err = capsys.readouterr()
-    assert not out and err.count("\n") == 1 and said in err
+    assert not out and err.count("\n") == 1 and message in err
 
 
 def test_the_copy_runs_on_a_cpu_and_the_checkout_stays_as_it_was(checkout: Path, tmp_path_factory) -> None:

@@ -158,12 +158,12 @@ def test_refuses_what_torch_refuses_in_its_words(dtype: torch.dtype) -> None:
     ]
 
     def words() -> list[str]:
-        said = []
+        messages = []
         for ask in wrong:
             with pytest.raises(RuntimeError) as refused:
                 ask()
-            said.append(re.sub(r"\n.*", "", str(refused.value), flags=re.S))
-        return said
+            messages.append(re.sub(r"\n.*", "", str(refused.value), flags=re.S))
+        return messages
 
     torchs = words()
     undo = products.compute_in_float32(SHORT)
@@ -283,8 +283,8 @@ def test_is_put_back_with_the_rest(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert repr(torch.library.get_kernel("aten::mm", "CPU")) != repr(own)
     rehearsal.deactivate()
     assert repr(torch.library.get_kernel("aten::mm", "CPU")) == repr(own)
-    said = "REHEARSAL matrix products: bf16 in float32, rounded once; fp16 in float32, rounded once"
-    assert capsys.readouterr().err.count(said) == 1
+    message = "REHEARSAL matrix products: bf16 in float32, rounded once; fp16 in float32, rounded once"
+    assert capsys.readouterr().err.count(message) == 1
 
 
 @pytest.mark.parametrize(

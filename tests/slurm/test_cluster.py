@@ -9,8 +9,8 @@ What was found out with it, and is not written in SLURM's manual pages:
 - ExcNodeList cannot be set on a running job ("Job is no longer pending execution"), but on a requeued one, even while
   it is COMPLETING. ``requeuehold``, ``update``, ``release`` leave no moment at which it could start without it. The
   list survives later requeues, and an update replaces it. With too few nodes left, or with a node that --nodelist
-  names, the job waits for ever (BadConstraints): ``sbatch --test-only --exclude`` tells beforehand. A job's owner may
-  do all this.
+  names, the job waits for ever (BadConstraints): ``sbatch --test-only --exclude`` finds out beforehand. A job's owner
+  may do all this.
 - In the batch script ``squeue -h -j $SLURM_JOB_ID -o %T`` says RUNNING in normal running and in the grace time of a
   pre-emption, and COMPLETING after scancel, the time limit, a node failure and the end of the grace time. Only RUNNING
   allows ``scontrol requeue``: after scancel and the time limit it would bring the job back.
@@ -44,7 +44,7 @@ def batch(folder: Path, body: str, *options: str) -> Path:
 
 
 def log(folder: Path) -> str:
-    """What the job has said so far."""
+    """The job's log so far."""
     file = folder / "job.log"
     return file.read_text() if file.exists() else ""
 
@@ -77,8 +77,8 @@ def test_script_that_ignores_term_requeues_itself(cluster: Cluster, tmp_path: Pa
     job = cluster.submit(script)
     assert cluster.wait_over(job, 60, tmp_path) == "COMPLETED"
     assert cluster.restarts(job) == 1
-    said = [line for line in log(tmp_path).splitlines() if not line.startswith("slurmstepd")]
-    assert [line for line in said if not line.startswith("start")] == ["RUNNING", "COMPLETING", "alive"]
+    printed = [line for line in log(tmp_path).splitlines() if not line.startswith("slurmstepd")]
+    assert [line for line in printed if not line.startswith("start")] == ["RUNNING", "COMPLETING", "alive"]
 
 
 def test_scancel_is_told_by_the_state_and_undone_by_requeue(cluster: Cluster, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_adam_resumes_from_torch_dist_where_it_was(tmp_path: Path) -> None:
     # Both runs are deterministic and print 6 decimals; the second line of a run is rebuilt from a mean, to 2e-6.
     assert rest == pytest.approx({step: uninterrupted[step] for step in range(6, 11)}, rel=0, abs=2e-6)
 
-    said = full.stderr.count("REHEARSAL on CPU"), full.stderr.count("REHEARSAL adds: --distributed-backend gloo")
-    assert said == (1, 1), "rank 0 says it once"
+    counts = full.stderr.count("REHEARSAL on CPU"), full.stderr.count("REHEARSAL adds: --distributed-backend gloo")
+    assert counts == (1, 1), "rank 0 prints it once"
     assert full.stderr.count("REHEARSAL matrix products: bf16 in float32, rounded once") == 1
-    assert "destroy_process_group" not in full.stderr, "torch warns of process groups that nobody destroyed"
+    assert "destroy_process_group" not in full.stderr, "torch warns of process groups that were not destroyed"

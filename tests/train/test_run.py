@@ -32,7 +32,7 @@ def test_an_unmodified_script_trains_with_s3() -> None:
 
 @pytest.mark.distributed
 def test_an_unmodified_deepspeed_script_trains_with_s3() -> None:
-    """Nobody calls register(): it happens when the script imports DeepSpeed."""
+    """register() is not called: it happens when the script imports DeepSpeed."""
     script = SCRIPT.with_name("stock_deepspeed_script.py")
     assert "s3_megatron" not in script.read_text()
     run = torchrun(["-m", "s3_megatron.train.run", str(script), "4", "5"], nproc=1, timeout=280)

@@ -1,4 +1,4 @@
-"""A line and its event, and the lines of another version, or of nobody."""
+"""A line and its event, and lines of another version, or of no event."""
 
 import dataclasses
 import json

@@ -94,7 +94,7 @@ def test_tail_yields_whole_new_lines_only(tmp_path: Path) -> None:
 
 
 def test_tail_reads_a_file_that_was_made_anew_from_its_start(tmp_path: Path) -> None:
-    """Somebody moved the old one away: a tail waited until the new one was longer, and then began inside a line."""
+    """The old one was moved away: a tail waited until the new one was longer, and then began inside a line."""
     writer = Writer(tmp_path)
     for iteration in range(1, 9):
         writer.write(train(iteration))

@@ -145,7 +145,7 @@ def _shared(job: Job, key: str, path: Path) -> Iterator[Finding]:
 
 
 def _file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str:
-    """The type of the file system that ``path`` is on, or would be; "" where nothing tells."""
+    """The type of the file system that ``path`` is on, or would be; "" where it is unknown."""
     try:
         lines = [line.split() for line in mounts.read_bytes().splitlines()]
     except OSError:  # no Linux

@@ -38,7 +38,7 @@ class BuildError(RuntimeError):
 
 
 def fingerprint() -> str:
-    """Name what a library is made from; it tells an outdated one from a current one."""
+    """Name what a library is made from; it distinguishes an outdated one from a current one."""
     digest = hashlib.sha256(repr((FLAGS, LOOPS)).encode())
     for name in SOURCES:
         digest.update((FOLDER / name).read_bytes())

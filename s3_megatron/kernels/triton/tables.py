@@ -61,7 +61,7 @@ class Tables:
                 raise S3Error("S3: a CUDA graph captures a step on tensors never stepped before; run one step first")
             table = self._build(addresses, sizes, item_sizes, device)
         if capturing:
-            # A replay reads this table for as long as the graph lives, which nobody tells.
+            # A replay reads this table for as long as the graph lives, and its end is not reported.
             self._captured[key] = table
         else:
             self._recent[key] = table

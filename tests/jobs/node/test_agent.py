@@ -29,22 +29,22 @@ def test_the_end_of_training_is_told_from_the_end_of_an_attempt(tmp_path: Path) 
     watch.mkdir()
     lines = ['{"event": "train", "iteration": 7}', '{"event": "validation", "iteration": 8}', '{"event": "tra']
     (watch / "metrics.jsonl").write_text("\n".join(lines))
-    code, told, said = end(tmp_path, start(tmp_path, ["true"], WANDB_API_KEY="hunter2secret"))
-    assert (code, told["verdict"], told["exit_code"], told["iteration"]) == (0, "saved", 0, 7)
-    assert told["error"] is None and told["started"] <= told["ended"]
-    assert "environment: kernel: Linux" in said and "torch 2" in said and "hunter2" not in said
+    code, report, printed = end(tmp_path, start(tmp_path, ["true"], WANDB_API_KEY="hunter2secret"))
+    assert (code, report["verdict"], report["exit_code"], report["iteration"]) == (0, "saved", 0, 7)
+    assert report["error"] is None and report["started"] <= report["ended"]
+    assert "environment: kernel: Linux" in printed and "torch 2" in printed and "hunter2" not in printed
 
     (tmp_path / "FINISHED").touch()
-    code, told, said = end(tmp_path, start(tmp_path, ["true"], SLURM_NODEID="1"))
-    assert (code, told["verdict"]) == (0, "finished")
-    assert "environment:" not in said, "one node of a job says it"
+    code, report, printed = end(tmp_path, start(tmp_path, ["true"], SLURM_NODEID="1"))
+    assert (code, report["verdict"]) == (0, "finished")
+    assert "environment:" not in printed, "one node of a job says it"
 
 
 def test_a_rank_that_dies_after_the_end_makes_no_failure_of_a_finished_run(tmp_path: Path) -> None:
     """Incident: torch aborted a rank in the last moment of Python, when everything was done and saved."""
     (tmp_path / "FINISHED").touch()
-    code, told, _ = end(tmp_path, start(tmp_path, python("import os; os.abort()")))
-    assert (code, told["verdict"], told["error"]) == (0, "finished", None)
+    code, report, _ = end(tmp_path, start(tmp_path, python("import os; os.abort()")))
+    assert (code, report["verdict"], report["error"]) == (0, "finished", None)
 
 
 def test_the_first_failure_of_the_ranks_is_the_verdicts(tmp_path: Path) -> None:
@@ -54,13 +54,13 @@ def test_the_first_failure_of_the_ranks_is_the_verdicts(tmp_path: Path) -> None:
         assert os.environ["S3_RUN_DIR"] == {str(tmp_path)!r}
         sys.exit(int(os.environ["CODE"]))""")
     (tmp_path / "attempts/1-0").mkdir(parents=True)
-    code, told, _ = end(tmp_path, start(tmp_path, command, CODE="1"))
-    assert (code, told["verdict"]) == (1, "failed")
-    assert told["error"] == {"rank": 1, "host": "n", "message": "no such file: x", "time": 5.0}
+    code, report, _ = end(tmp_path, start(tmp_path, command, CODE="1"))
+    assert (code, report["verdict"]) == (1, "failed")
+    assert report["error"] == {"rank": 1, "host": "n", "message": "no such file: x", "time": 5.0}
     assert not (tmp_path / "ENDED").exists(), "another try may do"
 
-    code, told, _ = end(tmp_path, start(tmp_path, command, CODE="2"))
-    assert (code, told["verdict"]) == (2, "configuration")
+    code, report, _ = end(tmp_path, start(tmp_path, command, CODE="2"))
+    assert (code, report["verdict"]) == (2, "configuration")
     assert (tmp_path / "ENDED").read_text() == "configuration error: no such file: x\n"
 
 
@@ -69,8 +69,8 @@ def test_a_second_start_in_a_run_folder_leaves_the_first_alone(tmp_path: Path, r
     request.addfinalizer(lambda: end(tmp_path, first))
     wait_for(lambda: (tmp_path / "checkpoints/holder").exists())
     second = start(tmp_path, ["touch", str(tmp_path / "trained")])
-    said, _ = second.communicate(timeout=60)
-    assert second.returncode == 2 and f"process {first.pid} on" in said and "Traceback" not in said
+    printed, _ = second.communicate(timeout=60)
+    assert second.returncode == 2 and f"process {first.pid} on" in printed and "Traceback" not in printed
     assert not (tmp_path / "trained").exists() and not (tmp_path / "ENDED").exists()
     assert first.poll() is None and not (tmp_path / "attempts/1-0/node1.json").exists()
     first.send_signal(signal.SIGINT)
@@ -79,11 +79,11 @@ def test_a_second_start_in_a_run_folder_leaves_the_first_alone(tmp_path: Path, r
 def test_checkpoints_of_which_none_is_whole_end_the_chain(tmp_path: Path) -> None:
     for name in ("iter_0000005", "iter_0000010"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    code, told, said = end(tmp_path, start(tmp_path, ["touch", str(tmp_path / "started")]))
-    assert (code, told["verdict"]) == (2, "configuration")
+    code, report, printed = end(tmp_path, start(tmp_path, ["touch", str(tmp_path / "started")]))
+    assert (code, report["verdict"]) == (2, "configuration")
     assert "would start from random weights" in (tmp_path / "ENDED").read_text()
     assert not (tmp_path / "started").exists()
-    assert "Traceback" not in said
+    assert "Traceback" not in printed
 
 
 # torchrun's place: it ignores SIGTERM and waits for two ranks; each says that it is there.
@@ -119,8 +119,8 @@ def test_sigterm_reaches_the_ranks_and_the_attempt_was_stopped(tmp_path: Path) -
     agent = start(tmp_path, torchrun(tmp_path, SLEEP))
     ranks = pids(tmp_path)
     agent.terminate()
-    code, told, _ = end(tmp_path, agent)
-    assert (code, told["verdict"]) == (143, "stopped")
+    code, report, _ = end(tmp_path, agent)
+    assert (code, report["verdict"]) == (143, "stopped")
     assert not any(psutil.pid_exists(pid) for pid in ranks)
 
 
@@ -130,8 +130,8 @@ def test_ranks_that_save_on_sigterm_end_the_attempt_in_order(tmp_path: Path) -> 
     agent = start(tmp_path, torchrun(tmp_path, block + saves))
     pids(tmp_path)
     agent.terminate()
-    code, told, _ = end(tmp_path, agent)
-    assert (code, told["verdict"]) == (0, "saved")
+    code, report, _ = end(tmp_path, agent)
+    assert (code, report["verdict"]) == (0, "saved")
     assert (tmp_path / "saved").exists()
 
 
@@ -143,8 +143,8 @@ def test_a_node_that_slurm_ends_because_another_failed_says_so(tmp_path: Path) -
     agent = start(tmp_path, torchrun(tmp_path, SLEEP))
     pids(tmp_path)
     agent.terminate()
-    code, told, _ = end(tmp_path, agent)
-    assert (code, told["verdict"], told["error"]) == (1, "failed", error)
+    code, report, _ = end(tmp_path, agent)
+    assert (code, report["verdict"], report["error"]) == (1, "failed", error)
 
 
 def test_nothing_outlives_the_agent(tmp_path: Path) -> None:
@@ -155,8 +155,8 @@ def test_nothing_outlives_the_agent(tmp_path: Path) -> None:
     helpers = [wait_for(psutil.Process(pid).children)[0] for pid in (first, second)]
     for pid in (first, second):
         os.kill(pid, signal.SIGKILL)
-    code, told, _ = end(tmp_path, agent)
-    assert (code, told["verdict"]) == (1, "failed")
+    code, report, _ = end(tmp_path, agent)
+    assert (code, report["verdict"]) == (1, "failed")
     assert not any(helper.is_running() for helper in helpers)
 
 
@@ -165,10 +165,10 @@ def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
     agent = start(tmp_path, torchrun(tmp_path, SLEEP))
     ranks = pids(tmp_path)
     agent.send_signal(signal.SIGINT)
-    code, told, said = end(tmp_path, agent)
-    assert (code, told["verdict"]) == (143, "stopped")
+    code, report, printed = end(tmp_path, agent)
+    assert (code, report["verdict"]) == (143, "stopped")
     assert not any(psutil.pid_exists(pid) for pid in ranks)
-    assert "Traceback" not in said
+    assert "Traceback" not in printed
 
 
 def test_a_hang_is_found_dumped_and_ended_even_where_a_rank_is_stopped(tmp_path: Path) -> None:
@@ -185,10 +185,10 @@ def test_a_hang_is_found_dumped_and_ended_even_where_a_rank_is_stopped(tmp_path:
             heartbeat.flush()
             time.sleep(0.5)
     assert agent.poll() is None
-    code, told, said = end(tmp_path, agent)
-    assert (code, told["verdict"], told["iteration"]) == (75, "hang", 3)
+    code, report, printed = end(tmp_path, agent)
+    assert (code, report["verdict"], report["iteration"]) == (75, "hang", 3)
     assert time.monotonic() - started < 100
-    assert "no iteration for" in said and "stacks of 2 ranks" in said
+    assert "no iteration for" in printed and "stacks of 2 ranks" in printed
     for number in (0, 1):
         dump = (tmp_path / f"attempts/1-0/hang/node1-rank{number}.txt").read_text()
         assert "waits_in_vain" in dump
@@ -202,14 +202,14 @@ def test_a_start_that_takes_too_long_is_a_hang(tmp_path: Path, metrics: str | No
     if metrics:
         (tmp_path / "watch").mkdir()
         (tmp_path / "watch/metrics.jsonl").write_text(metrics)
-    code, told, _ = end(tmp_path, start(tmp_path, ["sleep", "600"], minutes=1 / 60, hang_minutes=10))
-    assert (code, told["verdict"]) == (75, "hang")
+    code, report, _ = end(tmp_path, start(tmp_path, ["sleep", "600"], minutes=1 / 60, hang_minutes=10))
+    assert (code, report["verdict"]) == (75, "hang")
 
 
 def test_the_agents_import_brings_no_torch() -> None:
     code = "import sys, s3_megatron.jobs.node.__main__, s3_megatron.jobs.node.health; print('torch' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert said.stdout == "False\n"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert printed.stdout == "False\n"
 
 
 def test_a_node_that_has_dumped_waits_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_two_nodes_are_measured(tmp_path: Path) -> None:
     assert "GB/s over 2 ranks, 8 MiB" in good.stdout and "GB/s  node0 - node1" in good.stdout
     assert not (tmp_path / "attempts").exists()
 
-    # Nobody says which of two clocks is right: both are as far from the median.
+    # Which of two clocks is right is unknown: both are as far from the median.
     flags = [*flags[:-1], "20", "--floor-gbps", "1e6"]
     bad = torchrun([str(tmp_path / "nodes.py"), "s3_megatron.train.allreduce", "skewed", *flags], nproc=2, timeout=250)
     assert bad.returncode == 1 and "exitcode  : 3" in bad.stderr, bad.stderr[-3000:]

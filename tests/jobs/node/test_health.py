@@ -55,7 +55,7 @@ def test_good_gpus(tools: Path) -> None:
     assert {name: state for name, (state, _) in found.items()} == dict.fromkeys(
         ["gpus", "ecc", "gpu processes", "xid"], "ok"
     )
-    assert "ever: 3 0" in found["ecc"][1], "mended by remapping rows: said, not held against it"
+    assert "ever: 3 0" in found["ecc"][1], "mended by remapping rows: reported, not held against it"
 
 
 def test_a_gpu_that_fell_off_the_bus(tools: Path) -> None:
@@ -138,7 +138,7 @@ def test_without_nvidia_smi_nothing_is_said_to_be_fine(monkeypatch: pytest.Monke
 
 
 def test_clocks_are_compared_where_the_file_server_stamps() -> None:
-    """The limit was 5 s whatever health.max_clock_skew_seconds said: that reached the all-reduce alone."""
+    """The limit was 5 s whatever health.max_clock_skew_seconds was: that reached the all-reduce alone."""
     assert check_clock(100.0, 104.0, "nfs4", limit=5).state == "ok"
     late = check_clock(100.0, 94.0, "nfs", limit=5)
     assert late.state == "error" and late.found == "-6.0 s from the file server's, at most 5 wanted"

@@ -1,4 +1,4 @@
-"""Who failed first, as torchrun's launcher tells it; test_training.py starts it for good."""
+"""Which rank failed first, as torchrun's launcher reports it; test_training.py starts it for real."""
 
 import json
 import os
@@ -49,29 +49,29 @@ def test_the_first_of_a_second_comes_first(tmp_path: Path, monkeypatch: pytest.M
     """torchelastic's times have whole seconds, so that rank 0's broken connection was as early as its cause."""
     lost = failure(tmp_path, 0, 1, "RuntimeError: connection closed by peer", at=0.6)
     cause = failure(tmp_path, 1, 2, "S3Error: there is no model 'x': give another", at=0.5)
-    code, told = failed(tmp_path, monkeypatch, lost, cause)
+    code, report = failed(tmp_path, monkeypatch, lost, cause)
     assert code == 2, "a configuration error"
-    assert [one["rank"] for one in told] == [5, 4]
-    assert told[0]["message"] == "there is no model 'x': give another"
-    assert told[1]["message"] == "RuntimeError: connection closed by peer"
+    assert [one["rank"] for one in report] == [5, 4]
+    assert report[0]["message"] == "there is no model 'x': give another"
+    assert report[1]["message"] == "RuntimeError: connection closed by peer"
 
     cause = failure(tmp_path, 1, 1, "OSError: a disk\nis full", at=0.5)
-    code, told = failed(tmp_path, monkeypatch, lost, cause)
-    assert (code, told[0]["message"]) == (1, "OSError: a disk")
+    code, report = failed(tmp_path, monkeypatch, lost, cause)
+    assert (code, report[0]["message"]) == (1, "OSError: a disk")
 
 
 def test_a_killed_rank_comes_before_what_came_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It leaves no file, so that its time is when torchrun looked, after the others had written theirs."""
     lost = failure(tmp_path, 0, 1, "RuntimeError: connection closed by peer", at=int(time.time()) - SECOND)
-    code, told = failed(tmp_path, monkeypatch, lost, failure(tmp_path, 1, -9), failure(tmp_path, 2, -15))
+    code, report = failed(tmp_path, monkeypatch, lost, failure(tmp_path, 1, -9), failure(tmp_path, 2, -15))
     assert code == 1
-    assert (told[0]["signal"], told[0]["message"]) == ("SIGKILL", "ended by SIGKILL")
-    assert told[-1]["signal"] == "SIGTERM", "torchrun sends it to those that are left"
+    assert (report[0]["signal"], report[0]["message"]) == ("SIGKILL", "ended by SIGKILL")
+    assert report[-1]["signal"] == "SIGTERM", "torchrun sends it to those that are left"
 
 
 def test_bad_nodes_keep_their_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, told = failed(tmp_path, monkeypatch, failure(tmp_path, 0, 3))
-    assert (code, told[0]["message"]) == (3, "ended with exit code 3; its log has the reason")
+    code, report = failed(tmp_path, monkeypatch, failure(tmp_path, 0, 3))
+    assert (code, report[0]["message"]) == (3, "ended with exit code 3; its log has the reason")
 
 
 LATE = """

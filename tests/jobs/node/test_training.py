@@ -47,10 +47,10 @@ def test_a_run_saves_when_asked_to_goes_on_and_saves_when_it_must_end(
     # As SLURM does it: to every process of the step, torchrun too.
     for process in (psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)):
         os.kill(process.pid, signal.SIGTERM)
-    code, told, said = end(tmp_path, agent, timeout=200)
-    assert (code, told["verdict"], told["error"]) == (0, "saved", None), said[-4000:]
+    code, report, printed = end(tmp_path, agent, timeout=200)
+    assert (code, report["verdict"], report["error"]) == (0, "saved", None), printed[-4000:]
     last = newest(tmp_path / "checkpoints").iteration
-    assert last is not None and last > saved and told["iteration"] == last
+    assert last is not None and last > saved and report["iteration"] == last
     assert (tmp_path / "checkpoints" / TRACKER).read_text() == str(last)
     assert not (tmp_path / "FINISHED").exists() and not (tmp_path / "ENDED").exists()
 
@@ -58,25 +58,27 @@ def test_a_run_saves_when_asked_to_goes_on_and_saves_when_it_must_end(
     # CheckpointException is no Exception, and every later start failed on it again.
     damaged = tmp_path / f"checkpoints/iter_{last:07d}"
     (damaged / "__1_0.distcp").write_bytes(bytes((damaged / "__1_0.distcp").stat().st_size))
-    code, told, said = end(tmp_path, train(tmp_path, "--train-iters", str(last + 1)), timeout=150)
-    assert (code, told["verdict"]) == (1, "failed"), said[-4000:]
-    assert told["error"]["message"].startswith(f"LoadError: {damaged} cannot be loaded: ")
-    assert "the next start tries the one before it" in told["error"]["message"]
+    code, report, printed = end(tmp_path, train(tmp_path, "--train-iters", str(last + 1)), timeout=150)
+    assert (code, report["verdict"]) == (1, "failed"), printed[-4000:]
+    assert report["error"]["message"].startswith(f"LoadError: {damaged} cannot be loaded: ")
+    assert "the next start tries the one before it" in report["error"]["message"]
 
     # The rest of the training starts from the one before, and comes to its end.
     steps = ("--train-iters", str(saved + 2), "--override-opt-param-scheduler", "--exit-on-missing-checkpoint")
-    code, told, said = end(tmp_path, train(tmp_path, *steps), timeout=300)
-    assert (code, told["verdict"], told["iteration"]) == (0, "finished", saved + 2), said[-4000:]
-    assert f"names '{last}', which is not whole (it could not be loaded (" in said
-    assert f": it now names iteration {saved}, the newest whole checkpoint" in said
+    code, report, printed = end(tmp_path, train(tmp_path, *steps), timeout=300)
+    assert (code, report["verdict"], report["iteration"]) == (0, "finished", saved + 2), printed[-4000:]
+    assert f"names '{last}', which is not whole (it could not be loaded (" in printed
+    assert f": it now names iteration {saved}, the newest whole checkpoint" in printed
     assert json.loads((tmp_path / "FINISHED").read_text())["iteration"] == saved + 2
 
 
 def test_flags_that_megatron_refuses_end_the_chain(tmp_path: Path) -> None:
     """Megatron's own answer is an AssertionError, as of a bug, which would be tried again and again."""
-    code, told, said = end(tmp_path, train(tmp_path, "--train-iters", "2", "--global-batch-size", "7"), timeout=300)
-    assert (code, told["verdict"]) == (2, "configuration"), said[-4000:]
-    assert told["error"]["message"].startswith("Megatron refuses the flags: ")
-    assert (tmp_path / "ENDED").read_text() == f"configuration error: {told['error']['message']}\n"
-    assert said.count("s3_megatron: error: Megatron refuses the flags") == 1
-    assert "Traceback" not in said.split("FAILED")[0]
+    code, report, printed = end(
+        tmp_path, train(tmp_path, "--train-iters", "2", "--global-batch-size", "7"), timeout=300
+    )
+    assert (code, report["verdict"]) == (2, "configuration"), printed[-4000:]
+    assert report["error"]["message"].startswith("Megatron refuses the flags: ")
+    assert (tmp_path / "ENDED").read_text() == f"configuration error: {report['error']['message']}\n"
+    assert printed.count("s3_megatron: error: Megatron refuses the flags") == 1
+    assert "Traceback" not in printed.split("FAILED")[0]

@@ -38,7 +38,7 @@ def test_the_interpreter_makes_it_available():
 
 
 def test_the_doctors_launch(monkeypatch):
-    """The doctor said "GPU: Triton" of any GPU that torch saw, and launched nothing on it."""
+    """The doctor printed "GPU: Triton" of any GPU that torch saw, and launched nothing on it."""
     assert trial.fault("cpu") is None
     with monkeypatch.context() as patch:
         patch.setattr(trial, "s3_step_", lambda *args, **kwargs: None)
