@@ -175,7 +175,8 @@ def _package(wheel: Path) -> str:
     return _normal(wheel.name.partition("-")[0])
 
 
-def _installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether this Python has a module, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # its parent
