@@ -49,14 +49,13 @@ def visit(out: Path, *words: str, **environment: str) -> subprocess.CompletedPro
 
 
 # What a bare Python with torch, numpy and scipy lacks, and the wheels do not bring.
-ABSENT = ["typer", "psutil", "pydantic", "omegaconf", "matplotlib", "megatron", "deepspeed", "pytest"]
+ABSENT = ["typer", "psutil", "pydantic", "omegaconf", "matplotlib", "megatron", "deepspeed", "transformers", "pytest"]
 BARE = f"""
-import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {ABSENT!r}:
-            raise ModuleNotFoundError("No module named " + name, name=name)
-sys.meta_path.insert(0, Missing())
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = classmethod(
+    lambda cls, name, *given: None if name.partition(".")[0] in {ABSENT!r} else find(name, *given)
+)
 """
 
 
