@@ -12,7 +12,7 @@ SCRIPTS = $(shell git ls-files --cached --others --exclude-standard | grep -v '\
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help venv demo evidence-quick gpu gpu-wheels test test-fast test-slurm test-hosts test-dist test-machines test-peers dist lint format sanitize clean
+.PHONY: help venv demo evidence-quick gpu gpu-evidence gpu-text gpu-wheels test test-fast test-slurm test-hosts test-dist test-machines test-peers dist lint format sanitize clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,13 @@ gpu: ## prove kernel and engines on this machine's GPU: 6 minutes (MINUTES=6 OUT
 
 gpu-wheels: $(STAMP) ## fill .whl/ with what a GPU machine without a network lacks: 22 MB
 	@$(BIN)/python -m benchmarks.gpu.wheels
+
+gpu-text: $(STAMP) ## fill .text.tar with the experiments' text, from Debian's packages: 18 MiB
+	@$(BIN)/python -m benchmarks.gpu.texts
+
+gpu-evidence: ## run docs/evidence.md's experiments on this machine's GPU: 8 minutes (MINUTES=8 OUT=runs/gpu-evidence; DRY=1: on the CPU)
+	@python=$(BIN)/python; if [ -d .whl ] && [ ! -e $(STAMP) ]; then python=python3; else $(MAKE) venv; fi; \
+	    exec $$python -m benchmarks.gpu.evidence $${MINUTES:+--minutes "$$MINUTES"} $${OUT:+--out "$$OUT"} $${DRY:+--dry}
 
 evidence-quick: $(STAMP) ## compare three optimizers on a toy, from plan to record: shows that it runs, under a minute
 	@exec $(BIN)/python -m s3_megatron.evidence.quick

@@ -55,7 +55,11 @@ CARRIED = {
     "py-spy": "py_spy",
     "bitsandbytes": "bitsandbytes",
     "torchao": "torchao",
+    "pytorch-optimizer": "pytorch_optimizer",
+    "schedulefree": "schedulefree",
 }
+# What make gpu-evidence takes of them; torch brings filelock.
+FOR_EVIDENCE = ("pytorch-optimizer", "schedulefree", "PyYAML", "rich", "markdown-it-py", "mdurl", "Pygments")
 OWN = ("rich", "psutil", "pytest", "pytest_timeout")  # without which there is no visit
 BUILT = "deepspeed"  # has no wheel of its own
 REPACKED = "bitsandbytes"  # 43 MB, with a library for every CUDA
@@ -129,7 +133,7 @@ def install(folder: Path, site: Path, limit: float) -> dict[str, str]:
     All that fit this Python: what the machine has of them is of other versions, which were not tried together. Returns
     the modules that are missing all the same, and why, in one line each.
     """
-    absent = {package: module for package, module in CARRIED.items() if not _installed(module)}
+    absent = {package: module for package, module in CARRIED.items() if not is_installed(module)}
     if not absent:
         return {}
     wheels = sorted(folder.glob("*.whl"))
@@ -156,6 +160,11 @@ def _unpack(wheels: list[Path], site: Path, limit: float) -> str | None:
     return None if done.returncode == 0 else " ".join((done.stdout + done.stderr).split())
 
 
+def carried(package: str, folder: Path = FOLDER) -> Path | None:
+    """Return the wheel of a package that is for this Python."""
+    return next((p for p in folder.glob("*.whl") if _package(p) == _normal(package) and _fits(p.name)), None)
+
+
 def _fits(name: str) -> bool:
     """Whether a wheel is for this Python, by its name."""
     ours = f"cp{sys.version_info.major}{sys.version_info.minor}"
@@ -166,7 +175,8 @@ def _package(wheel: Path) -> str:
     return _normal(wheel.name.partition("-")[0])
 
 
-def _installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether this Python has a module, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # its parent

@@ -176,7 +176,7 @@ def compare(
     if report:
         line(f"wrote {reports.write(asked, folder)}")
         return
-    count = 1 if device == "cuda" else workers or machine.cores()
+    count = workers or (1 if device == "cuda" else machine.cores())
     whole = run(asked, folder, console, device=device, minutes=minutes, workers=count, dry_run=dry_run)
     if not dry_run:
         line(f"{folder} is whole" if whole else f"{folder} has cells to run yet: the same command goes on")

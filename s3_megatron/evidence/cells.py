@@ -1,6 +1,5 @@
 """Cells: single training runs, and the file that keeps what came of them."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -14,7 +13,7 @@ from typing import Any
 
 import s3_megatron
 from s3_megatron.errors import S3Error
-from s3_megatron.evidence.experiments import Experiment, Setup
+from s3_megatron.evidence.experiments import Experiment, Setup, rules
 
 type Result = dict[str, Any]
 
@@ -38,7 +37,7 @@ class Cell:
     @cached_property
     def key(self) -> str:
         """Name the run, for ever: 16 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(rules(self), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def configuration(self) -> tuple[float, str]:

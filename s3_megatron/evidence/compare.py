@@ -2,9 +2,11 @@
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from filelock import FileLock, Timeout
@@ -14,8 +16,9 @@ from rich.table import Table
 from s3_megatron.errors import S3Error
 from s3_megatron.evidence import text
 from s3_megatron.evidence.cells import Cell, CellsFile
+from s3_megatron.evidence.contenders import CONTENDERS
 from s3_megatron.evidence.experiments import Experiment, Setup
-from s3_megatron.evidence.plan import Plan
+from s3_megatron.evidence.plan import Plan, dumps
 from s3_megatron.evidence.workers import Workers
 from s3_megatron.jobs.progress import run_line
 
@@ -25,14 +28,29 @@ MOST_MEMBERS = 128
 
 @dataclass
 class Costs:
-    """Seconds of a step of one member, by setup and optimizer, as measured here."""
+    """Seconds of a stack's step by the stack's kind and number of members, as measured here."""
 
-    members: int
-    seconds: dict[tuple[str, str], float] = field(default_factory=dict)
+    members: int  # of a stack at most
+    seconds: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
 
-    def of(self, cells: Sequence[Cell]) -> float:
+    def add(self, stack: Sequence[Cell], seconds: float) -> None:
+        """Take down what a step of a stack took."""
+        self.seconds.setdefault(kind(stack[0]), {})[len(stack)] = seconds
+
+    def of(self, stack: Sequence[Cell]) -> float:
         """Expect the seconds of a stack: nothing where its kind was not measured."""
-        return sum(self.seconds.get(kind(cell), 0.0) * cell.setup.steps for cell in cells)
+        return self.step(kind(stack[0]), len(stack)) * stack[0].setup.steps
+
+    def step(self, its: tuple[str, str], members: int) -> float:
+        """Expect the seconds of a step: straight lines between the sizes measured, in proportion beyond them."""
+        known = sorted(self.seconds.get(its, {}).items())
+        below = [point for point in known if point[0] <= members]
+        above = [point for point in known if point[0] >= members]
+        if not below or not above:
+            size, seconds = known[-1] if below else known[0] if above else (members, 0.0)
+            return seconds * max(1.0, members / size)
+        (low, least), (high, most) = below[-1], above[0]
+        return least if low == high else least + (most - least) * (members - low) / (high - low)
 
 
 def kind(cell: Cell) -> tuple[str, str]:
@@ -50,22 +68,25 @@ def stacks(cells: Iterable[Cell], members: int) -> Iterator[list[Cell]]:
             yield sorted(some, key=lambda cell: (cell.contender, cell.configuration))  # equals side by side
 
 
-def members_that_fit(setups: Iterable[Setup], device: str) -> int:
-    """Estimate how many members a stack may have.
+def members_that_fit(setups: Iterable[Setup], device: str, workers: int) -> int:
+    """Estimate how many members a stack may have, beside those of the other workers.
 
     On a CPU, one: a stack of 4 was 6% faster a member there, one of 16 slower, and a kill loses more.
     """
     if device == "cpu":
         return 1
-    free, _ = torch.cuda.mem_get_info()
+    free = torch.cuda.mem_get_info()[0] * 0.8 / workers
     # Weights, gradients, two states, and copies for |u|; a token's activations: some 40 widths a block, and its logits.
     largest = max(
         4 * (7 * s.model.parameters() + s.batch * s.length * (40 * s.layers * s.width + 4 * s.model.vocabulary))
         for s in setups
     )
-    if free * 0.8 < largest:
-        raise S3Error(f"a member needs about {largest / 2**30:.1f} GiB, and the GPU has {free / 2**30:.1f} free")
-    return min(MOST_MEMBERS, int(free * 0.8 / largest))
+    if free < largest:
+        raise S3Error(
+            f"a run needs about {largest / 2**30:.1f} GiB, and each of {workers} workers may have {free / 2**30:.1f} "
+            "of the GPU's free memory: end what else is on it, or give fewer --workers"
+        )
+    return min(MOST_MEMBERS, int(free / largest))
 
 
 def compare(
@@ -85,10 +106,10 @@ def compare(
     """
     deadline = time.monotonic() + 60 * minutes
     plan = Plan(experiment, text.load(experiment.text).sha256)
-    members = members_that_fit(experiment.setups.values(), device)
+    members = members_that_fit(experiment.setups.values(), device, workers)
     with Workers(workers, experiment.text, device, deadline) as pool:
         if dry_run:
-            console.print(budget(plan, _probe(plan, pool, members), workers))
+            console.print(budget(plan, _probe(plan, pool, members, deadline), workers))
             return False
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -96,7 +117,7 @@ def compare(
                 cells = CellsFile(folder / "cells.jsonl", experiment, plan.text)
                 if not plan.ready(cells.results):
                     return True
-                costs = _probe(plan, pool, members)
+                costs = _probe(plan, pool, members, deadline)
                 console.print(budget(plan, costs, workers))
                 _run(plan, pool, cells, costs, deadline, console)
         except Timeout:
@@ -104,19 +125,26 @@ def compare(
     return not plan.ready(cells.results)
 
 
-def _probe(plan: Plan, pool: Workers, members: int) -> Costs:
-    """Time the first steps of each kind of stack, on all workers at once as later."""
-    waiting: dict[tuple[str, str], list[Cell]] = {}
+def _probe(plan: Plan, pool: Workers, members: int, deadline: float) -> Costs:
+    """Time the first steps of each kind of stack, on all workers at once as later: with one member, and with many."""
+    counts: Counter[tuple[str, str]] = Counter()
+    single: dict[tuple[str, str], Cell] = {}
     for name, setup in plan.pairs():
         entry = plan.experiment.contenders[name]
-        cell = plan.cell(name, setup, (entry.rates[0], "{}"), plan.experiment.seeds[0])
-        waiting.setdefault(kind(cell), [cell] * members)
-    costs, todo = Costs(members), list(waiting.values())
-    while todo or pool.cells:
-        while todo and pool.free:
-            pool.probe(todo.pop())
+        cell = plan.cell(name, setup, (entry.rates[0], dumps(entry.settings)), plan.experiment.seeds[0])
+        single.setdefault(kind(cell), cell)
+        counts[kind(cell)] += plan.runs(name)
+    todo = [[cell] for cell in single.values()]
+    for its, cell in single.items():
+        if (most := min(members, counts[its])) > 1 and CONTENDERS[cell.optimizer].stacked:
+            todo.append([cell] * most)
+    costs = Costs(members)
+    while pool.cells or (todo and time.monotonic() < deadline):
+        while todo and pool.free and time.monotonic() < deadline:
+            pool.probe(todo.pop(0))
         for cells, seconds in pool.finished(1.0):
-            costs.seconds[kind(cells[0])] = seconds / len(cells)
+            if seconds is not None:
+                costs.add(cells, seconds)
     return costs
 
 
@@ -127,8 +155,11 @@ def budget(plan: Plan, costs: Costs, workers: int) -> Table:
         table.add_column(heading, justify="left" if heading == "setup" else "right")
     for name, count in plan.total().items():
         setup = plan.experiment.setups[name]
-        seconds = [s for (its, _), s in costs.seconds.items() if its == name]
-        mean = sum(seconds) / len(seconds)
+        kinds = {its: max(by) for its, by in costs.seconds.items() if its[0] == name}
+        if not kinds:  # the time was over before
+            table.add_row(name, str(count), *["-"] * 3)
+            continue
+        mean = fmean(costs.step(its, size) / size for its, size in kinds.items())  # of a run in a full stack
         operations = count * setup.model.operations(setup.steps * setup.batch * setup.length)
         minutes = count * setup.steps * mean / workers / 60
         table.add_row(name, str(count), f"{operations:.1e}", f"{1e3 * mean:.1f}", f"{minutes:.1f}")
@@ -153,8 +184,7 @@ def _run(plan: Plan, pool: Workers, file: CellsFile, costs: Costs, deadline: flo
                 if results is None:
                     continue
                 file.add(results)
-                took = time.monotonic() - began[cells[0].key]
-                costs.seconds[kind(cells[0])] = took / len(cells) / cells[0].setup.steps
+                costs.add(cells, (time.monotonic() - began[cells[0].key]) / cells[0].setup.steps)
                 ready = plan.ready(file.results)
             done = sum(plan.experiment.setups[result["setup"]].steps for result in file.results.values())
             line.advance(

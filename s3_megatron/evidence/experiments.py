@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -13,6 +15,10 @@ import yaml
 from s3_megatron.errors import S3Error
 from s3_megatron.evidence.contenders import CONTENDERS
 from s3_megatron.evidence.stack import Model
+
+# Marks a setting that came after the first experiment had begun: at its default it is left out of the hash of the
+# rules, so that older cells go on.
+LATER = {"later": True}
 
 # Through the link to the project's configs/ that jobs has, so that a wheel brings them along.
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs" / "experiments"
@@ -89,6 +95,8 @@ class Tuning:
 
     seed: int
     runs: int
+    # Few rounds of many runs, for a card, where runs side by side cost little; the rule is in docs/evidence.md.
+    wide: bool = field(default=False, metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -132,9 +140,19 @@ class Experiment:
     @property
     def sha256(self) -> str:
         """The hash of all that decides a run or a ranking; what title, paper and comments say does not."""
-        content = dataclasses.asdict(self)
+        content = rules(self)
         del content["title"], content["paper"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def rules(part: Any) -> Any:
+    """Return a dataclass as dicts and lists without what is LATER and at its default."""
+    if dataclasses.is_dataclass(part):
+        kept = [f for f in dataclasses.fields(part) if not f.metadata or getattr(part, f.name) != f.default]
+        return {f.name: rules(getattr(part, f.name)) for f in kept}
+    if isinstance(part, dict):
+        return {key: rules(value) for key, value in part.items()}
+    return [rules(value) for value in part] if isinstance(part, list) else part
 
 
 def source(name: str) -> Path:
@@ -159,10 +177,34 @@ def load(name: str) -> Experiment:
     try:
         if not isinstance(content, dict):
             raise S3Error("it must be a mapping of settings")
+        if isinstance(content.get("contenders"), dict):
+            content["contenders"] = dict(_expanded(content["contenders"]))
         experiment: Experiment = _build(Experiment, {"name": path.stem, **content}, "")
         return experiment
     except S3Error as error:
         raise S3Error(f"{path.name}: {error}") from None
+
+
+def _expanded(contenders: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Make a contender of each combination of an entry's ``each``, a list of values by setting.
+
+    It is named by them: s3-p2-beta0.95-no-nesterov.
+    """
+    for name, entry in contenders.items():
+        if not isinstance(entry, dict) or "each" not in entry:
+            yield name, entry
+            continue
+        rest = {key: value for key, value in entry.items() if key != "each"}
+        each = entry["each"]
+        if not isinstance(each, dict) or not all(isinstance(values, list) for values in each.values()):
+            raise S3Error(f"contenders.{name}.each is {each!r}: it must be a mapping of settings to lists of values")
+        for values in itertools.product(*each.values()):
+            chosen = dict(zip(each, values, strict=True))
+            words = (
+                f"no-{key}" if value is False else key if value is True else f"{key}{value}"
+                for key, value in chosen.items()
+            )
+            yield "-".join([name, *words]), {**rest, "settings": {**rest.get("settings", {}), **chosen}}
 
 
 def _build(kind: Any, value: Any, at: str) -> Any:

@@ -13,8 +13,9 @@ from s3_megatron.evidence import statistics
 from s3_megatron.evidence.cells import Cell, Result, check_head, read_lines
 from s3_megatron.evidence.experiments import Experiment
 from s3_megatron.evidence.plan import Plan, loss_of
-from s3_megatron.evidence.statistics import Paired
+from s3_megatron.evidence.statistics import Paired, Width
 
+FAR = 0.3  # nats
 RECOVERED_LOSS, RECOVERED_UPDATE, RECOVERED_STEPS = 0.02, 0.10, 16
 
 
@@ -44,6 +45,11 @@ class Row:
     def diverged(self) -> int:
         """How many runs diverged."""
         return sum(result["diverged"] is not None for result in self.results)
+
+    @property
+    def mean(self) -> float:
+        """The mean final loss of the seeds there are."""
+        return plain.fmean(self.losses.values())
 
 
 @dataclass(frozen=True)
@@ -140,17 +146,38 @@ class Findings:
         """Compare every rival with the reference, at best configurations; empty without tuning."""
         if self.experiment.tuning is None:
             return []
-        ours, ranked = self.final(self.experiment.reference, setup), []
-        for name in self.experiment.contenders:
-            if name == self.experiment.reference:
-                continue
-            theirs = self.final(name, setup)
-            left, right = theirs[0].losses if theirs else {}, ours[0].losses if ours else {}
-            seeds = [seed for seed in self.experiment.seeds if seed in left and seed in right]
-            paired = statistics.paired([left[s] for s in seeds], [right[s] for s in seeds])
-            ranked.append(Ranked(name, setup, paired, len(self.experiment.seeds), math.nan))
+        reference, seeds = self.experiment.reference, len(self.experiment.seeds)
+        rivals = [name for name in self.experiment.contenders if name != reference]
+        ranked = [Ranked(name, setup, self.paired(name, reference, setup), seeds, math.nan) for name in rivals]
         whole = [r.paired.beyond if r.paired.pairs == r.wanted else math.nan for r in ranked]
         return [replace(r, adjusted=p) for r, p in zip(ranked, statistics.holm(whole), strict=True)]
+
+    def best(self, name: str, setup: str) -> Row | None:
+        """A contender's final row with its best configuration; without tuning, the best of those that are whole."""
+        rows = self.final(name, setup)
+        if self.experiment.tuning:
+            return next(iter(rows), None)
+        return min((row for row in rows if len(row.results) == row.wanted), key=lambda row: row.mean, default=None)
+
+    def paired(self, name: str, other: str, setup: str) -> Paired:
+        """Compare two contenders' best rows over the seeds that both have; positive differences speak for ``other``."""
+        rows = self.best(name, setup), self.best(other, setup)
+        left, right = (row.losses if row else {} for row in rows)
+        seeds = [seed for seed in self.experiment.seeds if seed in left and seed in right]
+        return statistics.paired([left[seed] for seed in seeds], [right[seed] for seed in seeds])
+
+    def far_behind(self, setup: str) -> dict[str, float]:
+        """Contenders whose lowest mean loss is more than FAR over the median of the others', and by how much."""
+        lowest: dict[str, float] = {}
+        for row in self.rows:
+            if row.setup == setup and row.results:
+                lowest[row.contender] = min(row.mean, lowest.get(row.contender, math.inf))
+        gaps = {
+            name: loss - plain.median(theirs for other, theirs in lowest.items() if other != name)
+            for name, loss in lowest.items()
+            if len(lowest) > 1
+        }
+        return {name: gap for name, gap in gaps.items() if gap > FAR}
 
     def by_rate(self, name: str, setup: str) -> dict[float, list[Result]]:
         """A contender's runs at each rate: with tuning, those with the tuning seed at the best settings."""
@@ -163,6 +190,11 @@ class Findings:
             settings = best[1] if best else min(rows, key=lambda row: loss_of(row.results[0])).settings
             rows = [row for row in rows if row.settings == settings]
         return {row.rate: row.results for row in sorted(rows, key=lambda row: row.rate)}
+
+    def width(self, name: str, setup: str) -> Width:
+        """The range of rates that are as good as a contender's best, over by_rate's runs; there must be some."""
+        runs = self.by_rate(name, setup)
+        return statistics.width({rate: plain.fmean(map(final_loss, some)) for rate, some in runs.items()})
 
     def recoveries(self) -> list[Recovery]:
         """Compare each kicked run that is finished with its twin that was not."""

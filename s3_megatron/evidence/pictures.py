@@ -16,13 +16,15 @@ from s3_megatron.evidence.findings import Findings
 from s3_megatron.files import write_file
 
 MARKERS = "osD^vP*X"
+HEIGHT = 4.6  # inches of a row
+MOST_NAMES = 16  # in a legend
 
 
 def draw(found: Findings, folder: Path) -> list[str]:
     """Draw what the cells suffice for, into ``folder``; returns the names of the files."""
     drawn = []
     for name, picture in PICTURES.items():
-        figure = Figure(figsize=(11, 4.6), dpi=110, layout="constrained")
+        figure = Figure(figsize=(11, HEIGHT), dpi=110, layout="constrained")
         FigureCanvasAgg(figure)
         if picture(found, figure):
             figure.suptitle(f"{found.experiment.title}: {found.finished} of {found.total} cells", fontsize=11)
@@ -36,29 +38,38 @@ def draw(found: Findings, folder: Path) -> list[str]:
 
 
 def _rates(found: Findings, figure: Figure) -> bool:
-    setup = next(iter(found.experiment.setups))
-    runs = {name: by for name in found.experiment.contenders if len(by := found.by_rate(name, setup)) > 1}
-    if not runs:
+    drawn = {}
+    for setup in found.experiment.setups:
+        runs = {name: by for name in found.experiment.contenders if len(by := found.by_rate(name, setup)) > 1}
+        if runs:
+            drawn[setup] = runs
+    if not drawn:
         return False
-    losses, spikes = figure.subplots(1, 2)
-    best = math.inf
-    for name, by in runs.items():
-        style = _style(found, name)
-        means = [fmean(map(findings.final_loss, some)) for some in by.values()]
-        best = min(best, *means)
-        losses.plot(list(by), means, label=name, **style)
-        if any(len(some) > 1 for some in by.values()):
-            low = [min(map(findings.final_loss, some)) for some in by.values()]
-            high = [max(map(findings.final_loss, some)) for some in by.values()]
-            losses.fill_between(list(by), low, high, color=style["color"], alpha=0.15, linewidth=0)
-        spikes.plot(list(by), [fmean(len(r["spikes"]) for r in some) for some in by.values()], **style)
-    losses.set_ylim(best - 0.02, best + 0.5)  # what diverged is above
-    which = "one run each, by the tuning seed" if found.experiment.tuning else "mean over the seeds, and their range"
-    _dress(losses, f"final validation loss, nats: {which}", "peak rate")
-    _dress(spikes, "spikes a run", "peak rate")
-    for axes in (losses, spikes):
-        axes.set_xscale("log")
-    losses.legend(frameon=False, fontsize=8)
+    figure.set_figheight(HEIGHT * len(drawn))
+    grid = figure.subplots(len(drawn), 2, squeeze=False, sharex=True)
+    for (setup, runs), (losses, spikes) in zip(drawn.items(), grid, strict=True):
+        best = math.inf
+        for name, by in runs.items():
+            style = _style(found, name)
+            means = [fmean(map(findings.final_loss, some)) for some in by.values()]
+            best = min(best, *means)
+            losses.plot(list(by), means, label=name, **style)
+            if any(len(some) > 1 for some in by.values()):
+                low = [min(map(findings.final_loss, some)) for some in by.values()]
+                high = [max(map(findings.final_loss, some)) for some in by.values()]
+                losses.fill_between(list(by), low, high, color=style["color"], alpha=0.15, linewidth=0)
+            spikes.plot(list(by), [fmean(len(r["spikes"]) for r in some) for some in by.values()], **style)
+        losses.set_ylim(best - 0.02, best + 0.5)  # what diverged is above
+        which = (
+            "one run each, by the tuning seed" if found.experiment.tuning else "mean over the seeds, and their range"
+        )
+        at = f"{setup}: " if len(found.experiment.setups) > 1 else ""
+        _dress(losses, f"{at}final validation loss, nats: {which}", "peak rate")
+        _dress(spikes, f"{at}spikes a run", "peak rate")
+        for axes in (losses, spikes):
+            axes.set_xscale("log")
+    if len(found.experiment.contenders) <= MOST_NAMES:
+        grid[0][0].legend(frameon=False, fontsize=8)
     return True
 
 

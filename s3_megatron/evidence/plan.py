@@ -29,8 +29,9 @@ class _Missing(Exception):
 class _Search:
     """The rule of tuning in docs/evidence.md, replayed over the losses that there are."""
 
-    def __init__(self, entry: Entry, budget: int, factor: float, losses: Mapping[Configuration, float]) -> None:
-        self.entry, self.budget, self.factor, self.losses = entry, budget, factor, losses
+    def __init__(self, entry: Entry, tuning: Tuning, factor: float, losses: Mapping[Configuration, float]) -> None:
+        self.entry, self.budget, self.factor, self.losses = entry, tuning.runs, factor, losses
+        self.is_wide = tuning.wide
         self.tried: list[Configuration] = []
         self.wanted: list[Configuration] = []
 
@@ -39,17 +40,42 @@ class _Search:
         return min(self.tried, key=lambda tried: self.losses[tried])
 
     def run(self) -> None:
-        self.sweep([(rate, _dumps(self.entry.settings)) for rate in self.entry.rates])
+        self.sweep([(rate, dumps(self.entry.settings)) for rate in self.entry.rates])
         while self.left and (beyond := self.beyond()) is not None:
             self.sweep([(beyond, self.best[1])])
+        if self.is_wide:
+            self.finish_wide()
+        else:
+            self.finish()
+
+    def finish(self) -> None:
+        """Steps 2 and 3, one after the other."""
         for name, values in self.entry.sweep.items():
             rate, settings = self.best
-            self.sweep([(rate, _dumps({**json.loads(settings), name: value})) for value in values])
+            self.sweep([(rate, dumps({**json.loads(settings), name: value})) for value in values])
         for exponent in itertools.chain((1, 1 / 2), (2.0**-i for i in range(2, 12))):
             if not self.left:
                 return
             rate, settings = self.best
             self.sweep([(round_rate(rate * self.factor**power), settings) for power in (exponent, -exponent)])
+
+    def finish_wide(self) -> None:
+        """Steps 2 and 3 in three rounds: every value alone, the best ones together, and rates around the best run."""
+        rate, settings = default = self.best
+        changed = {
+            name: [(rate, dumps({**json.loads(settings), name: value})) for value in values]
+            for name, values in self.entry.sweep.items()
+        }
+        self.sweep([configuration for some in changed.values() for configuration in some])
+        together = json.loads(settings)
+        for name, some in changed.items():
+            tried = [default, *(configuration for configuration in some if configuration in self.tried)]
+            best = min(tried, key=self.losses.__getitem__)  # of equals the default
+            together[name] = json.loads(best[1]).get(name, together.get(name))
+        self.sweep([(rate, dumps(together))])
+        rate, settings = self.best
+        powers = [odd / 2**level for level in range(8) for odd in range(1, 2**level + 1, 2)]
+        self.sweep([(round_rate(rate * self.factor**power), settings) for p in powers for power in (p, -p)])
 
     @property
     def left(self) -> int:
@@ -74,7 +100,7 @@ class _Search:
 
 def tune(entry: Entry, tuning: Tuning, factor: float, losses: Mapping[Configuration, float]) -> Tuned:
     """Say what tuning has to run next, given the final losses (inf where a run diverged) of what it has run."""
-    search = _Search(entry, tuning.runs, factor, losses)
+    search = _Search(entry, tuning, factor, losses)
     try:
         search.run()
     except _Missing:
@@ -122,7 +148,7 @@ class Plan:
         """
         experiment, entry = self.experiment, self.experiment.contenders[name]
         if experiment.tuning is None:
-            settings = _dumps(entry.settings)
+            settings = dumps(entry.settings)
             configurations = {(rate, settings): experiment.seeds for rate in entry.rates}
         else:
             best = self.tuned(name, setup, results).best
@@ -150,15 +176,17 @@ class Plan:
                 cells += [cell for some in final.values() for cell in some]
         return [cell for cell in cells if cell.key not in results]
 
+    def runs(self, name: str) -> int:
+        """Count a contender's cells in each setup, finished or not."""
+        experiment = self.experiment
+        if experiment.tuning is None:
+            return len(experiment.contenders[name].rates) * len(experiment.seeds)
+        return experiment.tuning.runs + len(experiment.seeds) + 2 * experiment.neighbours
+
     def total(self) -> dict[str, int]:
         """Count the cells of each setup, finished or not."""
-        experiment, counts = self.experiment, dict.fromkeys(self.experiment.setups, 0)
-        for name, setup in self.pairs():
-            if experiment.tuning is None:
-                counts[setup] += len(experiment.contenders[name].rates) * len(experiment.seeds)
-            else:
-                counts[setup] += experiment.tuning.runs + len(experiment.seeds) + 2 * experiment.neighbours
-        return counts
+        each = sum(map(self.runs, self.experiment.contenders))
+        return dict.fromkeys(self.experiment.setups, each)
 
 
 def loss_of(result: Result) -> float:
@@ -167,5 +195,6 @@ def loss_of(result: Result) -> float:
     return math.inf if loss is None or result["diverged"] is not None else loss
 
 
-def _dumps(settings: dict[str, Any]) -> str:
+def dumps(settings: dict[str, Any]) -> str:
+    """Write settings as cells have them."""
     return json.dumps(settings, sort_keys=True)

@@ -25,6 +25,11 @@ def text() -> bytes:
     return (topics * (size // len(topics) + 1))[: size + 1]
 
 
+def write_corpus(path: Path) -> None:
+    """Write that text where an experiment reads it."""
+    write_file(path, lzma.compress(text(), preset=0))
+
+
 def run(folder: Path, console: Console) -> Path:
     """Run the experiment from nothing, and pack its record; returns the record's folder.
 
@@ -32,7 +37,7 @@ def run(folder: Path, console: Console) -> Path:
         S3Error: it is not whole at the end.
     """
     experiment = experiments.load(NAME)
-    write_file(Path(experiment.text), lzma.compress(text(), preset=0))
+    write_corpus(Path(experiment.text))
     shutil.rmtree(folder, ignore_errors=True)
     if not compare(experiment, folder, console, device="cpu", minutes=math.inf, workers=machine.cores()):
         raise S3Error(f"{folder} has cells to run yet, and nothing was to stop it")

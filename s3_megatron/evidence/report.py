@@ -1,19 +1,12 @@
 """report.md: an experiment's figures, each from cells that are named, and what is missing."""
 
-import itertools
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, median
 
-from s3_megatron.evidence import findings, statistics
-from s3_megatron.evidence.cells import Result
+from s3_megatron.evidence import findings, horizons, tables
 from s3_megatron.evidence.experiments import Experiment
-from s3_megatron.evidence.findings import Findings, Ranked, Recovery
+from s3_megatron.evidence.findings import Findings
 from s3_megatron.files import write_file
-
-NOTHING = "-"
 
 
 def write(experiment: Experiment, folder: Path) -> Path:
@@ -39,20 +32,30 @@ def render(head: Mapping[str, str], found: Findings, pictures: Sequence[str] = (
     parts = [f"# {experiment.title}", state(found), "\n".join(origin(head, found))]
     for setup in experiment.setups:
         title = f" ({setup})" if len(experiment.setups) > 1 else ""
+        parts += list(suspects(found, setup))
         if experiment.tuning:
-            parts += [f"## Best configurations{title}", best(found, setup)]
-            parts += [f"## Differences to {experiment.reference}{title}", differences(found, setup)]
+            parts += [f"## Best configurations{title}", tables.best(found, setup)]
+            parts += [f"## Differences to {experiment.reference}{title}", tables.differences(found, setup)]
+        elif any(found.best(name, setup) for name in experiment.contenders):
+            parts += [f"## Best of the rates{title}", tables.best_of_rates(found, setup)]
         if any(row.results for row in found.rows if row.setup == setup):
-            parts += [f"## By rate{title}", by_rate(found, setup), f"## Width{title}", widths(found, setup)]
+            parts += [
+                f"## By rate{title}",
+                tables.by_rate(found, setup),
+                f"## Width{title}",
+                tables.widths(found, setup),
+            ]
+    if ratios := list(horizons.ratios(found)):
+        parts += ["## Steps ratio", tables.steps_ratio(found, ratios)]
     if recoveries := found.recoveries():
-        parts += ["## Recovery", recovered(recoveries)]
+        parts += ["## Recovery", tables.recovered(recoveries)]
     if experiment.paper:
-        parts += ["## The paper's figures", paper(experiment)]
+        parts += ["## The paper's figures", tables.paper(experiment)]
     parts += [f"![{name}]({name})" if name.endswith(".png") else name for name in pictures]
     if missing := list(not_run(found)):
         parts += ["## Not run yet", "\n".join(missing)]
     if found.finished:
-        parts += ["## Cells", cells(found)]
+        parts += ["## Cells", tables.cells(found)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -66,8 +69,8 @@ def state(found: Findings) -> str:
     if not of_all:
         return f"{whole} Nothing is ranked yet: no pair has all of its seeds."
     reference = found.experiment.reference
-    said = "; ".join(f"{r.contender}{_at(found, r.setup)}: {r.verdict}" for r in of_all)
-    return f"{whole} {len(of_all)} of {len(ranked)} pairs are ranked; {reference} against {said}."
+    verdicts = "; ".join(f"{r.contender}{_at(found, r.setup)}: {r.verdict}" for r in of_all)
+    return f"{whole} {len(of_all)} of {len(ranked)} pairs are ranked; {reference} against {verdicts}."
 
 
 def _at(found: Findings, setup: str) -> str:
@@ -85,97 +88,13 @@ def origin(head: Mapping[str, str], found: Findings) -> list[str]:
     return [*lines, f"- hours of training: {hours:.2f}"]
 
 
-def best(found: Findings, setup: str) -> str:
-    """The table of each contender's best configuration over the final seeds."""
-    rows = []
-    for name in found.experiment.contenders:
-        row = next(iter(found.final(name, setup)), None)
-        if row is None:
-            rows.append([name, "is being tuned", *[NOTHING] * 6])
-            continue
-        losses = list(row.losses.values())
-        edge = " (at the edge of the rates tried)" if found.at_edge(name, setup) else ""
-        figures = [_figure(fmean(losses) if losses else math.nan), _figure(statistics.deviation(losses))]
-        counts = [f"{len(losses)} of {row.wanted}", *figures, str(row.spikes), str(row.diverged)]
-        rows.append([name, f"{row.rate:g}{edge}", _settings(row.settings), *counts])
-    return table(["contender", "rate", "settings", "seeds", "mean", "std", "spikes", "diverged"], rows)
-
-
-def differences(found: Findings, setup: str) -> str:
-    """The table by which the reference is ranked against each rival."""
-    rows = [[r.contender, f"{r.paired.pairs} of {r.wanted}", *_test(r), r.verdict] for r in found.ranking(setup)]
-    note = (
-        f"The rival's loss minus {found.experiment.reference}'s, seed by seed: positive speaks for "
-        f"{found.experiment.reference}. Better or worse where the t-test's p of a difference of more than "
-        f"{statistics.MARGIN:g}, adjusted by Holm, is below {statistics.ALPHA:g}."
-    )
-    beyond = f"p beyond {statistics.MARGIN:g}"
-    tests = ["95% interval", "p", "p (Wilcoxon)", beyond, f"{beyond} (Holm)"]
-    headings = ["rival", "seeds", "mean", *tests, found.experiment.reference]
-    return f"{note}\n\n{table(headings, rows)}"
-
-
-def _test(ranked: Ranked) -> list[str]:
-    paired = ranked.paired
-    interval = f"{_figure(paired.low)} to {_figure(paired.high)}" if paired.low == paired.low else NOTHING
-    return [_figure(paired.mean), interval, *map(_p, (paired.p, paired.wilcoxon, paired.beyond, ranked.adjusted))]
-
-
-def by_rate(found: Findings, setup: str) -> str:
-    """The table of all configurations: loss, spikes and divergence against the rate."""
-    rows = []
-    for row in found.rows:
-        if row.setup != setup or not row.results:
-            continue
-        losses = list(row.losses.values())
-        kind = "tuning" if row.tuning else "final"
-        figures = [_figure(fmean(losses)), _figure(statistics.deviation(losses))]
-        counts = [f"{row.spikes / len(losses):.2f}", f"{row.diverged} of {len(losses)}"]
-        rows.append([row.contender, _settings(row.settings), f"{row.rate:g}", kind, *figures, *counts])
-    return table(["contender", "settings", "rate", "runs", "mean", "std", "spikes a run", "diverged"], rows)
-
-
-def widths(found: Findings, setup: str) -> str:
-    """The table of the rates that are as good as the best."""
-    rows = []
-    for name in found.experiment.contenders:
-        if runs := found.by_rate(name, setup):
-            w = statistics.width({rate: fmean(map(findings.final_loss, some)) for rate, some in runs.items()})
-            low, high = "<= " * w.open_low + f"{w.low:g}", ">= " * w.open_high + f"{w.high:g}"
-            rows.append([name, low, high, ">= " * (w.open_low or w.open_high) + f"{w.high / w.low:.3g}"])
-    which = "at the best settings, by the tuning seed" if found.experiment.tuning else "over the seeds there are"
-    note = f"Rates tried around the best whose loss is within {statistics.WITHIN:g} of it, {which}."
-    return f"{note}\n\n{table(['contender', 'lowest', 'highest', 'ratio'], rows)}"
-
-
-def recovered(recoveries: Iterable[Recovery]) -> str:
-    """The table of steps after one gradient times K until the loss, and |u|, are as without."""
-    ordered = sorted(recoveries, key=lambda r: (r.contender, r.kick))
-    rows = []
-    for (name, kick), group in itertools.groupby(ordered, key=lambda r: (r.contender, r.kick)):
-        some = list(group)
-        largest = f"{max(r.largest for r in some):.3g}"
-        rows.append(
-            [name, f"{kick:g}", str(len(some)), largest, _steps(r.loss for r in some), _steps(r.update for r in some)]
+def suspects(found: Findings, setup: str) -> Iterable[str]:
+    """A line for each contender that is implausibly far behind the others."""
+    for name, gap in found.far_behind(setup).items():
+        yield (
+            f"**Look for a fault first: {name}{_at(found, setup)} is {gap:.2f} nats behind the median of the others.** "
+            "At its best rate a working optimizer hardly is; until that is explained, no figure here speaks against it."
         )
-    note = "Steps are medians over the seeds, with the least and the most; never: not within the run."
-    headings = ["contender", "K", "seeds", "largest |u|", "steps, loss", "steps, mean |u|"]
-    return f"{note}\n\n{table(headings, rows)}"
-
-
-def _steps(values: Iterable[int | None]) -> str:
-    steps = sorted(math.inf if value is None else value for value in values)
-    middle, least, most = (f"{s:g}".replace("inf", "never") for s in (median(steps), steps[0], steps[-1]))
-    return middle if least == most else f"{middle} ({least} to {most})"
-
-
-def paper(experiment: Experiment) -> str:
-    """The paper's own figures, as the experiment's file has them."""
-    rows = [[name, figure] for name, figure in experiment.paper.items()]
-    note = (
-        "arXiv 2507.06464's, not ours: another model, other data, one run each. Its losses do not compare with these."
-    )
-    return f"{note}\n\n{table(['contender', 'the paper'], rows)}"
 
 
 def not_run(found: Findings) -> Iterable[str]:
@@ -196,40 +115,3 @@ def not_run(found: Findings) -> Iterable[str]:
         ]
         if parts:
             yield f"- {name}{_at(found, setup)}: {', '.join(parts)}"
-
-
-def cells(found: Findings) -> str:
-    """The table of single runs: key, what it is, and its loss."""
-    order = {name: place for place, name in enumerate(found.experiment.contenders)}
-    ordered = sorted(found.results.values(), key=lambda r: (r["setup"], order[r["contender"]], r["rate"], r["seed"]))
-    rows = [
-        [
-            *(r["key"], r["setup"], r["contender"], f"{r['rate']:g}", _settings(json.dumps(r["settings"]))),
-            *(str(r["seed"]), _figure(findings.final_loss(r)), str(len(r["spikes"])), _diverged(r)),
-        ]
-        for r in ordered
-    ]
-    headings = ["cell", "setup", "contender", "rate", "settings", "seed", "loss", "spikes", "diverged in step"]
-    return table(headings, rows)
-
-
-def table(headings: list[str], rows: Iterable[list[str]]) -> str:
-    """Lay out a table of Markdown."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _diverged(result: Result) -> str:
-    return NOTHING if result["diverged"] is None else str(result["diverged"])
-
-
-def _settings(settings: str) -> str:
-    return ", ".join(f"{key} {json.dumps(value)}" for key, value in json.loads(settings).items()) or NOTHING
-
-
-def _figure(value: float) -> str:
-    return NOTHING if math.isnan(value) else f"{value:.4f}"
-
-
-def _p(value: float) -> str:
-    return NOTHING if math.isnan(value) else f"{value:.2g}"

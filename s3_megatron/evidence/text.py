@@ -1,4 +1,4 @@
-"""The text of the runs: one compressed file, cut in two, and the order in which a seed reads it."""
+"""The text of the runs: compressed files, cut in two, and the order in which a seed reads them."""
 
 import hashlib
 import lzma
@@ -16,7 +16,12 @@ from s3_megatron.errors import S3Error
 from s3_megatron.files import user_folder, write_file
 
 BLOCK, EVERY = 16 << 10, 40  # of the blocks of this many bytes, every fortieth is for validation
-PACKAGES = {"gcide": ("dict-gcide", "usr/share/dictd/gcide.dict.dz")}
+# Debian's package of a text, and its files there: two dictionaries, and source code in Python.
+PACKAGES = {
+    "gcide": ("dict-gcide", "usr/share/dictd/gcide.dict.dz"),
+    "wordnet": ("dict-wn", "usr/share/dictd/wn.dict.dz"),
+    "sympy": ("python3-sympy", "usr/lib/python3/dist-packages/**/*.py"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,39 +53,52 @@ def folder() -> Path:
 
 
 def load(name: str) -> Text:
-    """Read the text of this name, or of this file (.xz), making it from Debian's package where it is missing.
+    """Read a text by its file's path (.xz) or its name, names joined by +, making what is missing of Debian's packages.
 
     Raises:
         S3Error: there is no such text, it cannot be made here, or the file is damaged.
     """
+    parts = [name] if name.endswith(".xz") else name.split("+")
+    return cut(b"".join(map(_read, parts)))
+
+
+def _read(name: str) -> bytes:
     path = Path(name) if name.endswith(".xz") else folder() / f"{name}.xz"
     if not path.exists():
         if name not in PACKAGES:
             raise S3Error(f"the text {name} is not here: give an .xz file's path, or one of {', '.join(PACKAGES)}")
         make(name, path)
     try:
-        return cut(lzma.decompress(path.read_bytes()))
+        return lzma.decompress(path.read_bytes())
     except (OSError, lzma.LZMAError, EOFError) as error:
         raise S3Error(f"{path} cannot be read: {error}; remove it, and it is made again") from error
 
 
 def make(name: str, path: Path) -> None:
-    """Write the text of a Debian package to ``path``; nothing is installed."""
-    package, member = PACKAGES[name]
+    """Write the text of a Debian package to ``path``; nothing is installed. Several files follow each other by name."""
+    package, members = PACKAGES[name]
     with tempfile.TemporaryDirectory() as scratch:
         try:
             for command in (["apt-get", "download", package], ["dpkg-deb", "-x", f"{package}.deb", "."]):
                 if command[0] == "dpkg-deb":
                     command[2] = next(Path(scratch).glob(f"{package}_*.deb")).name
                 subprocess.run(command, cwd=scratch, check=True, capture_output=True, encoding="utf-8")
-            data = zlib.decompress(Path(scratch, member).read_bytes(), wbits=31)
-        except (OSError, subprocess.CalledProcessError, StopIteration) as error:
-            reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+            files = sorted(Path(scratch).glob(members), key=Path.as_posix)
+            data = b"".join(map(_plain, files))
+            if not data:
+                raise OSError(f"it has no {members}")
+        except (OSError, zlib.error, subprocess.CalledProcessError, StopIteration) as error:
+            reason = (getattr(error, "stderr", None) or str(error) or repr(error)).strip().splitlines()[-1]
             raise S3Error(
                 f"the text {name} is Debian's package {package}, which cannot be fetched here ({reason}): "
                 f"run the same command with --dry-run on a machine with apt-get, which makes {path}, and carry it here"
             ) from None
     write_file(path, lzma.compress(data))
+
+
+def _plain(path: Path) -> bytes:
+    data = path.read_bytes()
+    return zlib.decompress(data, wbits=31) if path.suffix == ".dz" else data
 
 
 def order(text: Text, seed: int, steps: int, batch: int, length: int) -> Tensor:

@@ -25,6 +25,7 @@ from s3_megatron.evidence.text import Text
 from s3_megatron.evidence.training import train
 
 PROBED_STEPS = 4  # the first is not timed
+GRACE_SECONDS = 2.0  # after the deadline a step that goes on is cut off: one of a large model takes a minute of a core
 
 
 @dataclass
@@ -105,6 +106,9 @@ class Workers:
             try:
                 found.append((cells, future.result()))
             except BrokenProcessPool:
+                if time.monotonic() >= self._deadline.value:
+                    found.append((cells, None))
+                    continue
                 raise S3Error(
                     "a worker was killed, perhaps for its memory; what is finished is kept: run the same command again"
                 ) from None
@@ -120,14 +124,14 @@ def _begin(corpus: str, device: str, steps: Any, deadline: Any, parent: int) -> 
     """Get a worker ready."""
     global _here
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent, deadline), daemon=True).start()
     torch.set_num_threads(1)
     _here = _Here(text.load(corpus).to(device), device, steps, deadline)
 
 
-def _end_with(parent: int) -> None:
-    """End this process when its parent is gone: it would wait for work for ever."""
-    while os.getppid() == parent:
+def _end_with(parent: int, deadline: Any) -> None:
+    """End this process when its parent is gone, since it would wait for work for ever, or the time is over."""
+    while os.getppid() == parent and time.monotonic() < deadline.value + GRACE_SECONDS:
         time.sleep(0.5)
     os._exit(1)
 
@@ -142,20 +146,20 @@ def _train(cells: list[Cell], place: int) -> list[Result] | None:
     return results and [{**result, **where} for result in results]
 
 
-def _probe(cells: list[Cell], place: int) -> float:
-    """Return the seconds of a step of a stack."""
+def _probe(cells: list[Cell], place: int) -> float | None:
+    """Return the seconds of a step of a stack; None where the deadline came first."""
     times: list[float] = []
 
     def go_on(step: int) -> bool:
         if _here.device == "cuda":
             torch.cuda.synchronize()
         times.append(time.monotonic())
-        return step < PROBED_STEPS
+        return step < PROBED_STEPS and times[-1] < _here.deadline.value
 
     steps = PROBED_STEPS + 1
     short = [replace(cell, setup=replace(cell.setup, steps=steps, kick_step=-1)) for cell in cells]
     train(short, _here.corpus, _here.device, go_on)
-    return (times[-1] - times[1]) / (len(times) - 2)
+    return (times[-1] - times[1]) / (len(times) - 2) if len(times) > 2 else None
 
 
 def here(device: str) -> Result:

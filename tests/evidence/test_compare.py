@@ -11,10 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
@@ -24,6 +28,7 @@ from s3_megatron.evidence import compare, experiments, plan, quick
 from s3_megatron.evidence.cells import CellsFile
 from s3_megatron.evidence.experiments import Tuning
 from s3_megatron.evidence.plan import Plan
+from s3_megatron.evidence.workers import Workers
 from tests.evidence import simulated
 
 # What may differ between two runs of a cell.
@@ -134,11 +139,102 @@ def test_minutes_are_kept(expected, tmp_path, monkeypatch):
     asked = simulated.experiment(seeds=list(range(1, 40)))
     cells = CellsFile(tmp_path / "cells.jsonl", asked, simulated.TEXT)
     pool = Pool(clock, itertools.cycle([58.0, 60.0, 62.0]))
-    costs = compare.Costs(1, {("base", "s3"): expected * 60 / 100})
+    costs = compare.Costs(1, {("base", "s3"): {1: expected * 60 / 100}})
     plan = Plan(asked, simulated.TEXT)
     compare._run(plan, pool, cells, costs, clock.now + 1800, Console(file=io.StringIO()))
     assert 0.85 * 1800 <= pool.ends[-1] - 1000 <= 1800
     assert len(cells.results) == len(pool.ends) and not pool.running
+
+
+def test_the_cost_of_a_stack_is_read_between_the_sizes_measured():
+    """On a GPU a small stack takes nearly as long as a large one: in proportion it would be begun too late."""
+    costs = compare.Costs(64)
+    cells = Plan(simulated.experiment(), simulated.TEXT).ready({}) * 20
+    costs.add(cells[:1], 5.0)
+    costs.add(cells[:64], 11.3)
+    steps = cells[0].setup.steps
+    assert costs.of(cells[:1]) == 5.0 * steps and costs.of(cells[:64]) == 11.3 * steps
+    assert costs.of(cells[:11]) == pytest.approx(6.0 * steps)
+    assert costs.of(cells[:128]) == pytest.approx(22.6 * steps), "in proportion beyond"
+    costs.add(cells[:11], 7.0)  # as a finished stack took
+    assert costs.of(cells[:11]) == pytest.approx(7.0 * steps)
+    only = compare.Costs(64, {("base", "s3"): {4: 2.0}})
+    assert only.of(cells[:1]) == 2.0 * steps and only.of(cells[:8]) == 4.0 * steps
+    assert compare.Costs(1).of(cells[:1]) == 0.0
+
+
+class TestMemory:
+    """How many runs a stack has on a GPU, by its free memory; torch's figure is given here, since there is no GPU."""
+
+    @pytest.fixture(autouse=True)
+    def free(self, monkeypatch):
+        self.gib = 139.0
+        monkeypatch.setattr(compare.torch.cuda, "mem_get_info", lambda: (self.gib * 2**30, 140 * 2**30))
+
+    def test_members_share_it_with_the_other_workers(self):
+        setups = experiments.load("table2").setups.values()
+        alone, shared = (compare.members_that_fit(setups, "cuda", workers) for workers in (1, 6))
+        assert alone == compare.MOST_MEMBERS and 16 <= shared <= alone
+        assert compare.members_that_fit(experiments.load("ladder").setups.values(), "cuda", 6) >= 1
+
+    def test_too_little_is_one_line(self):
+        self.gib = 0.3
+        with pytest.raises(
+            S3Error, match=r"a run needs about 0.\d GiB, and each of 6 workers may have 0.0 .*fewer --workers"
+        ) as caught:
+            compare.members_that_fit(experiments.load("table2").setups.values(), "cuda", 6)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "error, message",
+        [
+            (
+                torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
+                "a stack of 2 does not fit into the GPU's memory",
+            ),
+            (BrokenProcessPool("gone"), "a worker was killed, perhaps for its memory; what is finished is kept"),
+        ],
+    )
+    def test_what_ends_a_worker_is_one_line(self, error, message):
+        """A pool is not started: a future with the error stands in for a worker that ran out of memory."""
+        pool, future = Workers.__new__(Workers), Future()
+        future.set_exception(error)
+        pool._deadline = SimpleNamespace(value=math.inf)
+        pool._free, pool._running = [], {future: (0, Plan(simulated.experiment(), "").ready({})[:2])}
+        with pytest.raises(S3Error, match=message) as caught:
+            pool.finished(1.0)
+        assert "\n" not in str(caught.value) and pool.free == 1
+
+
+class TestDeadline:
+    """A step of the ladder's largest model is 20 s of a core: it was waited for, and so were all probes of its kind."""
+
+    def test_no_probe_begins_after_it_and_the_budget_says_so(self, monkeypatch):
+        clock = Clock()
+        monkeypatch.setattr(compare, "time", clock)
+        plan, begun = Plan(experiments.load("ladder"), simulated.TEXT), []
+
+        class Slow(Pool):
+            def probe(self, cells):
+                begun.append(cells)
+                self.train(cells)
+
+            def finished(self, _):
+                return [(cells, 100.0) for cells, _ in super().finished(_)]
+
+        costs = compare._probe(plan, Slow(clock, itertools.cycle([100.0]), workers=1), 1, clock.now + 150)
+        assert [cells[0].setup_name for cells in begun] == ["x800k", "x3m"], "of 12 kinds"
+        console = Console(file=io.StringIO(), width=120)
+        console.print(compare.budget(plan, costs, 1))
+        assert "x10m 45 - - -" in " ".join(console.file.getvalue().split())
+
+    def test_what_is_cut_off_at_it_is_no_fault(self):
+        """The worker ends itself in mid-step, which breaks the pool; a kill before the deadline is one still."""
+        pool, future = Workers.__new__(Workers), Future()
+        future.set_exception(BrokenProcessPool("gone"))
+        cells = Plan(simulated.experiment(), "").ready({})[:2]
+        pool._deadline, pool._free, pool._running = SimpleNamespace(value=0.0), [], {future: (0, cells)}
+        assert pool.finished(1.0) == [(cells, None)] and pool.free == 1
 
 
 def test_stacks_keep_the_order_of_value_and_no_two_kinds_meet():
@@ -153,21 +249,23 @@ def test_stacks_keep_the_order_of_value_and_no_two_kinds_meet():
 class TestTuning:
     """The rule of tuning in docs/evidence.md."""
 
-    def tune(self, loss, runs=8, **entry):
+    def tune(self, loss, runs=8, wide=False, **entry):
         """Run it to its end; returns what was tried, in order, and what it found."""
         given = {"optimizer": "s3", "rates": simulated.RATES, "settings": {"beta": 0.95}, **entry}
-        tried = {}
+        tried, self.rounds = {}, 0
         while True:
-            found = plan.tune(experiments.Entry(**given), Tuning(0, runs), 2.0, tried)
+            found = plan.tune(experiments.Entry(**given), Tuning(0, runs, wide), 2.0, tried)
+            self.rounds += 1
             if found.best:
                 return list(tried), found
             tried |= {c: loss(c[0], json.loads(c[1])["beta"]) for c in found.wanted}
 
     @pytest.mark.parametrize("best", [1e-4, 1.3e-3, 3e-3, 0.1])
     @pytest.mark.parametrize("runs", [4, 5, 8, 20])
-    def test_the_budget_is_spent_to_the_last_run_and_the_best_is_inside_or_marked(self, best, runs):
+    @pytest.mark.parametrize("wide", [False, True])
+    def test_the_budget_is_spent_to_the_last_run_and_the_best_is_inside_or_marked(self, best, runs, wide):
 
-        tried, found = self.tune(lambda rate, beta: abs(math.log(rate / best)), runs)
+        tried, found = self.tune(lambda rate, beta: abs(math.log(rate / best)), runs, wide)
         assert len(tried) == len(set(tried)) == runs
         rates = sorted(rate for rate, settings in tried if settings == found.best[1])
         assert found.at_edge == (found.best[0] in (rates[0], rates[-1]))
@@ -181,6 +279,33 @@ class TestTuning:
         )
         assert [(rate, json.loads(s)["beta"]) for rate, s in tried[4:6]] == [(4e-3, 0.98), (4e-3, 0.9)]
         assert found.best == (4e-3, '{"beta": 0.9}')
+
+    def test_wide_tuning_tries_all_values_at_once_then_the_best_together_then_rates(self):
+        """Four rounds in all where the best rate is inside; the best values of two settings are run together."""
+        given = {"rates": [1e-3, 2e-3, 4e-3, 8e-3], "settings": {"beta": 0.95, "p": 3}}
+        sweep, tried, rounds = {"beta": [0.9, 0.98], "p": [2, 1]}, {}, []
+
+        def loss(rate, beta, p):
+            return abs(math.log(rate / 2.5e-3)) + {0.9: 0, 0.95: 0.1, 0.98: 0.2}[beta] + {2: 0, 3: 0.1, 1: 0.3}[p]
+
+        while not (
+            found := plan.tune(experiments.Entry("s3", sweep=sweep, **given), Tuning(0, 14, True), 2.0, tried)
+        ).best:
+            rounds.append([(c[0], *json.loads(c[1]).values()) for c in found.wanted])
+            tried |= {c: loss(c[0], **json.loads(c[1])) for c in found.wanted}
+        assert rounds[0] == [(rate, 0.95, 3) for rate in given["rates"]]
+        assert rounds[1] == [(2e-3, 0.9, 3), (2e-3, 0.98, 3), (2e-3, 0.95, 2), (2e-3, 0.95, 1)]
+        assert rounds[2] == [(2e-3, 0.9, 2)]
+        assert [rate for rate, *_ in rounds[3]] == [4e-3, 1e-3, 2.828e-3, 1.414e-3, 2.378e-3]
+        assert len(rounds) == 4 and found.best[0] == 2.378e-3 and not found.at_edge
+
+    def test_wide_tuning_takes_fewer_rounds(self):
+        """A round is a stack on a GPU, and a stack of one takes nearly as long as one of many."""
+        rounds = []
+        for wide in (False, True):
+            self.tune(lambda rate, beta: abs(math.log(rate / 3e-3)) + beta, 24, wide, sweep={"beta": [0.9, 0.98]})
+            rounds.append(self.rounds)
+        assert rounds[1] <= 5 < 8 < rounds[0]
 
     def test_what_diverged_is_the_worst(self):
 

@@ -13,7 +13,7 @@ from scipy import stats
 
 from s3_megatron import evidence
 from s3_megatron.errors import S3Error
-from s3_megatron.evidence import experiments, findings, record, report
+from s3_megatron.evidence import experiments, findings, horizons, pictures, record, report
 from s3_megatron.evidence.experiments import Entry, Setup
 from s3_megatron.evidence.plan import Plan
 from tests.evidence import simulated
@@ -281,3 +281,112 @@ class TestRecord:
         simulated.write(tmp_path / "run" / "cells.jsonl", asked, [])
         with pytest.raises(S3Error, match="no finished cell"):
             record.pack(str(tmp_path / "simulated.yaml"), asked, tmp_path / "run", tmp_path / "records")
+
+
+class TestFarBehind:
+    """A contender implausibly far behind is a fault to look for: AdamW once was, by 1.5 nats, for its gradients."""
+
+    @pytest.mark.parametrize("shift, is_flagged", [(0.25, False), (0.4, True), (1.5, True)])
+    @pytest.mark.parametrize("cells", [20, 64])
+    def test_it_is_flagged_from_the_tuning_on(self, shift, is_flagged, cells):
+        asked = simulated.experiment()
+        found = findings.Findings(asked, simulated.run(asked, simulated.losses(0.001, {"adamw": shift}), cells))
+        (setup,) = asked.setups
+        assert list(found.far_behind(setup)) == (["adamw"] if is_flagged else [])
+        text = report.render({}, found)
+        assert text.count("Look for a fault first: ") == is_flagged
+        if is_flagged:
+            assert re.search(rf"first: adamw is {shift - 0.05:.1f}\d nats|first: adamw is {shift:.1f}\d? nats", text)
+
+    def test_a_winner_far_ahead_flags_nobody_of_many(self):
+        """The median of the others is a rival's."""
+        asked = simulated.experiment()
+        found = findings.Findings(asked, simulated.run(asked, simulated.losses(0.001, {"s3": -1.0})))
+        assert found.far_behind("base") == {}
+
+    def test_one_contender_is_behind_nobody(self):
+        asked = simulated.experiment(names=("s3",))
+        assert findings.Findings(asked, simulated.run(asked, simulated.losses(0.001))).far_behind("base") == {}
+
+
+def test_the_best_of_the_rates_follows_from_the_cells():
+    """Without tuning: the lowest mean of the rates with all seeds, beside the paper's figure; nothing is ranked."""
+    asked = simulated.experiment(tuning=None, paper={"adamw": "4.78 at 3e-4"})
+    cells = simulated.run(asked, simulated.losses(0.01, {"s3": -0.05}))
+    rows = {
+        row["contender"]: row for row in tables(report.render({}, findings.Findings(asked, cells)))["Best of the rates"]
+    }
+    means, best = {}, {}
+    for name in asked.contenders:
+        by_rate = {
+            rate: [c["validation"] for c in cells if (c["contender"], c["rate"]) == (name, rate)]
+            for rate in simulated.RATES
+        }
+        rate = min(by_rate, key=lambda rate: np.mean(by_rate[rate]))
+        means[name], best[name] = rate, np.array(by_rate[rate])
+        edge = " (at the edge)" if rate in (simulated.RATES[0], simulated.RATES[-1]) else ""
+        row = rows[name]
+        assert (row["rate"], row["mean"]) == (f"{rate:g}{edge}", f"{best[name].mean():.4f}")
+        assert (row["std"], row["the paper"]) == (
+            f"{best[name].std(ddof=1):.4f}",
+            "4.78 at 3e-4" if name == "adamw" else "-",
+        )
+    for name in ("adamw", "nadam", "lion"):
+        test = stats.ttest_rel(best[name], best["s3"])
+        assert rows[name]["difference"] == f"{(best[name] - best['s3']).mean():.4f}"
+        assert rows[name]["95% interval"] == "{:.4f} to {:.4f}".format(*test.confidence_interval(0.95))
+        assert rows[name]["p"] == f"{test.pvalue:.2g}"
+    few = findings.Findings(asked, [c for c in cells if (c["contender"], c["seed"]) != ("lion", 8)])
+    assert few.best("lion", "base") is None and few.best("nadam", "base")
+
+
+def test_steps_ratios_follow_from_the_cells():
+    """Lengths of 100, 200 and 400 steps; a loss of 2 - .2 log2(steps / 100) for S3, and the same .1 higher for AdamW.
+
+    .1 nats are half an octave: AdamW needs 1.41 times the steps. At 400 it does not get there. Lion, .19 lower,
+    is there at the first length, and then needs half of S3's steps and a little.
+    """
+    setups = {f"x{steps}": Setup(steps=steps) for steps in (200, 100, 400)}
+    asked = simulated.experiment(names=("s3", "adamw", "lion"), setups=setups, seeds=[1, 2])
+    shifts = {"s3": 0.0, "adamw": 0.1, "lion": -0.19}
+
+    def loss(cell):
+        by_seed = 0.02 * (cell.seed - 1) * (cell.contender == "adamw")
+        return (
+            2
+            - 0.2 * math.log2(cell.setup.steps / 100)
+            + shifts[cell.contender]
+            + by_seed
+            + abs(math.log2(cell.rate / 4e-3))
+        )
+
+    found = findings.Findings(asked, simulated.run(asked, loss))
+    rows = tables(report.render({}, found))["Steps ratio"]
+    adamw = [row for row in rows if row["rival"] == "adamw"]
+    assert [row["steps"] for row in adamw] == ["100", "200", "400"] and {row["seeds"] for row in adamw} == {"2"}
+    ratio, first, second = (2 ** ((0.1 + more) / 0.2) for more in (0.01, 0.0, 0.02))
+    assert adamw[0] == {
+        "rival": "adamw", "steps": "100", "seeds": "2", "loss behind": "0.1100",
+        "steps ratio": f"{ratio:.2f}", "over seeds": f"{first:.2f} to {second:.2f}",
+    }  # fmt: skip
+    assert (adamw[1]["steps ratio"], adamw[2]["steps ratio"]) == (f"{ratio:.2f}", ">= 1.00")
+    lion = [row for row in rows if row["rival"] == "lion"]
+    assert [row["steps ratio"] for row in lion] == ["<= 1.00", "0.52", "0.52"]
+    part = findings.Findings(asked, simulated.run(asked, loss, 20))
+    assert "Steps ratio" not in tables(report.render({}, part))
+
+
+def test_one_length_has_no_steps_ratio():
+    found = findings.Findings(asked := simulated.experiment(), simulated.run(asked, simulated.losses(0.01)))
+    assert list(horizons.ratios(found)) == [] and "Steps ratio" not in report.render({}, found)
+
+
+def test_every_setup_is_drawn(tmp_path):
+    """QK-norm off and on, clipping off and on: four rows, not the first one alone."""
+    asked = simulated.experiment(
+        tuning=None, setups={"a": Setup(steps=100), "b": Setup(steps=100, clip=0.0)}, seeds=[1]
+    )
+    found = findings.Findings(asked, simulated.run(asked, simulated.losses(0.01)))
+    figure = pictures.Figure(figsize=(11, 4.6))
+    assert pictures._rates(found, figure) and len(figure.axes) == 4
+    assert [axes.get_title(loc="left")[:3] for axes in figure.axes] == ["a: ", "a: ", "b: ", "b: "]

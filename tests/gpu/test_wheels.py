@@ -48,7 +48,7 @@ def make_wheel(folder: Path, package: str, name: str = WHEEL) -> Path:
 
 def test_wheels_that_fit_are_unpacked_and_all_others_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of another Python kept pip from unpacking any."""
-    monkeypatch.setattr(wheels, "_installed", lambda module: module not in ("hjson", "pydantic_core", "torchao"))
+    monkeypatch.setattr(wheels, "is_installed", lambda module: module not in ("hjson", "pydantic_core", "torchao"))
     make_wheel(tmp_path, "hjson")
     other = make_wheel(tmp_path, "pydantic_core", "{0}-2.50.4-cp311-cp311-manylinux_2_17_x86_64.whl")
     missing = wheels.install(tmp_path, tmp_path / "site", limit=60)
@@ -64,7 +64,7 @@ def test_a_wheel_that_cannot_be_unpacked_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
     """As a copy to a full disk leaves it. The steps that need none of what is carried run all the same."""
-    monkeypatch.setattr(wheels, "_installed", lambda module: module != "hjson")
+    monkeypatch.setattr(wheels, "is_installed", lambda module: module != "hjson")
     path = make_wheel(tmp_path, "hjson")
     path.write_bytes(path.read_bytes()[: 0 if harm == "empty" else 150] if harm != "slow" else path.read_bytes())
     missing = wheels.install(tmp_path, tmp_path / "site", limit=0.01 if harm == "slow" else 60)
@@ -73,7 +73,7 @@ def test_a_wheel_that_cannot_be_unpacked_is_one_line(
 
 
 def test_nothing_is_unpacked_where_all_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wheels, "_installed", lambda module: True)
+    monkeypatch.setattr(wheels, "is_installed", lambda module: True)
     assert wheels.install(tmp_path, tmp_path / "site", limit=60) == {} and not (tmp_path / "site").exists()
 
 

@@ -1,0 +1,205 @@
+"""The paper's claims, and what this project's records show of each: ``python -m s3_megatron.evidence.claims``.
+
+docs/evidence.md has the table that it prints. Of the records in benchmarks/records, an experiment's latest counts.
+"""
+
+import lzma
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from s3_megatron.errors import S3Error
+from s3_megatron.evidence import experiments, horizons
+from s3_megatron.evidence.cells import check_head, read_lines
+from s3_megatron.evidence.findings import Findings
+from s3_megatron.evidence.record import CELLS
+from s3_megatron.evidence.tables import table
+
+RECORDS = Path(__file__).parents[2] / "benchmarks" / "records"
+NOT_RUN = "not run yet"
+NOT_TESTABLE = "not testable here"
+NO_SPIKES = "not testable at these rates: no run had a spike"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, where the paper has it, the experiments that test it, the best first, and how one's findings are read.
+
+    ``look`` returns None where runs are missing.
+    """
+
+    text: str
+    where: str
+    tested_by: Sequence[str]
+    look: Callable[[Findings], str | None] = lambda found: None
+
+
+def outcome(holds: bool, figures: str) -> str:
+    """Write an outcome with the figures that it follows from."""
+    return f"{'reproduced' if holds else 'not reproduced'}: {figures}"
+
+
+def lower_than_rivals(found: Findings) -> str | None:
+    """S3 is ranked better than each of the paper's four rivals."""
+    (setup,) = found.experiment.setups
+    verdicts = {r.contender: r.verdict for r in found.ranking(setup) if r.contender in found.experiment.paper}
+    if not verdicts or any(verdict.startswith("not ranked") for verdict in verdicts.values()):
+        return None
+    figures = ", ".join(
+        f"{verdict} than {name}" if verdict != SAME else f"{SAME} to {name}" for name, verdict in verdicts.items()
+    )
+    return outcome(set(verdicts.values()) == {"better"}, figures)
+
+
+def half_the_steps(found: Findings) -> str | None:
+    """AdamW needs twice the steps at least, at every length at which the ratio is no open bound."""
+    some = [r for r in horizons.ratios(found) if r.rival == "adamw"]
+    if not some or any(r.seeds < len(found.experiment.seeds) for r in some):
+        return None
+    figures = ", ".join(f"{r.mean.over(r.steps)} times {r.steps} steps" for r in some)
+    seen = [r.mean.steps / r.steps >= 2 for r in some if r.mean.bound != ">=" or r.mean.steps / r.steps >= 2]
+    return outcome(bool(seen) and all(seen), f"AdamW needs {figures}")
+
+
+def each_part_helps(found: Findings) -> str | None:
+    """Down the rows of Table 4, each is lower than the one before by a 95% interval above 0."""
+    (setup,) = found.experiment.setups
+    ours = [name for name in found.experiment.contenders if name in found.experiment.paper]
+    full = found.experiment.reference
+    plain = next((name for name in ours if "no-nesterov" in name), "")
+    ahead = next((name for name in ours if "p2" in name and name != plain), "")
+    steps = [("adamw", plain, "one beta"), (plain, ahead, "Nesterov"), (ahead, full, "p 3")]
+    pairs = [(what, found.paired(before, after, setup)) for before, after, what in steps]
+    if any(found.best(name, setup) is None for name in ("adamw", plain, ahead, full)):
+        return None
+    figures = ", ".join(f"{what} {pair.mean:+.4f} ({pair.low:.4f} to {pair.high:.4f})" for what, pair in pairs)
+    return outcome(all(pair.low > 0 for _, pair in pairs), f"nats gained by {figures}")
+
+
+def clipping_helps(found: Findings) -> str | None:
+    """AdamW with a clipped update has fewer spikes over all rates, and diverges no more often."""
+    (setup,) = found.experiment.setups
+    rows = {name: found.final(name, setup) for name in ("adamw", "adamw-clipped")}
+    if any(len(row.results) < row.wanted for some in rows.values() for row in some):
+        return None
+    spikes, diverged = (
+        {n: sum(getattr(row, what) for row in some) for n, some in rows.items()} for what in ("spikes", "diverged")
+    )
+    if not sum(spikes.values()) + sum(diverged.values()):
+        return NO_SPIKES
+    figures = ", ".join(f"{name} {spikes[name]} spikes, {diverged[name]} diverged" for name in rows)
+    return outcome(
+        spikes["adamw-clipped"] < spikes["adamw"] and diverged["adamw-clipped"] <= diverged["adamw"], figures
+    )
+
+
+def one_beta_ends_spikes(found: Findings) -> str | None:
+    """AdamW has spikes or diverges somewhere, and with one beta it does nowhere, at the same rates and setups."""
+    counts = {"adamw": 0, "adamw-999": 0, "adamw-one-beta": 0}
+    for name in counts:
+        for row in [row for setup in found.experiment.setups for row in found.final(name, setup)]:
+            if len(row.results) < row.wanted:
+                return None
+            counts[name] += row.spikes + row.diverged
+    if not any(counts.values()):
+        return NO_SPIKES
+    figures = ", ".join(f"{name} {count}" for name, count in counts.items())
+    return outcome(counts["adamw-one-beta"] == 0, f"spikes and divergences: {figures}")
+
+
+def stands_larger_rates(found: Findings) -> str | None:
+    """S3's range of good rates is wider than that of AdamW with either betas, in every setup."""
+    widths = {}
+    for setup in found.experiment.setups:
+        for name in ("s3", "adamw", "adamw-999"):
+            rows = found.final(name, setup)
+            if any(len(row.results) < row.wanted for row in rows):
+                return None
+            width = found.width(name, setup)
+            widths[setup, name] = width.high / width.low
+    holds = all(widths[s, "s3"] > max(widths[s, "adamw"], widths[s, "adamw-999"]) for s in found.experiment.setups)
+    figures = "; ".join(
+        f"{setup}: " + ", ".join(f"{name} x{widths[setup, name]:.3g}" for name in ("s3", "adamw", "adamw-999"))
+        for setup in found.experiment.setups
+    )
+    return outcome(holds, f"rates within .05 nats of the best span {figures}")
+
+
+def bounded_updates(found: Findings) -> str | None:
+    """With one beta no |u| exceeds 1 (to the rounding of a weight), and with (.9, .999) AdamW's does, up to 7.27."""
+    recoveries = found.recoveries()
+    largest = {
+        name: max((r.largest for r in recoveries if r.contender == name), default=None) for name in ("s3", "adamw")
+    }
+    ours, theirs = largest.values()
+    if ours is None or theirs is None or found.finished < found.total:
+        return None
+    return outcome(
+        ours <= 1.001 and 1 < theirs <= 7.28, f"largest |u| after a gradient spike: S3 {ours:.3f}, AdamW {theirs:.3f}"
+    )
+
+
+SAME = "no difference shown"
+CLAIMS = [
+    Claim(
+        "S3's final loss is lower than AdamW's, NAdam's, Lion's and Adan's",
+        "Table 2",
+        ["table2", "table2-small"],
+        lower_than_rivals,
+    ),
+    Claim("AdamW needs twice the steps for S3's loss", "Table 2", ["horizon"], half_the_steps),
+    Claim("One beta, Nesterov and p 3 each lower the loss", "Table 4", ["table4", "table4-small"], each_part_helps),
+    Claim("S3 stands larger rates than AdamW", "Figure 7, Table 4", ["rates"], stands_larger_rates),
+    Claim("One beta for both averages ends AdamW's spikes", "Figure 7", ["rates"], one_beta_ends_spikes),
+    Claim(
+        "Clipping AdamW's update to [-1, 1] makes fewer spikes", "Figure 7", ["table4", "table4-small"], clipping_helps
+    ),
+    Claim(
+        "|u| is at most 1 for S3, and up to 7.27 for AdamW at (.9, .999)", "Theorems 1, 2", ["spike"], bounded_updates
+    ),
+    Claim("A rise of mean |u| comes before every spike", "Figure 2", []),
+    Claim("The same at 345M and 7B weights, 50,000 steps", "Tables 2, 3", []),
+]
+
+
+def load(records: Path) -> dict[str, tuple[str, Findings]]:
+    """Read the latest record of each experiment: its folder's name, and its findings.
+
+    Raises:
+        S3Error: a record is damaged.
+    """
+    found = {}
+    for folder in sorted(records.glob("????-??-??-*")):
+        name = folder.name[11:]
+        asked = experiments.load(str(folder / f"{name}.yaml"))
+        try:
+            data = lzma.decompress((folder / CELLS).read_bytes())
+        except (OSError, lzma.LZMAError, EOFError) as error:
+            raise S3Error(f"{folder / CELLS} cannot be read: {error}; take it from the history again") from None
+        head, *results = read_lines(folder / CELLS, data) or [{}]
+        check_head(folder / CELLS, head, {"experiment": asked.name, "rules": asked.sha256[:16]}, "remove the record")
+        found[name] = folder.name, Findings(asked, results)
+    return found
+
+
+def rows(found: Mapping[str, tuple[str, Findings]]) -> list[list[str]]:
+    """A row a claim: what it says, where, what was seen, and the record."""
+    lines = []
+    for claim in CLAIMS:
+        seen, record = NOT_RUN if claim.tested_by else NOT_TESTABLE, ""
+        for name in claim.tested_by:
+            if name in found and (result := claim.look(found[name][1])):
+                seen, record = result, found[name][0]
+                break
+        lines.append([claim.text, claim.where, seen, record or " or ".join(claim.tested_by) or "-"])
+    return lines
+
+
+def page(records: Path = RECORDS) -> str:
+    """The table of docs/evidence.md."""
+    return table(["the paper's claim", "there", "here", "record or experiment"], rows(load(records)))
+
+
+if __name__ == "__main__":
+    print(page(*map(Path, sys.argv[1:2])))
