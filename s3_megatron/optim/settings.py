@@ -100,7 +100,8 @@ def _check_sizes(lr: float | Tensor, weight_decay: float) -> None:
         raise S3Error(f"a param group's lr is {float(lr)}: it must be a finite number {_LR}; look at what writes it")
     if not _DECAY.holds(weight_decay):
         raise S3Error(
-            f"a param group's weight_decay is {weight_decay}: it must be a finite number {_DECAY}; look at what writes it"
+            f"a param group's weight_decay is {weight_decay}: it must be a finite number {_DECAY}; look at what writes "
+            "it"
         )
 
 
