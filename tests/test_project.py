@@ -155,7 +155,7 @@ def normalized(name: str) -> str:
 
 def test_what_a_person_types_starts_without_torch():
     """Login nodes have no torch, and its import takes seconds that ``--help`` should not cost."""
-    code = "import sys, s3_megatron.cli, s3_megatron.demo.__main__; print(*sys.modules)"
+    code = "import sys, s3_megatron.cli, s3_megatron.demo.__main__, s3_megatron.jobs.checks; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, timeout=250, check=True, capture_output=True, text=True
     )

@@ -16,7 +16,7 @@ import s3_megatron
 from s3_megatron import machine
 from s3_megatron.demo.engines import ENGINES
 from s3_megatron.errors import S3Error
-from s3_megatron.jobs.recipe import S3, AdamW, Recipe
+from s3_megatron.jobs.recipe import AdamW, OwnOptimizer, Recipe
 from s3_megatron.jobs.trial import Interruption
 from s3_megatron.run_folder import RunFolder
 from s3_megatron.watch.events import Evaluation, Train
@@ -52,7 +52,7 @@ def _complete(folder: Path) -> Metrics:
 def summarize(outcome: Outcome, s3: Recipe, adamw: Recipe, *, gpus: int, corpus: Mapping[str, Any]) -> dict[str, Any]:
     """Build what report.json holds; the recipes differ in their optimizers alone."""
     ours, theirs, interruption = s3.optimizer, adamw.optimizer, outcome.interruption
-    assert isinstance(ours, S3) and isinstance(theirs, AdamW)
+    assert isinstance(ours, OwnOptimizer) and isinstance(theirs, AdamW)
     return {
         "note": NOTE,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -74,8 +74,7 @@ def summarize(outcome: Outcome, s3: Recipe, adamw: Recipe, *, gpus: int, corpus:
         "s3": {
             "lr": ours.lr,
             "weight_decay": ours.decay,
-            "beta": ours.beta,
-            "p": ours.p,
+            **ours.model_dump(include={"beta", "p"}),
             **_figures(outcome.s3),
         },
         "adamw": {

@@ -20,7 +20,7 @@ from s3_megatron.jobs.catalog import CONFIGS, find
 from s3_megatron.jobs.cluster import Cluster
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.node.gpus import least_memory
-from s3_megatron.jobs.recipe import Recipe
+from s3_megatron.jobs.recipe import OPTIMIZERS, Recipe
 
 
 def load(recipe: str, cluster: str, settings: Sequence[str] = ()) -> Job:
@@ -147,7 +147,7 @@ def _is_number_for_text(error: ErrorDetails) -> bool:
 
 def _explained(model: type[BaseModel], error: ErrorDetails) -> str:
     # A union's member is in the path by its tag, which no file has.
-    where = [str(part) for part in error["loc"] if part not in ("s3", "adamw") or part == error["loc"][-1]]
+    where = [str(part) for part in error["loc"] if part not in OPTIMIZERS or part == error["loc"][-1]]
     key = ".".join(where)
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(where[-1], _keys(model), 1)

@@ -6,7 +6,8 @@ from typing import Any
 
 from s3_megatron.jobs.catalog import find
 from s3_megatron.jobs.job import Job
-from s3_megatron.jobs.recipe import S3, AdamW, Data
+from s3_megatron.jobs.recipe import AdamW, Data, OwnOptimizer
+from s3_megatron.optim import registry
 from s3_megatron.run_folder import RunFolder
 
 ENTRIES = {"megatron": "s3_megatron.train.pretrain_gpt", "deepspeed": "s3_megatron.train.pretrain_gpt_deepspeed"}
@@ -62,12 +63,22 @@ def megatron_flags(job: Job, run: Path) -> list[list[str]]:
     return [*(words for part in settings for words in _spelled(part)), *([flag] for flag in recipe.flags)]
 
 
-def optimizer(chosen: S3 | AdamW, min_lr_ratio: float) -> dict[str, Any]:
+def optimizer(chosen: OwnOptimizer | AdamW, min_lr_ratio: float) -> dict[str, Any]:
     """Megatron's settings for an optimizer; ``min_lr_ratio`` is the last rate's share of the peak."""
     rates = {"lr": chosen.lr, "min_lr": chosen.lr * min_lr_ratio, "weight_decay": chosen.decay}
     if isinstance(chosen, AdamW):
         return {"optimizer": "adam", **rates, "adam_beta1": chosen.beta1, "adam_beta2": chosen.beta2}
-    return {"optimizer": "s3", **rates, "s3_beta": chosen.beta, "s3_p": chosen.p}
+    spec = registry.find(chosen.name)
+    assert spec is not None, "the recipe's schema is made of the Specs"
+    values = spec.chosen({each.name: getattr(chosen, each.name) for each in spec.hyperparameters})
+    own: dict[str, Any] = {}
+    for each in spec.hyperparameters:
+        if each.kind is bool and each.name in values:
+            # Its flag is for the other value than the default.
+            own[spec.field(f"no_{each.name}" if each.default else each.name)] = values[each.name] != each.default
+        elif each.name in values:
+            own[spec.field(each.name)] = values[each.name]
+    return {"optimizer": spec.name, **rates, **own}
 
 
 def deepspeed_file(job: Job) -> Path:
@@ -95,11 +106,13 @@ def _data(data: Data, folder: Path, vocab_size: int) -> dict[str, Any]:
 
 def _spelled(settings: Mapping[str, Any]) -> list[list[str]]:
     """Spell settings as flags: ``num_layers: 4`` is ``--num-layers 4``, True a flag alone, False none."""
-    return [
-        [f"--{key.replace('_', '-')}", *([] if value is True else [_text(value)])]
-        for key, value in settings.items()
-        if value is not False
-    ]
+    return [[f"--{key.replace('_', '-')}", *_words(value)] for key, value in settings.items() if value is not False]
+
+
+def _words(value: Any) -> list[str]:
+    if value is True:
+        return []
+    return [_text(one) for one in value] if isinstance(value, tuple) else [_text(value)]
 
 
 def _text(value: Any) -> str:

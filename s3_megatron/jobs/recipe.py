@@ -1,10 +1,15 @@
 """A recipe: what is trained, independent of where. Every key's unit is in its name, or in its description."""
 
-from typing import Annotated, Literal, Self
+import functools
+import math
+import operator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from s3_megatron.jobs.schema import Name, Section, Text
+from s3_megatron.optim import registry
+from s3_megatron.optim.spec import Spec
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -114,15 +119,13 @@ class Rates(Section):
     weight_decay: Decay
 
 
-class S3(Section):
-    """S3, by its own numbers and the AdamW setting that its weight decay follows from."""
+class OwnOptimizer(Section):
+    """An optimizer of this package, by its own numbers and the AdamW setting that its weight decay follows from."""
 
-    name: Literal["s3"]
+    name: str
     lr: Positive = Field(description="peak")
     weight_decay: Decay | None = Field(None, description="null: the paper's rule, adamw.lr * adamw.weight_decay / lr")
     adamw: Rates
-    beta: Share = 0.95
-    p: Annotated[float, Field(ge=1)] = 3.0
 
     @property
     def decay(self) -> float:
@@ -130,6 +133,20 @@ class S3(Section):
         if self.weight_decay is not None:
             return self.weight_decay
         return float(f"{self.adamw.lr * self.adamw.weight_decay / self.lr:.12g}")  # 0.01, not 0.010000000000000002
+
+
+def section(spec: Spec) -> type[OwnOptimizer]:
+    """Make the section of a recipe that names ``spec``, with a key for each of its hyperparameters."""
+    fields: dict[str, Any] = {"name": (Literal[spec.name], ...)}
+    for each in spec.hyperparameters:
+        value: Any = each.kind
+        if each.range is not None:
+            limit = None if math.isinf(each.range.high) else each.range.high
+            value = Annotated[each.kind, Field(ge=each.range.low, lt=limit, allow_inf_nan=False)]
+        if each.count > 1:
+            value = tuple[value, value] | None
+        fields[each.name] = (value, Field(each.default, description=each.help))
+    return create_model(spec.title, __base__=OwnOptimizer, **fields)
 
 
 class AdamW(Section):
@@ -146,6 +163,14 @@ class AdamW(Section):
         """The weight decay in use."""
         return self.weight_decay
 
+
+_OWN = [section(spec) for spec in registry.specs()]
+# What a union's member is called in a file.
+OPTIMIZERS = (*(spec.name for spec in registry.specs()), "adamw")
+if TYPE_CHECKING:
+    type Optimizer = OwnOptimizer | AdamW
+else:
+    Optimizer = functools.reduce(operator.or_, [*_OWN, AdamW])
 
 _FOLDER = "a job saves to, and resumes from, its run folder, where status looks too"
 _WHOLE = "every start of a job must go on with all that the one before has saved"
@@ -179,7 +204,7 @@ class Recipe(Section):
     layout: Layout = Layout()
     checkpoint: Checkpoint
     log: Log = Log()
-    optimizer: Annotated[S3 | AdamW, Field(discriminator="name")]
+    optimizer: Annotated[Optimizer, Field(discriminator="name")]
     flags: tuple[Text, ...] = Field((), description="more of Megatron's flags, as they are, behind all others")
 
     @model_validator(mode="after")

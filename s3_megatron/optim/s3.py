@@ -1,8 +1,7 @@
 """S3 as a ``torch.optim.Optimizer``."""
 
-from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
-from typing import Any, overload
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -13,23 +12,18 @@ from s3_megatron.kernels import rows
 from s3_megatron.kernels.examine import Columns
 from s3_megatron.kernels.metadata import Memory
 from s3_megatron.kernels.op import IMPLEMENTATIONS, Implementation, step_
+from s3_megatron.optim import registry
+from s3_megatron.optim.engine_optimizer import EngineOptimizer
 from s3_megatron.optim.lookup import Lookup
 from s3_megatron.optim.placement import localize
-from s3_megatron.optim.settings import check_hyperparameters, check_step, names_what_it_takes, report_ignored
-from s3_megatron.optim.state import (
-    EXP_AVG,
-    EXP_AVG_ROOT,
-    NAMES,
-    STATE_FORMAT,
-    STATE_MARK,
-    check_entry,
-    check_groups,
-)
+from s3_megatron.optim.settings import check_step, names_what_it_takes, report_ignored
+from s3_megatron.optim.spec import NAMES, Spec
+from s3_megatron.optim.state import EXP_AVG, EXP_AVG_ROOT, check_groups
 
 type Lookups = tuple[Lookup, Lookup]  # of states, and of model parameters
 
 
-class S3(torch.optim.Optimizer):
+class S3(EngineOptimizer):
     """SoftSignSGD (arXiv 2507.06464, Algorithm 1): each weight moves by at most the learning rate.
 
     The state is two tensors a parameter, shaped like it and allocated at the first step: m, and the root r = s^(1/p).
@@ -60,14 +54,9 @@ class S3(torch.optim.Optimizer):
             an implementation that cannot run, or a loaded state that is not S3's.
     """
 
-    # What an engine hands over for a single pass (see kernels.op): the model's low-precision copy of a weight to write;
-    # and one float32 each on the device, the gradients' factor and the flag that makes a step do nothing.
-    model_params: Mapping[Tensor, Tensor] = {}
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-
-    # Over the last step, where ``watch.statistics.zeros`` were put here, on the weights' device.
-    update_statistics: Tensor | None = None
+    spec: ClassVar[Spec] = registry.S3
+    single_pass: ClassVar[bool] = True
+    _kept: ClassVar[tuple[str, ...]] = ("implementation", "state_dtype", "capturable")
 
     @names_what_it_takes
     def __init__(
@@ -103,15 +92,8 @@ class S3(torch.optim.Optimizer):
             "nesterov": nesterov,
             "maximize": maximize,
             "rounding_seed": rounding_seed,
-            STATE_MARK: STATE_FORMAT,
         }
-        check_hyperparameters(defaults)
         super().__init__(params, defaults)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # torch's own leaves out what it does not know, and a copy would lack it.
-        kept = ("implementation", "state_dtype", "capturable")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with their own hyperparameters; ``beta`` sets both ``betas``."""
@@ -119,43 +101,13 @@ class S3(torch.optim.Optimizer):
         if "beta" in group:
             beta = group.pop("beta")
             group["betas"] = (beta, beta)
-        check_hyperparameters({**self.defaults, **group})
-        report_ignored(group)
         super().add_param_group(group)
+        report_ignored(group)
         added = self.param_groups[-1]
-        for param in added["params"]:
-            if not param.is_floating_point():
-                self.param_groups.pop()
-                raise S3Error(
-                    f"S3 cannot train a parameter of dtype {param.dtype}: it takes real floating-point parameters; "
-                    "view a complex parameter as real (torch.view_as_real) or leave it out"
-                )
         if added["rounding_seed"] is not None:
             # Groups must not share their noise.
             added["rounding_seed"] += (len(self.param_groups) - 1) << 40
         self._keep_on_device(added, {})
-
-    def allocate_state(self) -> None:
-        """Allocate zero state for every parameter that has none; ``step`` does so where there is a gradient.
-
-        State that an engine put there in another dtype is converted to this optimizer's.
-        """
-        for group in self.param_groups:
-            for param in group["params"]:
-                state = self._state_of(param)
-                for name in NAMES:
-                    state[name] = state[name].to(self._state_dtype(param))
-
-    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[param]
-        check_entry(state, param.shape)
-        for name in NAMES:
-            if name not in state:
-                state[name] = torch.zeros_like(param, dtype=self._state_dtype(param), requires_grad=False)
-        return state
-
-    def _state_dtype(self, param: Tensor) -> torch.dtype:
-        return torch.float64 if param.dtype == torch.float64 else self.state_dtype
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -169,7 +121,7 @@ class S3(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # ZeroRedundancyOptimizer writes state and groups into the optimizer that it wraps, past every method.
-        check_groups(self.param_groups)
+        check_groups(self.param_groups, self.spec)
         if self.update_statistics is not None:
             self.update_statistics.zero_()
         # torch's compiler cannot follow them, and needs them not.
@@ -197,8 +149,8 @@ class S3(torch.optim.Optimizer):
                 low[0] if low else [],
                 self.update_statistics,
                 lr,
-                self.grad_scale,
-                self.found_inf,
+                self.grad_factor,
+                None,  # found_inf: both hosts know on the CPU, before they step, and skip the step
                 _on(params[0].device, seed),
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -249,68 +201,17 @@ class S3(torch.optim.Optimizer):
                 return entries, [entry[EXP_AVG] for entry in entries], [entry[EXP_AVG_ROOT] for entry in entries]
         except (TypeError, KeyError):  # none yet, or not S3's
             pass
-        entries = [self._state_of(param) for param in params]
+        entries = [self.state_of(param) for param in params]
         return entries, [entry[EXP_AVG] for entry in entries], [entry[EXP_AVG_ROOT] for entry in entries]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load S3's own state, in this optimizer's ``state_dtype``; torch would cast it to the parameter's dtype.
-
-        Hooks come first, and what they return is what is looked at.
-
-        Raises:
-            S3Error: the state was not written by S3 (an Adam checkpoint has the same names and another meaning).
-        """
-        saved: dict[str, Any] = {}
-
-        def keep(_: torch.optim.Optimizer, hooked: dict[str, Any]) -> None:
-            check_groups(hooked["param_groups"])
-            saved.update(hooked)
-
-        # Last of the hooks: torch has looked at nothing yet.
-        handle = self.register_load_state_dict_pre_hook(keep)
-        self._uncast = saved
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-            del self._uncast
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take state and param groups, which torch, pickle and copies bring here, once they are known to be S3's.
-
-        Raises:
-            S3Error: they are another optimizer's, or a value is out of range; nothing has changed.
-        """
-        groups, entries = state["param_groups"], state["state"]
-        check_groups(groups)
+        """Take state and param groups as any engine's optimizer does, and keep what graphs read."""
+        groups = state["param_groups"]
         here = self.__dict__.get("param_groups", groups)
-        for ours, group in zip(here, groups, strict=True):
-            # What an older S3 did not have yet.
-            for name, default in (self.__dict__ | state)["defaults"].items():
-                group.setdefault(name, ours.get(name, default))
-            group.pop("differentiable", None)  # torch adds it to the defaults of what was loaded
-            check_hyperparameters(group)
-            report_ignored(group)
-        for param, entry in entries.items():
-            if isinstance(param, Tensor):
-                check_entry(entry, param.shape, marked=True)
-                if isinstance(entry.get("step"), Tensor):
-                    del entry["step"]  # of an Adam whose state was converted, or of Megatron's own making
-        if "_uncast" in self.__dict__:
-            self._restore_dtypes(groups, entries)
         super().__setstate__(state)
         for ours, group in zip(here, groups, strict=True):
+            report_ignored(group)
             self._keep_on_device(group, ours)
-
-    def _restore_dtypes(self, groups: list[dict[str, Any]], entries: dict[Any, dict[str, Any]]) -> None:
-        """Replace states that torch has cast to their parameter's dtype by what was saved, in this optimizer's."""
-        indices = chain.from_iterable(group["params"] for group in self._uncast["param_groups"])
-        params = chain.from_iterable(group["params"] for group in groups)
-        for index, param in zip(indices, params, strict=True):
-            source, dtype = self._uncast["state"].get(index, {}), self._state_dtype(param)
-            for name in NAMES:
-                if name in source and entries[param][name].dtype != dtype:
-                    entries[param][name] = source[name].to(device=param.device, dtype=dtype)
 
     def _keep_on_device(self, group: dict[str, Any], before: dict[str, Any]) -> None:
         """Where a step can be captured, hold lr and seed in tensors: those of ``before``, which graphs read."""

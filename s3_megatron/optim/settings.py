@@ -1,9 +1,8 @@
-"""The arguments of S3: their names, and the values that they may have."""
+"""The arguments of S3: their names, and what a step is taken with."""
 
 import functools
 import inspect
 import logging
-import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +11,15 @@ import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
-from s3_megatron.optim.state import STATE_MARK
+from s3_megatron.optim import registry
+from s3_megatron.optim.spec import LR, WEIGHT_DECAY, Range
 
 logger = logging.getLogger(__name__)
+
+_RANGES: dict[str, Range] = {
+    each.name: each.range for each in (LR, WEIGHT_DECAY, *registry.S3.hyperparameters) if each.range is not None
+}
+_LR, _DECAY, _BETA, _P = (_RANGES[name] for name in ("lr", "weight_decay", "beta", "p"))
 
 # What S3 reads in a param group.
 _OF_GROUPS = ("lr", "beta", "betas", "p", "weight_decay", "nesterov", "maximize", "rounding_seed")
@@ -50,32 +55,12 @@ def names_what_it_takes[F: Callable[..., Any]](init: F) -> F:
     return __init__  # type: ignore[return-value]
 
 
-def check_hyperparameters(group: dict[str, Any]) -> None:
-    """Raise S3Error for a value out of range."""
-    lr, p, weight_decay, betas = group["lr"], group["p"], group["weight_decay"], group["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise S3Error(f"lr is a tensor of {lr.numel()} elements: it must be one number; give groups rates of their own")
-    # A learning rate on the GPU is not looked at: reading it would synchronise with the device.
-    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
-    if not on_device and not (0 <= lr < math.inf):
-        raise S3Error(f"lr is {lr}: it must be a finite number >= 0")
-    if len(betas) != 2:
-        raise S3Error(f"betas is {betas}: it must be a pair, the decays of m and of s")
-    if not all(0 <= beta < 1 for beta in betas):
-        shown = betas[0] if len(set(betas)) == 1 else betas
-        raise S3Error(f"beta is {shown}: every beta must lie in [0, 1); 0.95 is the paper's")
-    if not 1 <= p < math.inf:
-        raise S3Error(f"p is {p}: it must be a finite number >= 1; 3 is the paper's")
-    if not 0 <= weight_decay < math.inf:
-        raise S3Error(f"weight_decay is {weight_decay}: it must be a finite number >= 0")
-
-
 def report_ignored(group: dict[str, Any]) -> None:
     """Log once, on rank 0, what a param group asks for that S3 has no setting for, and that is nobody's note.
 
     What is None or False asks for nothing: the groups of another optimizer have such.
     """
-    known = {*_OF_GROUPS, STATE_MARK, *_OF_OTHERS}
+    known = {*_OF_GROUPS, registry.S3.mark, *_OF_OTHERS}
     ignored = [name for name, value in group.items() if name not in known and value is not None and value is not False]
     if ignored:
         _warn_of_ignored(", ".join(map(repr, ignored)))
@@ -101,21 +86,22 @@ def check_step(group: dict[str, Any]) -> None:
     (beta1, beta2), p = group["betas"], group["p"]
     if not torch.compiler.is_compiling():
         _check_sizes(group["lr"], group["weight_decay"])
-    if not 1 <= p < math.inf:
-        raise S3Error(f"a param group's p is {p}: it must be a finite number >= 1; 3 is the paper's")
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise S3Error(f"a param group's betas are {(beta1, beta2)}: both must lie in [0, 1); keep schedulers from them")
+    if not _P.holds(p):
+        raise S3Error(f"a param group's p is {p}: it must be a finite number {_P}; 3 is the paper's")
+    if not (_BETA.holds(beta1) and _BETA.holds(beta2)):
+        raise S3Error(f"a param group's betas are {(beta1, beta2)}: both must lie {_BETA}; keep schedulers from them")
     if beta1 != beta2:
         _warn_of_two_betas(beta1, beta2)
 
 
 def _check_sizes(lr: float | Tensor, weight_decay: float) -> None:
     on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
-    if not on_device and not 0 <= lr < math.inf:
-        raise S3Error(f"a param group's lr is {float(lr)}: it must be a finite number >= 0; look at what writes it")
-    if not 0 <= weight_decay < math.inf:
+    if not on_device and not _LR.holds(float(lr)):
+        raise S3Error(f"a param group's lr is {float(lr)}: it must be a finite number {_LR}; look at what writes it")
+    if not _DECAY.holds(weight_decay):
         raise S3Error(
-            f"a param group's weight_decay is {weight_decay}: it must be a finite number >= 0; look at what writes it"
+            f"a param group's weight_decay is {weight_decay}: it must be a finite number {_DECAY}; look at what writes "
+            "it"
         )
 
 
@@ -125,7 +111,7 @@ _has_warned = False
 # Called while a step is compiled, and no part of what is compiled.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _warn_of_two_betas(beta1: float, beta2: float) -> None:
-    """Say once a process, on rank 0, that the bound does not hold."""
+    """Log once a process, on rank 0, that the bound does not hold."""
     global _has_warned
     if not _has_warned and os.environ.get("RANK", "0") == "0":
         logger.warning(

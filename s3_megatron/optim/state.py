@@ -1,72 +1,157 @@
-"""S3's state by name: the mark that tells it from Adam's, and what every way into the optimizer is held to."""
+"""An optimizer's state by name: the mark that tells it from Adam's, and what every way into it is held to.
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+Imports no torch, for the Specs, which recipes are made from, take their names and conversions from here.
+"""
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 from s3_megatron.errors import S3Error
+from s3_megatron.optim.spec import NAMES, Spec
 
-# Megatron-LM and DeepSpeed find optimizer state in their checkpoints by Adam's two names, so S3 goes by them:
-# m in the first, the root r = s^(1/p) in the second.
-EXP_AVG = "exp_avg"
-EXP_AVG_ROOT = "exp_avg_sq"
-NAMES = (EXP_AVG, EXP_AVG_ROOT)
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-# Adam's checkpoints use the same two names with another meaning; this entry of every param group tells them apart.
-STATE_MARK = "s3_state"
-STATE_FORMAT = "exp_avg=m, exp_avg_sq=s^(1/p)"
+    from s3_megatron.optim.engine_optimizer import EngineOptimizer
 
-_ADVICE = "an Adam state is turned into S3's by s3_megatron.optim.from_adam_state, or start with fresh optimizer state"
+Groups = Sequence[dict[str, Any]]
 
-
-def is_s3_state(param_groups: Iterable[dict[str, Any]]) -> bool:
-    """Tell whether saved param groups carry S3's mark."""
-    return all(group.get(STATE_MARK) == STATE_FORMAT for group in param_groups)
+# S3 has m in the first, the root r = s^(1/p) in the second.
+EXP_AVG, EXP_AVG_ROOT = NAMES
 
 
-def check_groups(param_groups: Iterable[dict[str, Any]]) -> None:
-    """Raise S3Error unless param groups carry S3's mark."""
-    if not is_s3_state(param_groups):
+def s3_from_adam(entry: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """Make S3's state of a parameter of its Adam state: m as it is, r = sqrt(v); modifies nothing."""
+    return {EXP_AVG: entry[EXP_AVG], EXP_AVG_ROOT: entry[EXP_AVG_ROOT].sqrt()}
+
+
+def is_marked(param_groups: Groups, spec: Spec) -> bool:
+    """Whether all saved param groups carry the mark of ``spec``."""
+    mark, wanted = spec.mark, spec.state_format
+    return all(group.get(mark) == wanted for group in param_groups)
+
+
+def written_by(param_groups: Groups) -> str | None:
+    """Name the optimizer of this package whose mark one of the groups carries, whether or not it is known here."""
+    marks = (key for group in param_groups for key, value in group.items() if isinstance(value, str))
+    return next((key.removesuffix("_state") for key in marks if key.endswith("_state")), None)
+
+
+def check_not_ours(param_groups: Groups, spec: Spec, fresh: str) -> None:
+    """Raise S3Error if an optimizer of this package wrote a state that ``spec`` has not: none can continue another's.
+
+    ``fresh`` is the advice how to load no state.
+    """
+    writer = written_by(param_groups)
+    if writer == spec.name:
         raise S3Error(
-            f"this optimizer state was not written by S3 (its param groups lack the mark {STATE_MARK!r}); {_ADVICE}"
+            f"the checkpoint's optimizer state is {spec.title}'s in another form than {spec.state_format!r}: load it "
+            f"with the version of s3_megatron that wrote it, or {fresh}"
+        )
+    if writer is not None:
+        raise S3Error(
+            f"the checkpoint's optimizer state was written by optimizer {writer}, and {spec.title} cannot continue it: "
+            f"go on with {writer}, or {fresh}"
         )
 
 
-def check_entry(entry: Mapping[str, Any], shape: torch.Size, *, marked: bool = False) -> None:
-    """Raise S3Error unless a parameter's state is S3's: m and r, or nothing.
+def check_groups(param_groups: Groups, spec: Spec) -> None:
+    """Raise S3Error unless param groups carry the mark of ``spec``."""
+    if not is_marked(param_groups, spec):
+        raise S3Error(
+            f"this optimizer state was not written by {spec.title} (its param groups lack the mark {spec.mark!r}); "
+            f"{_advice(spec)}"
+        )
 
-    Adam counts its steps in it, which S3 does not. Where it comes with param groups that are ``marked`` as S3's a step
-    says nothing: Megatron gives one to every state that it loads; DeepSpeed's ZeRO-3 demands one, and S3's is 0 there.
+
+def check_entry(entry: Mapping[str, Any], shape: "torch.Size", spec: Spec, *, marked: bool = False) -> None:
+    """Raise S3Error unless a parameter's state is one of ``spec``: its tensors, or nothing.
+
+    Adam counts its steps in it, which no optimizer here does. Where it comes with param groups that are ``marked`` a
+    step says nothing: Megatron gives one to every state that it loads; DeepSpeed's ZeRO-3 demands one, which is 0 here.
     """
     if not entry:
         return
     found = ", ".join(map(str, entry))
-    step = entry.get("step", 0)
-    if not marked and (isinstance(step, Tensor) or step != 0):
+    step, names = entry.get("step", 0), spec.state_names
+    if not marked and (not isinstance(step, Real) or step != 0):  # torch's is a tensor
         raise S3Error(
-            f"the state of a parameter of shape {list(shape)} was not written by S3 (it has {found}); {_ADVICE}"
+            f"the state of a parameter of shape {list(shape)} was not written by {spec.title} (it has {found}); "
+            f"{_advice(spec)}"
         )
-    if len([name for name in NAMES if name in entry]) == 1 or not entry.keys() & {*NAMES, "step"}:
+    mine, adams = entry.keys() & {*names}, entry.keys() & {*NAMES}
+    if 0 < len(mine) < len(names) or adams - mine or not (mine or "step" in entry):
         raise S3Error(
-            f"the state of a parameter of shape {list(shape)} has {found}: S3's are {EXP_AVG} and {EXP_AVG_ROOT}; "
+            f"the state of a parameter of shape {list(shape)} has {found}: {spec.title}'s are {' and '.join(names)}; "
             "start with fresh optimizer state"
         )
 
 
-def from_adam_state(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def accept(saved: Groups, ours: Groups, spec: Spec, on_change: Callable[[str], bool]) -> None:
+    """Compare what defines the state between saved param groups and this run's, one by one.
+
+    Where it differs ``on_change`` gets a clause that says so: it raises, or returns whether this run's values count,
+    which are then written into ``saved`` in place.
+    """
+    changed: dict[str, tuple[Any, Any]] = {}
+    for old, new in zip(saved, ours, strict=True):
+        for key in spec.state_keys:
+            if key in old and _plain(old[key]) != _plain(new[key]):
+                changed.setdefault(key, (_plain(old[key]), _plain(new[key])))
+    if not changed:
+        return
+    before, now = (", ".join(f"{key}={pair[i]}" for key, pair in changed.items()) for i in (0, 1))
+    if on_change(f"the state was made by {spec.title} with {before} and this run asks for {now}"):
+        for old, new in zip(saved, ours, strict=True):
+            old.update({key: new[key] for key in changed})
+
+
+def convert_from_adam(entries: Iterable[dict[str, Any]], spec: Spec) -> None:
+    """Turn parameters' Adam states into those of ``spec``, in place.
+
+    A step stays: some hosts want one, and remove or replace it themselves.
+    """
+    assert spec.from_adam is not None, "who asks for it has been refused"
+    for entry in entries:
+        if entry:
+            made = spec.from_adam(entry)
+            for name in NAMES:
+                entry.pop(name, None)
+            entry.update(made)
+
+
+def from_adam_state(state_dict: dict[str, Any], optimizer: "EngineOptimizer") -> dict[str, Any]:
     """Turn the state dict of an Adam(W) over the same parameters into one that ``optimizer``, an S3, loads.
 
     m is taken as it is and r = sqrt(v); the learning rate, decay and betas become those of ``optimizer``.
     Nothing is modified in place.
+
+    Raises:
+        S3Error: the state is not Adam's, or ``optimizer`` has no such conversion.
     """
-    state = {
-        index: {EXP_AVG: entry[EXP_AVG], EXP_AVG_ROOT: entry[EXP_AVG_ROOT].sqrt()}
-        for index, entry in state_dict["state"].items()
-    }
+    spec = optimizer.spec
+    if (writer := written_by(state_dict["param_groups"])) is not None:
+        raise S3Error(f"this optimizer state was written by {writer} and not by Adam: load it as it is, into {writer}")
+    if spec.from_adam is None:
+        raise S3Error(f"{spec.title} cannot go on from Adam's state: start with fresh optimizer state")
+    state = {index: {name: entry[name] for name in NAMES} for index, entry in state_dict["state"].items()}
+    convert_from_adam(state.values(), spec)
     groups = [
         {**{k: v for k, v in ours.items() if k != "params"}, "params": saved["params"]}
         for ours, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
     ]
     return {"state": state, "param_groups": groups}
+
+
+def _plain(value: Any) -> Any:
+    """A checkpoint may hold a pair as a list."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _advice(spec: Spec) -> str:
+    fresh = "start with fresh optimizer state"
+    if spec.from_adam is None:
+        return fresh
+    return f"an Adam state is turned into {spec.title}'s by s3_megatron.optim.from_adam_state, or {fresh}"

@@ -10,6 +10,7 @@ from megatron.core.utils import log_single_rank
 from megatron.training import get_args
 
 from s3_megatron.errors import S3Error
+from s3_megatron.optim import registry
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ _BESIDE = (
     *("use_pytorch_profiler", "record_", "memory_snapshot", "barrier", "straggler", "disable_straggler", "app_tag"),
     *("save", "load", "ckpt", "dist_ckpt", "async", "non_persistent", "exit", "auto_detect", "verify_integrity"),
     *("finetune", "no_load", "no_save", "override", "use_checkpoint", "use_dist_ckpt", "use_persistent_ckpt"),
-    *("use_tokenizer_model_from", "use_mp_args_from", "s3_from_adam", "s3_override", "pretrained_checkpoint"),
+    *("use_tokenizer_model_from", "use_mp_args_from", "pretrained_checkpoint"),
     *("rank", "local_rank", "distributed_", "nccl_", "inprocess", "ft_", "enable_ft", "calc_ft", "flight_recorder"),
     *("consumed_", "skipped_", "num_floating_point", "curr_", "do_", "num_workers", "data_cache_path"),
     *("num_dataset_builder_threads", "mmap_bin_files", "dataloader_", "inference", "rl_", "dino", "deepspeed_config"),
@@ -41,13 +42,14 @@ def compare(saved: Mapping[str, Any]) -> None:
 
     Raises:
         S3Error: a part of the schedule that Megatron does not save is another. The rest of the schedule is compared as
-            it is loaded, and S3's own hyperparameters with its state.
+            it is loaded, and our optimizers' hyperparameters with their state.
     """
     args = get_args()
+    beside = (*_BESIDE, *(spec.field(switch) for spec in registry.specs() for switch in spec.switches))
     changed = {
         name: f"--{name.replace('_', '-')} {saved[name]}, here {value}"
         for name, value in settings(args).items()
-        if not name.startswith(("_", *_BESIDE)) and name in saved and _text(saved[name]) != _text(value)
+        if not name.startswith(("_", *beside)) and name in saved and _text(saved[name]) != _text(value)
     }
     schedule = [name for name in _UNSAVED if name in changed and _is_used(name, args)]
     if schedule and not (args.override_opt_param_scheduler or args.no_load_optim):

@@ -10,6 +10,8 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 
 from s3_megatron.errors import S3Error
+from s3_megatron.optim import registry
+from s3_megatron.optim.spec import Spec
 
 Config = dict[str, Any]
 
@@ -22,10 +24,8 @@ _RUN = {
     "fp16.enabled": "fp16",
 }
 _RATES = {"optimizer.params.lr": "lr", "optimizer.params.weight_decay": "weight_decay"}
-_S3 = {f"optimizer.params.{name}": f"s3_{name}" for name in ("beta", "betas", "p", "nesterov")}
-_S3["optimizer.params.s3_from_adam"] = "s3_from_adam"
 _ADAM = {"optimizer.params.eps": "adam_eps"}
-_NAMES = {"s3": "s3", "adam": "adam", "adamw": "adam"}  # DeepSpeed's optimizers and Megatron's names for them
+_STOCK = {"adam": "adam", "adamw": "adam"}  # DeepSpeed's optimizers and Megatron's names for them
 
 # What Megatron's optimizer, its data-parallel wrapper or its checkpoints would do. DeepSpeed does not, so the run would
 # pass over the flag in silence.
@@ -43,7 +43,7 @@ _MEGATRONS_OWN = (
     *("init_model_with_meta_device", "freeze_all_layers", "async_save", "non_persistent_save_interval", "ckpt_format"),
     *("finetune", "pretrained_checkpoint", "no_load_optim", "no_save_optim", "no_load_rng", "no_save_rng"),
     *("ckpt_convert_format", "auto_detect_ckpt_format", "use_checkpoint_args", "override_ckpt_iteration"),
-    *("num_distributed_optimizer_instances", "empty_unused_memory_level", "s3_override_hyperparameters"),
+    *("num_distributed_optimizer_instances", "empty_unused_memory_level"),
 )
 
 
@@ -68,9 +68,13 @@ class DeepSpeedFlags:
 
     def _named(self) -> str | None:
         kind = self.file.get("optimizer", {}).get("type")
-        if kind is not None and kind.lower() not in _NAMES:
-            raise S3Error(f'{self.path} has optimizer type {kind!r}: this script trains with "S3" or "AdamW"')
-        return kind and _NAMES[kind.lower()]
+        if kind is None:
+            return None
+        name = _names().get(kind.lower())
+        if name is None:
+            known = ", ".join(f'"{spec.title}"' for spec in registry.specs())
+            raise S3Error(f'{self.path} has optimizer type {kind!r}: this script trains with {known} or "AdamW"')
+        return name
 
     def add(self, parser: argparse.ArgumentParser) -> None:
         """Add the flag to Megatron's ``parser``; what the file says instead of "auto" becomes the flags' default."""
@@ -84,7 +88,7 @@ class DeepSpeedFlags:
         # A NaN then stops the run. The other modes do a step's passes again, which has DeepSpeed add the gradients up.
         # Fused accumulation adds to main_grad, which only Megatron's data-parallel wrapper makes.
         parser.set_defaults(optimizer=self.optimizer, rerun_mode="disabled", gradient_accumulation_fusion=False)
-        for key, flag in {**_RUN, **_RATES, **(_S3 if self.optimizer == "s3" else _ADAM)}.items():
+        for key, flag in {**_RUN, **_RATES, **_own(registry.find(self.optimizer))}.items():
             value = _get(self.file, key)
             if value not in (None, "auto"):
                 parser.set_defaults(**{flag: value})
@@ -98,8 +102,9 @@ class DeepSpeedFlags:
         """
         if self.path is None:
             raise S3Error("--deepspeed-config FILE is missing: configs/deepspeed/ has one for each ZeRO stage")
-        if args.optimizer not in _NAMES.values():
-            raise S3Error(f"--optimizer {args.optimizer} does not work with DeepSpeed here: give s3 or adam")
+        if args.optimizer not in _names().values():
+            known = ", ".join(spec.name for spec in registry.specs())
+            raise S3Error(f"--optimizer {args.optimizer} does not work with DeepSpeed here: give {known} or adam")
         for name, default in self._defaults.items():
             if getattr(args, name) != default:
                 raise S3Error(
@@ -126,7 +131,8 @@ class DeepSpeedFlags:
                     f"{self.path} has {key} = {json.dumps(found)} and --{flag.replace('_', '-')} makes it "
                     f'{json.dumps(value)}: make them agree, or write "auto" in the file'
                 )
-        config["optimizer"]["type"] = "S3" if args.optimizer == "s3" else "AdamW"
+        spec = registry.find(args.optimizer)
+        config["optimizer"]["type"] = "AdamW" if spec is None else spec.title
         config.setdefault("steps_per_print", 2**31)  # Megatron's loop logs
         left = [key for key, value in _leaves(config) if value == "auto"]
         if left:
@@ -150,15 +156,32 @@ def _wanted(args: argparse.Namespace) -> dict[str, tuple[Any, str]]:
         # As Megatron does. DeepSpeed's default is the model's dtype for both.
         flag = "accumulate_allreduce_grads_in_fp32"
         wanted["data_types.grad_accum_dtype"] = wanted["communication_data_type"] = ("fp32", flag)
-    if args.optimizer == "adam":
+    spec = registry.find(args.optimizer)
+    if spec is None:
         wanted |= {key: (getattr(args, flag), flag) for key, flag in _ADAM.items()}
         wanted["optimizer.params.betas"] = ([args.adam_beta1, args.adam_beta2], "adam_beta1")
         if get_accelerator().device_name() == "cpu":  # FusedAdam needs a GPU
             wanted["optimizer.params.torch_adam"] = (True, "optimizer")
     else:
-        dropped = "optimizer.params.betas" if args.s3_betas is None else "optimizer.params.beta"
-        wanted |= {key: (getattr(args, flag), flag) for key, flag in _S3.items() if key != dropped}
+        values = {each.name: getattr(args, spec.field(each.name)) for each in spec.hyperparameters}
+        kept = {*spec.chosen(values), *(spec.field(switch) for switch in spec.switches)}
+        flags = {key: flag for key, flag in _own(spec).items() if key.rpartition(".")[2] in kept}
+        wanted |= {key: (getattr(args, flag), flag) for key, flag in flags.items()}
     return wanted
+
+
+def _names() -> dict[str, str]:
+    """Megatron's name for each of DeepSpeed's types, in small letters, that can be had here."""
+    return {**{spec.name: spec.name for spec in registry.specs()}, **_STOCK}
+
+
+def _own(spec: Spec | None) -> dict[str, str]:
+    """Which flag's value a param of the optimizer has; None stands for Adam."""
+    if spec is None:
+        return _ADAM
+    fields = {each.name: spec.field(each.name) for each in spec.hyperparameters}
+    fields |= {spec.field(switch): spec.field(switch) for switch in spec.switches}
+    return {f"optimizer.params.{name}": field for name, field in fields.items()}
 
 
 def _read(path: Path) -> Config:

@@ -27,6 +27,7 @@ from tests.deepspeed.harness import (
     ALONE,
     DECAY,
     FLOAT32_ACCUMULATION,
+    LR,
     STATES,
     Net,
     Reference,
@@ -198,18 +199,33 @@ def check_zero_3_loads_the_weights_that_are_asked_for(_: Path) -> None:
     other.step(gradients(3))
 
 
-def check_a_checkpoints_hyperparameters_are_said(_: Path) -> None:
+def check_other_hyperparameters_are_refused(_: Path) -> None:
+    """DeepSpeed went on with the checkpoint's p where the configuration asked for another, and logged one line;
+    Megatron refused it. The decay is no part of the state: the checkpoint's goes on, with a line."""
     folder = shared_folder()
     save(Run(2), folder)
+    changed = {"p": 2.0, "beta": 0.9, "nesterov": False}
+    for name, value in changed.items():
+        run = Run(2, params={name: value})
+        refuses(functools.partial(load, run, folder), f"asks for {name}", '"s3_override_hyperparameters": true')
+    run = Run(2, params={**changed, "s3_override_hyperparameters": True})
+    load(run, folder)
+    assert {(g["p"], g["betas"], g["nesterov"]) for g in run.s3.param_groups} == {(2.0, (0.9, 0.9), False)}
+    net = (
+        Net()
+    )  # an object has no configuration that could override: the checkpoint's values count, as in plain PyTorch
+    run = Run(2, net=net, client=S3(groups(net), lr=LR, p=2.0))
+    load(run, folder)
+    assert {group["p"] for group in run.s3.param_groups} == {3.0}
     lines: list[str] = []
     original, logger.warning = logger.warning, lines.append
     try:
         load(Run(2), folder)
         assert not any("goes on with" in line for line in lines)
-        load(Run(2, params={"p": 2.0}), folder)
+        load(Run(2, params={"weight_decay": 0.5}), folder)
     finally:
         logger.warning = original
-    assert any("goes on with the checkpoint's p: [3.0]" in line and "[2.0]" in line for line in lines), lines
+    assert any(f"checkpoint's weight_decay: [{DECAY}]" in line and "[0.5]" in line for line in lines), lines
 
 
 def check_another_configuration_is_said(_: Path) -> None:

@@ -167,7 +167,10 @@ class Run:
     def everything(self) -> list[Tensor]:
         """Masters, m and r of this rank, copied."""
         held = masters(self.wrapper)
-        return [t.detach().clone() for t in (*held, *(self.s3.state[p][name] for p in held for name in STATES))]
+        return [
+            t.detach().clone()
+            for t in (*held, *(self.s3.state[p][name] for p in held for name in self.s3.spec.state_names))
+        ]
 
 
 class Reference:

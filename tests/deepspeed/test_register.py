@@ -14,7 +14,7 @@ from s3_megatron.engines import versions
 from s3_megatron.engines.deepspeed import register, unregister
 from s3_megatron.engines.versions import DEEPSPEED
 from s3_megatron.errors import S3Error
-from s3_megatron.optim import S3
+from s3_megatron.optim import S3, registry
 
 Touched = list[tuple[Any, str]]
 
@@ -119,14 +119,14 @@ def test_no_deepspeed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_params_of_the_configuration_are_s3s_arguments() -> None:
-    from s3_megatron.engines.deepspeed.build import make_s3
+    from s3_megatron.engines.deepspeed.build import make
 
     settings = {"lr": 3e-3, "beta": 0.9, "p": 2, "weight_decay": 0.01, "nesterov": False, "state_dtype": "bfloat16"}
-    optimizer = make_s3([torch.ones(3)], settings, bf16_states=False)
+    optimizer = make(registry.S3, [torch.ones(3)], settings, bf16_states=False)
     (group,) = optimizer.param_groups
     assert (group["lr"], group["betas"], group["p"], group["nesterov"]) == (3e-3, (0.9, 0.9), 2, False)
     assert group["weight_decay"] == 0.01 and optimizer.state_dtype == torch.bfloat16
-    (group,) = make_s3([torch.ones(3)], {"betas": [0.9, 0.95]}, bf16_states=False).param_groups
+    (group,) = make(registry.S3, [torch.ones(3)], {"betas": [0.9, 0.95]}, bf16_states=False).param_groups
     assert group["betas"] == (0.9, 0.95)
 
 
@@ -160,39 +160,40 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_auto_for_what_s3_has_is_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """It reached S3 as four letters, and was refused as a pair of the wrong length."""
-    from s3_megatron.engines.deepspeed.build import make_s3
+    from s3_megatron.engines.deepspeed.build import make
 
     lines = said(monkeypatch)
     names = ("beta", "betas", "p", "nesterov", "maximize", "rounding_seed", "state_dtype", "implementation")
-    for name in (*names, "s3_from_adam"):
-        optimizer = make_s3([torch.ones(3)], {"lr": 3e-3, name: "auto"}, bf16_states=name == "state_dtype")
+    names += ("s3_from_adam", "s3_override_hyperparameters")
+    for name in names:
+        optimizer = make(registry.S3, [torch.ones(3)], {"lr": 3e-3, name: "auto"}, bf16_states=name == "state_dtype")
         assert {**optimizer.param_groups[0], "params": []} == {
             **S3([torch.ones(3)], lr=3e-3).param_groups[0],
             "params": [],
         }
         assert optimizer.state_dtype == (torch.bfloat16 if name == "state_dtype" else torch.float32)
-    assert len(lines) == len(names) and all("auto" in line and "own default" in line for line in lines)
+    assert len(lines) == len(names) - 1 and all("auto" in line and "own default" in line for line in lines)
     assert not any("implementation" in line for line in lines)  # its "auto" is S3's
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
 def test_auto_that_only_a_trainer_knows_is_refused(name: str) -> None:
-    from s3_megatron.engines.deepspeed.build import make_s3
+    from s3_megatron.engines.deepspeed.build import make
 
     with pytest.raises(S3Error, match=f'"auto" for {name} .*write a number'):
-        make_s3([torch.ones(3)], {"lr": 3e-3, name: "auto"}, bf16_states=False)
+        make(registry.S3, [torch.ones(3)], {"lr": 3e-3, name: "auto"}, bf16_states=False)
 
 
 @pytest.mark.parametrize("name", ["eps", "torch_adam", "adam_w_mode", "bias_correction"])
 def test_a_param_of_adam_is_refused_and_the_list_does_not_lead_to_betas(name: str) -> None:
     """Who took out eps and kept "betas": "auto" trained with Adam's, and weights moved by three rates."""
-    from s3_megatron.engines.deepspeed.build import make_s3
+    from s3_megatron.engines.deepspeed.build import make
 
     for value in ("auto", 1e-8):
         with pytest.raises(
             S3Error, match=f"'{name}', which it does not have: take them out; it has beta, impl"
         ) as found:
-            make_s3([torch.ones(3)], {"lr": 3e-3, name: value}, bf16_states=False)
+            make(registry.S3, [torch.ones(3)], {"lr": 3e-3, name: value}, bf16_states=False)
         assert "betas" not in str(found.value)
 
 

@@ -19,7 +19,7 @@ from s3_megatron.engines.deepspeed.watch import part
 from s3_megatron.optim.settings import _warn_of_ignored
 from tests import checks
 from tests.checks import refuses
-from tests.deepspeed import checkpoints, features, limits
+from tests.deepspeed import checkpoints, features, limits, toy
 from tests.deepspeed.harness import (
     ALONE,
     FLOAT32_ACCUMULATION,
@@ -200,7 +200,7 @@ def check_the_first_line_says_what_s3_holds() -> None:
     held = sum(m.numel() for m in masters(run.wrapper))
     assert f"DeepSpeedZeroOptimizer (ZeRO 2): this rank updates {2 + ALONE} tensors" in line, line
     assert f"{held:,} of {sum(p.numel() for p in run.trained().values()):,} elements, on cpu with kernel" in line, line
-    assert "masters in float32, m and r in float32; betas=(0.95, 0.95) p=3.0 nesterov=True" in line, line
+    assert "masters in float32, m and s^(1/p) in float32; betas=(0.95, 0.95) p=3.0 nesterov=True" in line, line
 
 
 def check_no_note_of_the_hosts_in_a_param_group_is_reported() -> None:
@@ -286,7 +286,7 @@ def main(output: Path, folder: Path, names: list[str]) -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     # DeepSpeed collects garbage for every engine: a quarter of a second, unless it passes over what was imported.
     gc.freeze()
-    several = {**globals(), **vars(features), **(vars(limits) if OLD else {})}
+    several = {**globals(), **vars(features), **vars(toy), **(vars(limits) if OLD else {})}
     checks.run({**checks.named(several), **checkpoints.checks(folder)}, names, output)
     dist.destroy_process_group()
 

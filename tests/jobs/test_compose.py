@@ -57,6 +57,15 @@ def test_the_optimizer_is_exchanged_whole():
     )
 
 
+def test_a_recipe_has_every_hyperparameter_of_its_optimizer():
+    """Ablations of the paper could not be written as recipes."""
+    given = flags("gpt2_7b", "slurm", "optimizer.nesterov=false", "optimizer.betas=[0.9,0.95]")
+    assert "--s3-no-nesterov" in given and "--s3-beta" not in given
+    assert given["--s3-betas"] == "0.9 0.95"
+    assert "--s3-no-nesterov" not in flags("gpt2_7b", "slurm")
+    assert "optimizer.betas" in refused("gpt2_7b", "slurm", "optimizer.betas=[0.9]")
+
+
 def test_settings_reach_both_files():
     job = compose.load("gpt2_7b", "slurm", ["layout.nodes=8", "cluster.ranks_per_node=4", "cluster.slurm.account=abc"])
     assert (job.ranks, job.model_parallel, job.data_parallel) == (32, 4, 8)

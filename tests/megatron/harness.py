@@ -146,7 +146,7 @@ class Run:
         """Masters, m and r of this rank, copied."""
         inner = self.part.optimizer
         params = [param for group in inner.param_groups for param in group["params"]]
-        state = [inner.state[p][name] for p in params for name in (EXP_AVG, EXP_AVG_ROOT)]
+        state = [inner.state[p][name] for p in params for name in (EXP_AVG, EXP_AVG_ROOT) if name in inner.state[p]]
         return [tensor.detach().clone() for tensor in [*params, *state]]
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import ParamKey
 from megatron.training import global_vars
 
-from s3_megatron.engines.megatron.checkpoint import guard_adam, guard_s3
+from s3_megatron.engines.megatron.checkpoint import guard_other, guard_own
 from s3_megatron.optim import S3
 from s3_megatron.optim.settings import _warn_of_ignored
 from tests.checks import refuses, shared_folder
@@ -142,7 +142,7 @@ UNKNOWN: list[Any] = [
 def check_guards_pass_through_what_they_do_not_know() -> None:
     """With S3 installed, Adam under Megatron-FSDP could not resume: KeyError 'optimizer', in our guard."""
     for state in UNKNOWN:
-        for guard in (guard_adam, lambda part: guard_s3(part, Run().config)):
+        for guard in (guard_other, lambda part: guard_own(part, Run().config)):
             seen: list[Any] = []
             part = SimpleNamespace(load_state_dict=seen.append, optimizer=SimpleNamespace(state={}, param_groups=[]))
             guard(part)

@@ -7,7 +7,8 @@ import pytest
 
 from tests import checks
 
-SOURCES = [Path(__file__).with_name(name) for name in ("worker.py", "passes.py", "resumes.py", "watching.py")]
+NAMES = ("worker.py", "passes.py", "resumes.py", "watching.py", "toy.py")
+SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 CHECKS = [check for file in SOURCES for check in re.findall(r"^def (check_\w+)", file.read_text(), flags=re.MULTILINE)]
 
 

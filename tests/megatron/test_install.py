@@ -160,7 +160,7 @@ def test_flags_reach_the_config(parse) -> None:
     assert args.optimizer == "s3" and args.use_distributed_optimizer
     assert not getattr(args, "use_layer_wise_distributed_optimizer", False), "0.17 has none"
     config, _ = host("megatron.training.training").get_megatron_optimizer_config(args)
-    assert isinstance(config, host("s3_megatron.engines.megatron").S3OptimizerConfig) and config.optimizer == "s3"
+    assert isinstance(config, host("s3_megatron.engines.megatron.config").S3Config) and config.optimizer == "s3"
     assert (config.s3_beta, config.s3_p, config.s3_nesterov, config.s3_betas) == (0.9, 2.0, False, None)
     assert config.lr == 1e-3 and config.use_distributed_optimizer
 
@@ -184,8 +184,8 @@ def test_from_adam_takes_the_new_rates(parse) -> None:
     [
         (("--s3-p", "0.5"), r"--s3-p is 0\.5: .*>= 1"),
         (("--s3-p", "nan"), r"--s3-p is nan: .*>= 1"),
-        (("--s3-beta", "1"), r"--s3-beta has 1\.0: .*\[0, 1\)"),
-        (("--s3-betas", "0.9", "-0.1"), r"--s3-betas has -0\.1: .*\[0, 1\)"),
+        (("--s3-beta", "1"), r"--s3-beta is 1\.0: .*\[0, 1\)"),
+        (("--s3-betas", "0.9", "-0.1"), r"--s3-betas is \[0\.9, -0\.1\]: .*\[0, 1\)"),
         (("--optimizer-cpu-offload",), r"--optimizer-cpu-offload does not work with --optimizer s3: "),
         (("--use-megatron-fsdp",), r"--use-megatron-fsdp does not work .* --use-distributed-optimizer"),
     ],

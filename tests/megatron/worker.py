@@ -26,7 +26,7 @@ from s3_megatron.engines.megatron import S3OptimizerConfig, install, uninstall
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
 from tests import checks
 from tests.checks import refuses, shared_folder
-from tests.megatron import passes, resumes, watching
+from tests.megatron import passes, resumes, toy, watching
 from tests.megatron.harness import (
     LR,
     Run,
@@ -276,7 +276,8 @@ def main(output: Path, names: list[str]) -> None:
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    checks.run(checks.named({**globals(), **vars(passes), **vars(resumes), **vars(watching)}), names, output)
+    files = (passes, resumes, watching, toy)
+    checks.run(checks.named({**globals(), **{k: v for file in files for k, v in vars(file).items()}}), names, output)
     dist.destroy_process_group()
 
 

@@ -33,7 +33,7 @@ def some(optimizer: S3, index: int) -> nn.Parameter:
 
 
 def state_of(optimizer: S3, index: int) -> dict[str, Tensor]:
-    return optimizer._state_of(some(optimizer, index))
+    return optimizer.state_of(some(optimizer, index))
 
 
 def swap_two(optimizer: S3, index: int) -> None:

@@ -10,8 +10,7 @@ import torch
 from torch.optim import lr_scheduler as schedulers
 from torch.optim import swa_utils
 
-from s3_megatron.optim import S3, settings
-from s3_megatron.optim.state import STATE_MARK
+from s3_megatron.optim import S3, registry, settings
 
 
 @pytest.fixture(autouse=True)
@@ -99,4 +98,4 @@ def test_torchs_own_notes_pass(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_what_a_group_may_have_is_what_s3_reads() -> None:
     group = S3([weight()]).param_groups[0]
-    assert {*settings._OF_GROUPS, STATE_MARK, "params"} == {*group, "beta"}
+    assert {*settings._OF_GROUPS, registry.S3.mark, "params"} == {*group, "beta"}

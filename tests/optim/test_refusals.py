@@ -12,8 +12,8 @@ BAD = [  # name, value, what the message must say of the value, and of the range
     *[("lr", value, f"lr is {value}", "finite number >= 0") for value in (-1e-9, NAN, INF)],
     *[("lr", torch.tensor(value), f"lr is {value}", "finite number >= 0") for value in (-1.0, NAN)],
     *[("beta", value, f"beta is {value}", "[0, 1)") for value in (-0.1, 1, 1.0, 1.5, NAN)],
-    ("betas", (0.9, 1.0), "beta is (0.9, 1.0)", "[0, 1)"),
-    ("betas", (NAN, 0.9), "beta is (nan, 0.9)", "[0, 1)"),
+    ("betas", (0.9, 1.0), "betas is (0.9, 1.0)", "[0, 1)"),
+    ("betas", (NAN, 0.9), "betas is (nan, 0.9)", "[0, 1)"),
     # Incident: a single beta in a tuple was called out of [0, 1).
     ("betas", (0.9,), "betas is (0.9,)", "a pair"),
     ("betas", (0.9, 0.9, 0.9), "betas is (0.9, 0.9, 0.9)", "a pair"),

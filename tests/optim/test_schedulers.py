@@ -96,7 +96,7 @@ def test_two_betas_are_said_whichever_way_they_come(door: str, caplog: pytest.Lo
     elif door == "written":
         optimizer.param_groups[0]["betas"] = [0.9, 0.99]
     largest_update(optimizer, param)
-    assert ["S3 steps with two betas, 0.9 and 0.99" in line for line in caplog.messages] == [True]
+    assert ["0.9 and 0.99" in line for line in caplog.messages if "S3 steps with two betas" in line] == [True]
 
 
 def test_one_rank_says_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

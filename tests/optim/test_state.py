@@ -70,6 +70,23 @@ def test_saving_and_loading_in_the_middle_equals_no_interruption(dtype, lr):
     assert everything(resumed, loaded) == everything(params, optimizer)
 
 
+def test_other_hyperparameters_than_the_saved_ones_are_warned_of_once(caplog: pytest.LogCaptureFixture):
+    """Asked for 0.95 and 3, a run went on with 0.9 and 2, in silence; Megatron refuses that, and DeepSpeed."""
+    params = parameters(torch.float32)
+    source = S3(params, beta=0.9, p=2.25)
+    train(params, source, range(1))
+    for _ in range(2):
+        optimizer = S3(params)
+        optimizer.load_state_dict(source.state_dict())
+        assert (optimizer.param_groups[0]["betas"], optimizer.param_groups[0]["p"]) == ((0.9, 0.9), 2.25)
+    (line,) = caplog.messages
+    assert (
+        "S3 with betas=(0.9, 0.9), p=2.25 and this run asks for betas=(0.95, 0.95), p=3.0" in line and "\n" not in line
+    )
+    source.load_state_dict(source.state_dict())
+    assert len(caplog.messages) == 1
+
+
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda pair: pickle.loads(pickle.dumps(pair))}
 
 

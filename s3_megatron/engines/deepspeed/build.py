@@ -1,4 +1,4 @@
-"""Building S3 where DeepSpeed builds its own optimizers, and seeing that it is S3 that runs.
+"""Building our optimizers where DeepSpeed builds its own, and seeing that it is these that run.
 
 Every host symbol named here was read in deepspeed 0.19.8, runtime/engine.py unless another file is named.
 """
@@ -19,13 +19,11 @@ from deepspeed.utils import log_dist
 from s3_megatron.engines.deepspeed import checkpoint, gradients, loss_scale, stepping
 from s3_megatron.engines.deepspeed.layout import is_flat
 from s3_megatron.errors import S3Error
-from s3_megatron.optim import S3
-from s3_megatron.optim.state import STATE_MARK
+from s3_megatron.optim import EngineOptimizer, registry
+from s3_megatron.optim.spec import FROM_ADAM, OVERRIDE, Spec
+from s3_megatron.optim.state import written_by
 from s3_megatron.swap import SymbolSwap
 
-# What "params" may hold: S3's own arguments, without those that DeepSpeed gives or that do nothing under it.
-_FROM_ADAM = "s3_from_adam"
-_KNOWN = sorted({*inspect.signature(S3).parameters} - {"params", "capturable"} | {_FROM_ADAM})
 _FROM_TRAINER = ("lr", "weight_decay")  # what transformers and accelerate fill in for any optimizer
 _IS_0_17 = deepspeed.__version__.startswith("0.17.")  # 0.17.6 is the oldest that S3 works with
 _STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,7 +34,7 @@ def is_supported_optimizer(original: Callable[..., bool]) -> Callable[..., bool]
 
     @functools.wraps(original)
     def _is_supported_optimizer(self: Any, optimizer_name: str) -> bool:
-        return optimizer_name.lower() == "s3" or original(self, optimizer_name)
+        return registry.find(optimizer_name) is not None or original(self, optimizer_name)
 
     return _is_supported_optimizer
 
@@ -46,7 +44,7 @@ def is_zero_supported_optimizer(original: Callable[..., bool]) -> Callable[..., 
 
     @functools.wraps(original)
     def is_supported(optimizer: Any) -> bool:
-        return isinstance(optimizer, S3) or original(optimizer)
+        return isinstance(optimizer, EngineOptimizer) or original(optimizer)
 
     return is_supported
 
@@ -56,46 +54,65 @@ def configure_basic_optimizer(original: Callable[..., Any]) -> Callable[..., Any
 
     @functools.wraps(original)
     def _configure_basic_optimizer(self: Any, model_parameters: Any) -> Any:
-        if self.optimizer_name().lower() != "s3":
+        spec = registry.find(self.optimizer_name())
+        if spec is None:
             return original(self, model_parameters)
         bf16_states = _has(self, "bf16_optimizer_states")
-        optimizer = make_s3(model_parameters, self.optimizer_params() or {}, bf16_states=bf16_states)
-        _hold_still(optimizer)
+        optimizer = make(spec, model_parameters, self.optimizer_params() or {}, bf16_states=bf16_states)
+        _freeze_step_during_init(optimizer)
         return optimizer
 
     return _configure_basic_optimizer
 
 
-def make_s3(params: Any, settings: dict[str, Any], *, bf16_states: bool) -> S3:
-    """Build S3 from the configuration's ``params``; ``bf16_states`` is DeepSpeed's ``bf16_optimizer_states``.
+def make(spec: Spec, params: Any, settings: dict[str, Any], *, bf16_states: bool) -> EngineOptimizer:
+    """Build an optimizer from the configuration's ``params``; ``bf16_states`` is DeepSpeed's ``bf16_optimizer_states``.
 
     Raises:
-        S3Error: an unknown name, a value that S3 does not take, or "auto" for what only a Trainer knows.
+        S3Error: an unknown name, a value that it does not take, or "auto" for what only a Trainer knows.
     """
-    unknown = sorted(set(settings) - set(_KNOWN))
+    kind: Any = spec.load()
+    # Its own arguments, without those that DeepSpeed gives or that do nothing under it.
+    own = {*inspect.signature(kind).parameters} - {"params", "capturable"}
+    switches = {spec.field(switch) for switch in spec.switches}
+    unknown = sorted(set(settings) - own - switches)
     if unknown:
         # betas is for ablations, and whoever comes from Adam has a pair that does not fit: beta is what to see here.
+        known = [name for name in sorted(own | switches) if name != "betas"]
         raise S3Error(
-            f"the DeepSpeed configuration gives optimizer S3 the params {', '.join(map(repr, unknown))}, which it does "
-            f"not have: take them out; it has {', '.join(name for name in _KNOWN if name != 'betas')}"
+            f"the DeepSpeed configuration gives optimizer {spec.title} the params {', '.join(map(repr, unknown))}, "
+            f"which it does not have: take them out; it has {', '.join(known)}"
         )
     auto = sorted(name for name, value in settings.items() if isinstance(value, str) and value == "auto")
     if missing := [name for name in _FROM_TRAINER if name in auto]:
         raise S3Error(
-            f'optimizer S3 has "auto" for {", ".join(missing)} and no transformers or accelerate put its own value '
-            "there: write a number"
+            f'optimizer {spec.title} has "auto" for {", ".join(missing)} and no transformers or accelerate put its own '
+            "value there: write a number"
         )
     if defaults := [name for name in auto if name != "implementation"]:  # which has an "auto" of its own
-        log_dist(f'"auto" for {", ".join(defaults)} of S3 is its own default', ranks=[0], level=logging.WARNING)
-    arguments = {name: value for name, value in settings.items() if name not in {_FROM_ADAM, *defaults}}
-    name = arguments.pop("state_dtype", "bfloat16" if bf16_states else "float32")
+        text = f'"auto" for {", ".join(defaults)} of {spec.title} is its own default'
+        log_dist(text, ranks=[0], level=logging.WARNING)
+    arguments = {name: value for name, value in settings.items() if name not in {*switches, *defaults}}
+    spec.check(arguments, lambda name: f"{spec.title}'s {name}")
+    if "state_dtype" in own:
+        arguments["state_dtype"] = _state_dtype(spec, arguments.get("state_dtype"), bf16_states)
+    elif bf16_states:
+        raise S3Error(f"bf16_optimizer_states is true and {spec.title} has float32 states only: leave it out")
+    made: EngineOptimizer = kind(params, **arguments)
+    return made
+
+
+def _state_dtype(spec: Spec, given: str | None, bf16_states: bool) -> torch.dtype:
+    name = given or ("bfloat16" if bf16_states else "float32")
     if name not in _STATE_DTYPES:
-        raise S3Error(f"S3's state_dtype is {name!r}: it must be one of {', '.join(map(repr, _STATE_DTYPES))}")
+        allowed = ", ".join(map(repr, _STATE_DTYPES))
+        raise S3Error(f"{spec.title}'s state_dtype is {name!r}: it must be one of {allowed}")
     if bf16_states and name != "bfloat16":
         raise S3Error(
-            f"bf16_optimizer_states is true and S3's state_dtype is {name!r}: make it 'bfloat16' or leave it out"
+            f"bf16_optimizer_states is true and {spec.title}'s state_dtype is {name!r}: make it 'bfloat16' or leave it "
+            "out"
         )
-    return S3(params, state_dtype=_STATE_DTYPES[name], **arguments)
+    return _STATE_DTYPES[name]
 
 
 def configure_optimizer(original: Callable[..., None]) -> Callable[..., None]:
@@ -105,8 +122,9 @@ def configure_optimizer(original: Callable[..., None]) -> Callable[..., None]:
     def _configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
         if callable(client_optimizer) and not isinstance(client_optimizer, torch.optim.Optimizer):
             client_optimizer = client_optimizer(model_parameters)  # as the host would, a few lines further on
-        configured = client_optimizer is None and (self.optimizer_name() or "").lower() == "s3"
-        if not configured and not isinstance(client_optimizer, S3):
+        named = None if client_optimizer is not None else registry.find(self.optimizer_name())
+        spec = client_optimizer.spec if isinstance(client_optimizer, EngineOptimizer) else named
+        if spec is None:
             original(self, client_optimizer, model_parameters)
             _check_not_replaced(self.basic_optimizer)
             checkpoint.guard_other(self.basic_optimizer, self.optimizer)
@@ -114,21 +132,23 @@ def configure_optimizer(original: Callable[..., None]) -> Callable[..., None]:
         _refuse_what_cannot_work(self)
         if client_optimizer is not None:
             self._config.zero_force_ds_cpu_optimizer = False  # "use DeepSpeedCPUAdam": S3 has its own C++ kernel
-            _hold_still(client_optimizer)
+            _freeze_step_during_init(client_optimizer)
+        kind = spec.load()
         try:
-            with _masters_may_be_16_bit():
+            with _masters_may_be_16_bit(kind):
                 original(self, client_optimizer, model_parameters)
         finally:
             for optimizer in (client_optimizer, getattr(self, "basic_optimizer", None)):
                 getattr(optimizer, "__dict__", {}).pop("step", None)
         optimizer = self.basic_optimizer
-        if type(optimizer) is not S3 or getattr(self.optimizer, "optimizer", optimizer) is not optimizer:
+        if type(optimizer) is not kind or getattr(self.optimizer, "optimizer", optimizer) is not optimizer:
             raise S3Error(
-                f"DeepSpeed built {type(optimizer).__name__} in {type(self.optimizer).__name__} where S3 was asked "
-                "for: report this version"
+                f"DeepSpeed built {type(optimizer).__name__} in {type(self.optimizer).__name__} where {spec.title} was "
+                "asked for: report this version"
             )
-        from_adam = configured and (self.optimizer_params() or {}).get(_FROM_ADAM, False) not in (False, None, "auto")
-        checkpoint.guard_s3(optimizer, self.optimizer, from_adam=from_adam)
+        params = (self.optimizer_params() or {}) if named else {}
+        from_adam, override = (_is_on(params, spec.field(switch)) for switch in (FROM_ADAM, OVERRIDE))
+        checkpoint.guard_own(optimizer, self.optimizer, from_adam=from_adam, override=override if named else None)
         if not isinstance(self.config, dict):  # a path, which is what checkpoints would then keep of it
             self.config = self._config._param_dict
         if _IS_0_17 and is_flat(self.optimizer):
@@ -142,7 +162,17 @@ def configure_optimizer(original: Callable[..., None]) -> Callable[..., None]:
     return _configure_optimizer
 
 
-def _hold_still(optimizer: S3) -> None:
+def _is_on(params: dict[str, Any], switch: str) -> bool:
+    """Read a switch of the configuration; "auto" is its default, off."""
+    value = params.get(switch, False)
+    if value in (None, "auto"):
+        return False
+    if value not in (True, False):
+        raise S3Error(f"{switch} is {value!r}: it must be true or false")
+    return bool(value)
+
+
+def _freeze_step_during_init(optimizer: EngineOptimizer) -> None:
     """Make ``step`` only allocate the state while DeepSpeed wraps ``optimizer``.
 
     FP16_UnfusedOptimizer and ZeRO-3 call it once with zero gradients so that state comes into being, and that step
@@ -154,7 +184,7 @@ def _hold_still(optimizer: S3) -> None:
 
 
 @contextmanager
-def _masters_may_be_16_bit() -> Iterator[None]:
+def _masters_may_be_16_bit(kind: type[EngineOptimizer]) -> Iterator[None]:
     """Let ZeRO keep 16-bit masters on the CPU for S3, which moves them in float32 and rounds once.
 
     Its constructors demand that the optimizer's type be the module's DeepSpeedCPUAdam (stage3.py and
@@ -162,7 +192,7 @@ def _masters_may_be_16_bit() -> Iterator[None]:
     """
     swap = SymbolSwap("this DeepSpeed")
     for module in (stage3, stage_1_and_2):
-        swap.replace(module, "DeepSpeedCPUAdam", lambda _: S3)
+        swap.replace(module, "DeepSpeedCPUAdam", lambda _: kind)
     try:
         yield
     finally:
@@ -170,7 +200,7 @@ def _masters_may_be_16_bit() -> Iterator[None]:
 
 
 def _refuse_what_cannot_work(engine: Any) -> None:
-    """Raise S3Error for settings under which DeepSpeed would not use S3, or only for some weights or gradients."""
+    """Raise S3Error for settings under which DeepSpeed would not use ours, or only for some weights or gradients."""
     if _IS_0_17:
         _refuse_what_0_17_gets_wrong(engine)
     offload = engine.zero_offload_optimizer()
@@ -218,16 +248,17 @@ def _has(engine: Any, setting: str) -> bool:
 
 
 def _check_not_replaced(optimizer: Any) -> None:
-    """Raise S3Error if somebody made another optimizer out of S3's param groups, as accelerate does."""
-    if any(STATE_MARK in group for group in getattr(optimizer, "param_groups", [])):
+    """Raise S3Error if another optimizer was made out of the param groups of ours, as accelerate does."""
+    if (name := written_by(getattr(optimizer, "param_groups", []))) is not None:
+        title = registry.title(name)
         raise S3Error(
-            f"the optimizer was S3 and arrived in DeepSpeed as {type(optimizer).__name__} (accelerate does so under "
-            'offload): import accelerate before s3_megatron.engines.deepspeed.register(), or give {"type": "S3"} in '
-            "the DeepSpeed configuration instead of an S3 object"
+            f"the optimizer was {title} and arrived in DeepSpeed as {type(optimizer).__name__} (accelerate does so "
+            'under offload): import accelerate before s3_megatron.engines.deepspeed.register(), or give {"type": '
+            f'"{title}"}} in the DeepSpeed configuration instead of an object'
         )
 
 
-def keep_s3(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def keep_ours(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Wrap ``map_pytorch_optim_to_deepspeed`` (accelerate 1.15, utils/deepspeed.py).
 
     Under offload it makes a DeepSpeedCPUAdam of every optimizer that it does not know.
@@ -235,6 +266,6 @@ def keep_s3(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     @functools.wraps(original)
     def map_pytorch_optim_to_deepspeed(optimizer: Any) -> Any:
-        return optimizer if isinstance(optimizer, S3) else original(optimizer)
+        return optimizer if isinstance(optimizer, EngineOptimizer) else original(optimizer)
 
     return map_pytorch_optim_to_deepspeed

@@ -1,4 +1,4 @@
-"""Checkpoints of DeepSpeed with S3: the mark, conversion from Adam, and what universal checkpoints get wrong.
+"""Checkpoints of DeepSpeed with ours: the mark, conversion from Adam, and what universal checkpoints get wrong.
 
 Every host symbol named here was read in deepspeed 0.19.8.
 """
@@ -6,6 +6,7 @@ Every host symbol named here was read in deepspeed 0.19.8.
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,23 +16,27 @@ from deepspeed.utils import logger
 from s3_megatron.engines import versions
 from s3_megatron.engines.deepspeed.layout import is_flat, is_sharded, is_stage3, masters
 from s3_megatron.errors import S3Error
-from s3_megatron.optim import EXP_AVG_ROOT, S3, from_adam_state, is_s3_state
+from s3_megatron.optim import EngineOptimizer, from_adam_state, registry
+from s3_megatron.optim.engine_optimizer import warn_of_change
+from s3_megatron.optim.spec import FROM_ADAM, OVERRIDE
+from s3_megatron.optim.state import accept, check_not_ours, convert_from_adam, is_marked, written_by
 from s3_megatron.swap import SymbolSwap
 
 Groups = list[dict[str, Any]]
 
-# What a checkpoint's param groups bring along, to the configuration's cost; lr is the scheduler's.
-_HYPERPARAMETERS = ("betas", "p", "nesterov", "maximize", "weight_decay")
+# What else a checkpoint's param groups bring along, to the configuration's cost; lr is the scheduler's.
+_TAKEN_OVER = ("maximize", "weight_decay")
 
 
 def guard_other(optimizer: Any, wrapper: Any) -> None:
-    """Make an optimizer that is not S3 refuse S3's state, which has Adam's names and another meaning."""
+    """Make a stock optimizer refuse the state of ours, which has Adam's names and another meaning."""
 
     def refuse(groups: Groups, universal: bool) -> None:
-        if groups and is_s3_state(groups):
+        if (name := written_by(groups)) is not None:
+            title = registry.title(name)
             raise S3Error(
-                f"the checkpoint's optimizer state was written by S3 and cannot be loaded into "
-                f"{type(optimizer).__name__}: go on with S3, or load the weights alone: "
+                f"the checkpoint's optimizer state was written by {title} and cannot be loaded into "
+                f"{type(optimizer).__name__}: go on with {title}, or load the weights alone: "
                 f"{_weights_alone(wrapper, universal)}"
             )
 
@@ -52,70 +57,92 @@ def _weights_alone(wrapper: Any, universal: bool) -> str:
     )
 
 
-def guard_s3(optimizer: S3, wrapper: Any, *, from_adam: bool) -> None:
-    """Make ``wrapper``, in which S3 is, load only S3's state, or with ``from_adam`` convert Adam's.
+def guard_own(optimizer: EngineOptimizer, wrapper: Any, *, from_adam: bool, override: bool | None) -> None:
+    """Make ``wrapper`` load only the state of ``optimizer``, which is in it, or with ``from_adam`` convert Adam's.
 
-    Allocates S3's state, and keeps it as ``safe_get_full_optimizer_state`` and universal checkpoints want it.
+    Where a checkpoint has other values of what defines the state, it is refused, or with ``override`` this run's count;
+    with None, for an object that no configuration describes, the checkpoint's, as in plain PyTorch. Allocates the
+    state, and keeps it as ``safe_get_full_optimizer_state`` and universal checkpoints want it.
     """
-    optimizer.load_state_dict = functools.partial(  # type: ignore[method-assign]
-        _load_state_dict, optimizer, optimizer.load_state_dict, wrapper, from_adam
-    )
+    guard = _LoadGuard(optimizer, wrapper, from_adam, override)
+    load = optimizer.load_state_dict
+
+    def load_state_dict(state_dict: dict[str, Any]) -> None:
+        """Load one rank's state of an ordinary checkpoint."""
+        state_dict = dict(state_dict)
+        if guard.accept(state_dict["param_groups"], universal=False):
+            state_dict = from_adam_state(state_dict, optimizer)
+        load(state_dict)
+
+    optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
     if not is_sharded(wrapper):
         return
-    _settle(wrapper)
+    _init_and_link_state(wrapper)
     if is_flat(wrapper):
-        _replace(wrapper, "_link_all_hp_params", lambda link: _followed_by(link, lambda: _settle(wrapper)))
-    _guard_universal(optimizer, wrapper, from_adam)
+        _replace(wrapper, "_link_all_hp_params", lambda link: _followed_by(link, lambda: _init_and_link_state(wrapper)))
+    _guard_universal(guard)
 
 
-def _load_state_dict(
-    optimizer: S3, load: Callable[[dict[str, Any]], None], wrapper: Any, from_adam: bool, state_dict: dict[str, Any]
-) -> None:
-    """Load one rank's state of an ordinary checkpoint."""
-    state_dict = dict(state_dict)
-    if _accept(state_dict["param_groups"], optimizer, from_adam, _weights_alone(wrapper, False)):
-        state_dict = from_adam_state(state_dict, optimizer)
-    load(state_dict)
+@dataclass
+class _LoadGuard:
+    """What decides which checkpoints come into an optimizer."""
 
+    optimizer: EngineOptimizer
+    wrapper: Any
+    from_adam: bool
+    override: bool | None
 
-def _accept(saved: Groups, optimizer: S3, from_adam: bool, weights_alone: str) -> bool:
-    """Check saved param groups; says whether their state must be converted from Adam's.
+    def accept(self, saved: Groups, *, universal: bool) -> bool:
+        """Check saved param groups; returns whether their state must be converted from Adam's.
 
-    ``weights_alone`` is the advice how to load no state.
-
-    Raises:
-        S3Error: they are not S3's, and conversion was not asked for; or there are more or fewer than this run's.
-    """
-    ours = optimizer.param_groups
-    if len(saved) != len(ours):
-        raise S3Error(
-            f"the checkpoint has {len(saved)} param groups and this run has {len(ours)}: group the parameters as the "
-            "checkpoint's run did"
-        )
-    if not is_s3_state(saved):
-        if not from_adam:
+        Raises:
+            S3Error: they are another optimizer's, and conversion was not asked for; there are more or fewer than this
+                run's; or what defines the state is another.
+        """
+        ours, spec = self.optimizer.param_groups, self.optimizer.spec
+        if len(saved) != len(ours):
             raise S3Error(
-                "the checkpoint's optimizer state was not written by S3: to go on from Adam's (m as it is, r = "
-                f'sqrt(v)) add "s3_from_adam": true to the params of optimizer S3; or load the weights alone: '
-                f"{weights_alone}"
+                f"the checkpoint has {len(saved)} param groups and this run has {len(ours)}: group the parameters as "
+                "the checkpoint's run did"
+            )
+        if not is_marked(saved, spec):
+            weights = f"load the weights alone: {_weights_alone(self.wrapper, universal)}"
+            check_not_ours(saved, spec, weights)
+            if not self.from_adam:
+                convert = (
+                    f'to go on from Adam\'s ({spec.from_adam_help}) add "{spec.field(FROM_ADAM)}": true to the params '
+                    f"of optimizer {spec.title}; or "
+                )
+                raise S3Error(
+                    f"the checkpoint's optimizer state was not written by {spec.title}: "
+                    f"{convert if spec.from_adam else ''}{weights}"
+                )
+            return True
+        accept(saved, ours, spec, self._on_change)
+        names = [name for name in _TAKEN_OVER if name in ours[0]]
+        pairs = list(zip(saved, ours, strict=True))
+        changed = [name for name in names if any(old.get(name) != new[name] for old, new in pairs)]
+        if changed:
+            logger.warning(
+                f"{spec.title} goes on with the checkpoint's {', '.join(changed)}: "
+                f"{[saved[0].get(name) for name in changed]} in its first group; this run's configuration has "
+                f"{[ours[0][name] for name in changed]}"
+            )
+        return False
+
+    def _on_change(self, what: str) -> bool:
+        if self.override is None:
+            return warn_of_change(what)
+        if not self.override:
+            spec = self.optimizer.spec
+            raise S3Error(
+                f'{what}: give the checkpoint\'s values, or add "{spec.field(OVERRIDE)}": true to the params of '
+                f"optimizer {spec.title} to go on with this run's"
             )
         return True
-    changed = sorted(
-        {name for old, new in zip(saved, ours, strict=True) for name in _HYPERPARAMETERS if _of(old, name) != new[name]}
-    )
-    if changed:
-        logger.warning(
-            f"S3 goes on with the checkpoint's {', '.join(changed)}: {[_of(saved[0], name) for name in changed]} in "
-            f"its first group; this run's configuration has {[ours[0][name] for name in changed]}"
-        )
-    return False
 
 
-def _of(group: dict[str, Any], name: str) -> Any:
-    return tuple(group[name]) if name == "betas" else group[name]
-
-
-def _settle(wrapper: Any) -> None:
+def _init_and_link_state(wrapper: Any) -> None:
     """Allocate the state that is missing, in S3's dtype, and link it to the parameters that it belongs to.
 
     DeepSpeed links it once, after the first param group's first step, when the other groups have none yet; then
@@ -167,14 +194,15 @@ def _looking_first(load: Callable[..., Any], look: Callable[[Groups], None]) -> 
     return load_global_state
 
 
-def _guard_universal(optimizer: S3, wrapper: Any, from_adam: bool) -> None:
+def _guard_universal(guard: _LoadGuard) -> None:
     """Watch over the loading of universal checkpoints (runtime/base_optimizer.py, runtime/zero/stage3.py)."""
+    optimizer, wrapper = guard.optimizer, guard.wrapper
     found: Groups = []
     converting = False
 
     def look(saved: Groups) -> None:
         nonlocal found, converting
-        converting = _accept(saved, optimizer, from_adam, _weights_alone(wrapper, True))
+        converting = guard.accept(saved, universal=True)
         if converting:
             for old, new in zip(saved, optimizer.param_groups, strict=True):
                 params = old["params"]
@@ -187,18 +215,19 @@ def _guard_universal(optimizer: S3, wrapper: Any, from_adam: bool) -> None:
         for group, saved in zip(optimizer.param_groups, found, strict=True):
             group.update(saved)
         if converting:
-            for master in masters(wrapper):
-                optimizer.state[master][EXP_AVG_ROOT].sqrt_()
-                optimizer.state[master].pop("step", None)  # by which S3 knows Adam's
+            entries = [optimizer.state[master] for master in masters(wrapper)]
+            convert_from_adam(entries, optimizer.spec)
+            for entry in entries:
+                entry.pop("step", None)  # by which ours know Adam's
         if is_flat(wrapper):
-            wrapper._link_all_hp_params()  # and settle: 0.17.6 left r linked in the weights' place
+            wrapper._link_all_hp_params()  # and inits: 0.17.6 left r linked in the weights' place
         else:
-            _settle(wrapper)
+            _init_and_link_state(wrapper)
 
     _see_universal_groups(wrapper, look)
     name = "load_hp_checkpoint_state_from_checkpoint_dir"
     if is_flat(wrapper):
-        _replace(wrapper, name, lambda load: _followed_by(_with_somebody_in_every_group(wrapper, load), finish))
+        _replace(wrapper, name, lambda load: _followed_by(_with_placeholders(wrapper, load), finish))
     elif "param_shapes" in inspect.signature(getattr(wrapper, f"{name}_stage3")).parameters:  # 0.17.6
         _replace(wrapper, f"{name}_stage3", lambda _: _refuse_universal_stage3)
     else:
@@ -213,7 +242,7 @@ def _refuse_universal_stage3(*args: Any) -> None:
     )
 
 
-class _Nobody:
+class _EmptyGroupPlaceholder:
     """Stands in a param group of which this rank holds only padding, and has nothing to load."""
 
     _hp_mapping = SimpleNamespace(get_optim_state_keys=lambda: ())
@@ -222,7 +251,7 @@ class _Nobody:
         return None
 
 
-def _with_somebody_in_every_group(wrapper: Any, load: Callable[..., Any]) -> Callable[..., Any]:
+def _with_placeholders(wrapper: Any, load: Callable[..., Any]) -> Callable[..., Any]:
     """Let ZeRO 1 and 2 load a param group without parameters on this rank: the host asks its first one's step.
 
     (``ZeROOptimizer.load_hp_checkpoint_state_from_checkpoint_dir``: IndexError at ``steps[0]``.)
@@ -230,17 +259,17 @@ def _with_somebody_in_every_group(wrapper: Any, load: Callable[..., Any]) -> Cal
 
     @functools.wraps(load)
     def load_hp_checkpoint_state_from_checkpoint_dir(lp_groups_name: str, *args: Any, **kwargs: Any) -> Any:
-        nobody: Any = _Nobody()
+        placeholder: Any = _EmptyGroupPlaceholder()
         groups = getattr(wrapper, lp_groups_name)
         empty = [group for group in groups if all(param._hp_mapping is None for param in group)]
-        wrapper.param_names[nobody] = "."
+        wrapper.param_names[placeholder] = "."
         for group in empty:
-            group.append(nobody)
+            group.append(placeholder)
         try:
             return load(lp_groups_name, *args, **kwargs)
         finally:
-            del wrapper.param_names[nobody]
+            del wrapper.param_names[placeholder]
             for group in empty:
-                group.remove(nobody)
+                group.remove(placeholder)
 
     return load_hp_checkpoint_state_from_checkpoint_dir

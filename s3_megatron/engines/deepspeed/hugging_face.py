@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from s3_megatron.engines.imports import AfterImport
+from s3_megatron.optim import registry
 from s3_megatron.swap import SymbolSwap
 
 logger = logging.getLogger(__name__)
@@ -53,13 +54,15 @@ def fill_match(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def fill_match(self: Any, ds_key_long: str, hf_val: Any, *args: Any, **kwargs: Any) -> None:
-        is_s3 = str(self.get_value("optimizer.type")).lower() == "s3"
-        if ds_key_long != _BETAS or not is_s3 or (self.is_auto(_BETAS) and list(hf_val) != _OF_ADAM):
+        spec = registry.find(self.get_value("optimizer.type"))
+        if ds_key_long != _BETAS or spec is None or (self.is_auto(_BETAS) and list(hf_val) != _OF_ADAM):
             original(self, ds_key_long, hf_val, *args, **kwargs)
         elif self.is_auto(_BETAS):
             params, name = self.find_config_node(_BETAS)
             del params[name]
             if os.environ.get("RANK", "0") == "0":
-                logger.warning('"auto" for the betas of S3 is its own default: the Trainer has those of Adam')
+                logger.warning(
+                    f'"auto" for the betas of {spec.title} is its own default: the Trainer has those of Adam'
+                )
 
     return fill_match

@@ -14,13 +14,12 @@ from deepspeed.utils import log_dist
 
 from s3_megatron.engines.deepspeed import untrained
 from s3_megatron.errors import S3Error
-from s3_megatron.optim import S3
+from s3_megatron.optim import EngineOptimizer, registry
 
-# What of a configuration computes nothing, and what is said, group by group, where S3's state is loaded.
+# What of a configuration computes nothing.
 _BESIDE = (
     *("steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown", "tensorboard", "wandb", "comet"),
     *("csv_monitor", "monitor_config", "flops_profiler", "comms_logger", "checkpoint", "aio"),
-    *(f"optimizer.params.{name}" for name in ("beta", "betas", "p", "nesterov", "weight_decay", "s3_from_adam")),
 )
 
 
@@ -34,7 +33,7 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(getattr(self, "basic_optimizer", None), S3):
+        if not isinstance(getattr(self, "basic_optimizer", None), EngineOptimizer):
             return original(self, *args, **kwargs)
         call = signature.bind(self, *args, **kwargs)
         call.apply_defaults()
@@ -45,18 +44,19 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         if universal and loaded[0] is not None:
             untrained.load(self, _folder(call.arguments, "latest_universal"))
         if isinstance(saved := (loaded[1] or {}).get("ds_config"), dict):
-            _say_changes(dict(_leaves(saved)), dict(_leaves(self.config)))
+            _log_changes(dict(_leaves(saved)), dict(_leaves(self.config)))
         return loaded
 
     return load_checkpoint
 
 
-def _say_changes(saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Say on rank 0 in what the configuration differs from the checkpoint's, which DeepSpeed keeps and compares not."""
+def _log_changes(saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Log on rank 0 in what the configuration differs from the checkpoint's, which DeepSpeed keeps and compares not."""
+    beside = (*_BESIDE, *_compared_with_the_state())
     changes = [
         f"{key} {saved.get(key, 'not given')}, here {ours.get(key, 'not given')}"
         for key in dict.fromkeys((*saved, *ours))
-        if saved.get(key) != ours.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in _BESIDE)
+        if saved.get(key) != ours.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in beside)
     ]
     if changes:
         log_dist(
@@ -64,6 +64,14 @@ def _say_changes(saved: dict[str, Any], ours: dict[str, Any]) -> None:
             ranks=[0],
             level=logging.WARNING,
         )
+
+
+def _compared_with_the_state() -> list[str]:
+    """List the keys that are compared, group by group, where the optimizer's state is loaded."""
+    names = ["weight_decay"]
+    for spec in registry.specs():
+        names += [each.name for each in spec.hyperparameters] + [spec.field(switch) for switch in spec.switches]
+    return [f"optimizer.params.{name}" for name in names]
 
 
 def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

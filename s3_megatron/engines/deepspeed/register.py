@@ -41,7 +41,7 @@ def register() -> None:
     # Importing accelerate takes seconds, so it is left alone where nobody has; build.py stops what then slips by.
     accelerate = sys.modules.get("accelerate.accelerator")
     if accelerate is not None:
-        _swap.replace(accelerate, "map_pytorch_optim_to_deepspeed", build.keep_s3)
+        _swap.replace(accelerate, "map_pytorch_optim_to_deepspeed", build.keep_ours)
     _trainer.watch()
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from s3_megatron.errors import S3Error
-from s3_megatron.optim import S3
+from s3_megatron.optim import EngineOptimizer
 
 
 def configure_lr_scheduler(original: Callable[..., None]) -> Callable[..., None]:
@@ -21,7 +21,7 @@ def configure_lr_scheduler(original: Callable[..., None]) -> Callable[..., None]
     @functools.wraps(original)
     def _configure_lr_scheduler(self: Any, *args: Any) -> None:
         original(self, *args)
-        if not isinstance(self.basic_optimizer, S3):
+        if not isinstance(self.basic_optimizer, EngineOptimizer):
             return
         for scheduler in _parts(self.lr_scheduler):
             if getattr(scheduler, "cycle_momentum", False):

@@ -10,28 +10,30 @@ from torch import Tensor
 from s3_megatron.engines.deepspeed.layout import masters
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels.op import choose
-from s3_megatron.optim import S3
+from s3_megatron.optim import S3, EngineOptimizer
 from s3_megatron.watch import statistics
 
 _ATTRIBUTE = "s3_activity"  # of the engine
 
 
 class Activity:
-    """What S3 does in one DeepSpeed engine.
+    """What S3, or another optimizer of ours, does in one DeepSpeed engine.
 
     Attributes:
+        title: the optimizer's name.
         elements: weights that this rank moves, alignment padding included.
         steps: how often S3 moved them all.
         statistics: ``watch.statistics`` of the last whole step; None without ``watch``.
     """
 
-    def __init__(self, optimizer: S3, held: list[Tensor]) -> None:
+    def __init__(self, optimizer: EngineOptimizer, held: list[Tensor]) -> None:
         """Count from now on the elements that ``optimizer`` moves, of those in ``held``."""
         self.elements = sum(tensor.numel() for tensor in held)
         self.steps = 0
         self.moved = 0
         self.statistics: Tensor | None = None
         self._device = held[0].device if held else torch.device("cpu")
+        self.title = optimizer.spec.title
         self._optimizer = optimizer
         # ZeRO 1 and 2 call step once a param group, ZeRO-3 once a sub-group.
         optimizer.register_step_post_hook(self._count)
@@ -70,28 +72,33 @@ def activity(engine: Any) -> Activity:
 
 
 def start(engine: Any) -> None:
-    """Attach an Activity to ``engine``, whose optimizer is complete, and say on rank 0 what S3 holds."""
-    optimizer: S3 = engine.basic_optimizer
+    """Attach an Activity to ``engine``, whose optimizer is complete, and log on rank 0 what the optimizer holds."""
+    optimizer: EngineOptimizer = engine.basic_optimizer
     held = masters(engine.optimizer)
     setattr(engine, _ATTRIBUTE, Activity(optimizer, held))
     if engine.global_rank == 0:
         from deepspeed.utils import logger  # not above: see __init__.py
 
-        # DeepSpeed's logger, at a level that it shows: this line is how a user knows that S3 runs.
+        # DeepSpeed's logger, at a level that it shows: this line is how a user knows what runs.
         logger.warning(_description(engine, optimizer, held))
 
 
-def _description(engine: Any, optimizer: S3, held: list[Tensor]) -> str:
+def _description(engine: Any, optimizer: EngineOptimizer, held: list[Tensor]) -> str:
     model = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
     dtypes = {tensor.dtype for tensor in held}
     device = held[0].device.type if held else "cpu"
-    kernel = choose(optimizer.implementation, device, frozenset({*dtypes, optimizer.state_dtype}))
-    group = optimizer.param_groups[0]
+    kernel = ""
+    if isinstance(optimizer, S3):
+        name = choose(optimizer.implementation, device, frozenset({*dtypes, optimizer.state_dtype}))
+        kernel = f" with kernel {name}"
+    spec, group = optimizer.spec, optimizer.param_groups[0]
+    wrapper = f"{type(engine.optimizer).__name__} (ZeRO {int(engine.zero_optimization_stage())})"
+    elements = f"{sum(tensor.numel() for tensor in held):,} of {model:,} elements"
+    states = " and ".join(spec.state.values())
     return (
-        f"S3 active in {type(engine.optimizer).__name__} (ZeRO {int(engine.zero_optimization_stage())}): this rank "
-        f"updates {len(held)} tensors, {sum(tensor.numel() for tensor in held):,} of {model:,} elements, on {device} "
-        f"with kernel {kernel}; masters in {_names(dtypes)}, m and r in {_names({optimizer.state_dtype})}; "
-        f"betas={group['betas']} p={group['p']} nesterov={group['nesterov']}"
+        f"{spec.title} active in {wrapper}: this rank updates {len(held)} tensors, {elements}, on {device}{kernel}; "
+        f"masters in {_names(dtypes)}, {states} in {_names({optimizer.state_dtype})}; "
+        f"{' '.join(f'{key}={group[key]}' for key in spec.state_keys)}"
     )
 
 
@@ -103,7 +110,7 @@ def take_model_step(original: Callable[..., None]) -> Callable[..., None]:
     """Wrap ``DeepSpeedEngine._take_model_step`` (0.19.8): it steps the wrapper, and says whether the step was applied.
 
     Raises:
-        S3Error: DeepSpeed says that it stepped, and S3 did not move all it holds.
+        S3Error: DeepSpeed reports a step, and the optimizer did not move all it holds.
     """
 
     @functools.wraps(original)
@@ -117,11 +124,12 @@ def take_model_step(original: Callable[..., None]) -> Callable[..., None]:
         if mine.moved:
             mine.steps += 1
         # Without a wrapper, in float32 at stage 0, unused parameters have no gradient.
-        wanted = 1 if isinstance(self.optimizer, S3) else mine.elements
+        wanted = 1 if isinstance(self.optimizer, EngineOptimizer) else mine.elements
         if self.was_step_applied() and mine.moved < wanted and not _has_gradscaler(self):
             raise S3Error(
-                f"DeepSpeed took a step in which S3 moved {mine.moved:,} of {mine.elements:,} elements: another "
-                "optimizer has taken its place, or its param groups were changed; let nothing replace engine.optimizer"
+                f"DeepSpeed took a step in which {mine.title} moved {mine.moved:,} of {mine.elements:,} elements: "
+                "another optimizer has taken its place, or its param groups were changed; let nothing replace "
+                "engine.optimizer"
             )
 
     return _take_model_step

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from s3_megatron.engines.deepspeed.layout import masters
 from s3_megatron.engines.deepspeed.stepping import Activity, activity
-from s3_megatron.optim import S3
+from s3_megatron.optim import EngineOptimizer
 from s3_megatron.watch.part import Part
 from s3_megatron.watch.statistics import zeros
 
@@ -21,7 +21,7 @@ def part(engine: Any, kind: str | None = None) -> Part:
     held = masters(wrapper)
     copies = 0 if wrapper is optimizer else sum(tensor.numel() * tensor.element_size() for tensor in held)
     steps = None
-    if isinstance(optimizer, S3):
+    if isinstance(optimizer, EngineOptimizer) and optimizer.single_pass:
         steps = _WholeSteps(activity(engine))
     return Part(
         optimizer,

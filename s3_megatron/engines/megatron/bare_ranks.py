@@ -10,9 +10,7 @@ import numpy
 import torch
 from megatron.core.optimizer import DistributedOptimizer
 
-from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT
-
-STEP = numpy.float32(0.0)  # S3 has none; see _put_steps in factory.py
+STEP = numpy.float32(0.0)  # ours have none; see _put_steps in factory.py
 
 
 def save_without_state(part: DistributedOptimizer) -> None:
@@ -38,14 +36,15 @@ def save_without_state(part: DistributedOptimizer) -> None:
             for saved in state[index].values():
                 for bucket, entries in zip(buffer.buckets, saved, strict=True):
                     if not entries:
-                        entries.append(_padding(bucket, part.data_parallel_group))
+                        names = part.optimizer.spec.state_names
+                        entries.append(_padding(bucket, part.data_parallel_group, names))
         return state
 
     part.state_dict = state_dict
     part.get_parameter_state_dp_reshardable = get_parameter_state_dp_reshardable
 
 
-def _padding(bucket: Any, group: torch.distributed.ProcessGroup) -> dict[str, Any]:
+def _padding(bucket: Any, group: torch.distributed.ProcessGroup, names: tuple[str, ...]) -> dict[str, Any]:
     """Make the host's entry for this rank's share of ``bucket``, all of it padding.
 
     What lies between two parameters belongs to the saved tensor, which must have no holes; what lies behind the last
@@ -56,5 +55,5 @@ def _padding(bucket: Any, group: torch.distributed.ProcessGroup) -> dict[str, An
     entry = {"gbuf_local_start": 0, "gbuf_local_end": share, "padding": True}
     if inside <= 0:
         return entry
-    tensors = {name: torch.zeros(inside, device=bucket.grad_data.device) for name in ("param", EXP_AVG, EXP_AVG_ROOT)}
+    tensors = {name: torch.zeros(inside, device=bucket.grad_data.device) for name in ("param", *names)}
     return {**entry, **tensors, "gbuf_local_end": inside}

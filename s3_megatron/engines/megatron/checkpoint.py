@@ -1,4 +1,4 @@
-"""What may be loaded into S3, and what S3's own checkpoints may be loaded into."""
+"""What may be loaded into an optimizer of ours, and what its own checkpoints may be loaded into."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,44 +7,41 @@ import torch
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 
 from s3_megatron.engines.megatron import groups
-from s3_megatron.engines.megatron.config import S3OptimizerConfig
+from s3_megatron.engines.megatron.config import SpecOptimizerConfig
 from s3_megatron.errors import S3Error
-from s3_megatron.optim import EXP_AVG_ROOT, is_s3_state
-from s3_megatron.optim.state import STATE_MARK
+from s3_megatron.optim import registry
+from s3_megatron.optim.spec import FROM_ADAM, OVERRIDE
+from s3_megatron.optim.state import accept, check_not_ours, convert_from_adam, is_marked, written_by
 
-_HYPERPARAMETERS = ("betas", "p", "nesterov")
 
-
-def guard_s3(part: MegatronOptimizer, config: S3OptimizerConfig) -> None:
+def guard_own(part: MegatronOptimizer, config: SpecOptimizerConfig) -> None:
     """Make ``part.load_state_dict`` refuse or convert a foreign state (replaces methods of this instance)."""
-
-    def convert_roots() -> None:
-        for state in part.optimizer.state.values():
-            state[EXP_AVG_ROOT].sqrt_()
-
+    spec = config.spec
     # The legacy `torch` format reads a DistributedOptimizer's tensors by a second call.
     tensors_come_later = False
+
+    def on_change(what: str) -> bool:
+        if config.asks(OVERRIDE):
+            return True
+        raise S3Error(f"{what}: pass the checkpoint's values, or {spec.flag(OVERRIDE)} to go on with this run's")
 
     # Under autograd, float32 shards, which are views of the model's parameters, cannot be written in place.
     @torch.no_grad()
     def load_state_dict(state_dict: dict[str, Any]) -> None:
         nonlocal tensors_come_later
         saved = _param_groups(state_dict)
-        if saved is None:  # S3.load_state_dict looks at whatever the host makes of it
+        if saved is None:  # the optimizer's own load_state_dict looks at whatever the host makes of it
             original(state_dict)
             return
-        foreign = not is_s3_state(saved)
-        if foreign and not config.s3_from_adam:
-            raise S3Error(
-                "the checkpoint's optimizer state is not S3's: pass --s3-from-adam to convert Adam's (m as is, "
-                "r = sqrt(v)), or --no-load-optim to start with fresh state"
-            )
+        foreign = not is_marked(saved, spec)
+        if foreign:
+            _check_is_adams(saved, config)
         ours = part.optimizer.param_groups
         kept: list[dict[str, Any]] = []
         if foreign:
             groups.take_ours(saved, ours)
         else:
-            _check_hyperparameters(saved, ours, override=config.s3_override_hyperparameters)
+            accept(saved, [ours[0]] * len(saved), spec, on_change)  # Megatron gives every group the same values
             kept = groups.pair_rates(saved, ours)
         original(state_dict)
         for group, rates in zip(part.optimizer.param_groups, kept, strict=False):
@@ -52,14 +49,14 @@ def guard_s3(part: MegatronOptimizer, config: S3OptimizerConfig) -> None:
         if foreign:
             tensors_come_later = isinstance(part, DistributedOptimizer) and "param_state" not in state_dict
             if not tensors_come_later:
-                convert_roots()
+                convert_from_adam(part.optimizer.state.values(), spec)
 
     @torch.no_grad()
     def load_parameter_state(*args: Any, **kwargs: Any) -> None:
         nonlocal tensors_come_later
         original_parameters(*args, **kwargs)
         if tensors_come_later:
-            convert_roots()
+            convert_from_adam(part.optimizer.state.values(), spec)
             tensors_come_later = False
 
     original: Callable[..., None] = part.load_state_dict
@@ -69,15 +66,26 @@ def guard_s3(part: MegatronOptimizer, config: S3OptimizerConfig) -> None:
         part.load_parameter_state = load_parameter_state
 
 
-def guard_adam(part: MegatronOptimizer) -> None:
-    """Make ``part.load_state_dict`` refuse S3's state, which Adam would read without complaint."""
+def _check_is_adams(saved: list[dict[str, Any]], config: SpecOptimizerConfig) -> None:
+    """Raise S3Error unless a foreign state is Adam's, and its conversion was asked for."""
+    spec, fresh = config.spec, "pass --no-load-optim to start with fresh state"
+    check_not_ours(saved, spec, fresh)
+    if not config.asks(FROM_ADAM):
+        convert = f"pass {spec.flag(FROM_ADAM)} to convert Adam's ({spec.from_adam_help}), or "
+        raise S3Error(
+            f"the checkpoint's optimizer state is not {spec.title}'s: {convert if spec.from_adam else ''}{fresh}"
+        )
+
+
+def guard_other(part: MegatronOptimizer) -> None:
+    """Make ``part.load_state_dict`` refuse the state of an optimizer of ours, which Adam would read as its own."""
     original: Callable[..., None] = part.load_state_dict
 
     def load_state_dict(state_dict: dict[str, Any]) -> None:
-        if any(STATE_MARK in group for group in _param_groups(state_dict) or ()):
+        if (writer := written_by(_param_groups(state_dict) or ())) is not None:
             raise S3Error(
-                "the checkpoint's optimizer state is S3's, which no other optimizer can continue: pass "
-                "--optimizer s3, or --no-load-optim to start with fresh state"
+                f"the checkpoint's optimizer state is {registry.title(writer)}'s, which no other can continue: pass "
+                f"--optimizer {writer}, or --no-load-optim to start with fresh state"
             )
         original(state_dict)
 
@@ -95,20 +103,3 @@ def _param_groups(state_dict: Any) -> list[dict[str, Any]] | None:
     if isinstance(found, list) and all(isinstance(group, dict) for group in found):
         return found
     return None
-
-
-def _check_hyperparameters(saved: list[dict[str, Any]], ours: list[dict[str, Any]], *, override: bool) -> None:
-    """Compare what defines the state; with ``override`` the saved values give way, in place."""
-    current = ours[0]  # Megatron gives every group the same ones
-    for group in saved:
-        for name in _HYPERPARAMETERS:
-            # A checkpoint may hold the pair of betas as a list.
-            before = tuple(group[name]) if name == "betas" else group[name]
-            if before == current[name]:
-                continue
-            if not override:
-                raise S3Error(
-                    f"the checkpoint was trained with S3 {name}={before} and this run asks for {name}="
-                    f"{current[name]}: pass the checkpoint's value, or --s3-override-hyperparameters to change it"
-                )
-            group[name] = current[name]

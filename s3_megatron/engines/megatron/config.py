@@ -1,55 +1,54 @@
-"""S3's settings as Megatron carries them: command-line flags and an OptimizerConfig."""
+"""Optimizers' settings as Megatron carries them, made of their Specs: command-line flags and an OptimizerConfig."""
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
+from megatron.core.optimizer import OptimizerConfig
 
 from s3_megatron.errors import S3Error
+from s3_megatron.optim import registry
+from s3_megatron.optim.spec import FROM_ADAM, OVERRIDE, Spec
 
 
-@dataclass
-class S3OptimizerConfig(OptimizerConfig):
-    """OptimizerConfig (megatron-core 0.17.1 to 0.19.2) with S3's own hyperparameters; ``optimizer`` is "s3"."""
+class SpecOptimizerConfig(OptimizerConfig):
+    """OptimizerConfig (megatron-core 0.17.1 to 0.19.2) with one optimizer's own fields; ``optimizer`` is its name."""
 
-    optimizer: str = "s3"
-    s3_beta: float = 0.95
-    s3_p: float = 3.0
-    s3_betas: tuple[float, float] | None = None
-    s3_nesterov: bool = True
-    s3_from_adam: bool = False
-    s3_override_hyperparameters: bool = False
+    spec: ClassVar[Spec]
 
-    def finalize(self) -> None:
-        """Derive again what follows from the fields; Megatron-Bridge (0.6.2) changes some and then calls this."""
-        self.__post_init__()
-
-    def provide(self, model_chunks: list[Any], **settings: Any) -> MegatronOptimizer:
-        """Build S3 for ``model_chunks``: Megatron-Bridge (0.6.2, training/optim.py) asks a config that can.
-
-        ``settings`` are those of ``megatron.core.optimizer.get_megatron_optimizer``. Installs S3 in this process.
-        """
-        import megatron.core.optimizer as host
-
-        from s3_megatron.engines.megatron.install import install  # imports this module
-
-        install()
-        optimizer: MegatronOptimizer = host.get_megatron_optimizer(self, model_chunks, **settings)
-        return optimizer
+    def asks(self, switch: str) -> bool:
+        """Whether FROM_ADAM or OVERRIDE is on."""
+        return bool(getattr(self, self.spec.field(switch), False))
 
 
-# What S3 cannot do in Megatron yet, by the argument that asks for it.
+@functools.cache
+def config_class(spec: Spec) -> type[SpecOptimizerConfig]:
+    """Make the configuration of ``spec``, a dataclass with a field for each hyperparameter and switch."""
+    own: list[tuple[str, Any, Any]] = [("optimizer", str, dataclasses.field(default=spec.name))]
+    for each in spec.hyperparameters:
+        kind: Any = each.kind
+        own.append((spec.field(each.name), tuple[kind, kind] | None if each.count > 1 else kind, each.default))
+    own += [(spec.field(switch), bool, False) for switch in spec.switches]
+    namespace = {"spec": spec, "__doc__": f"OptimizerConfig with {spec.title}'s hyperparameters."}
+    made: type[SpecOptimizerConfig] = dataclasses.make_dataclass(
+        f"{spec.title}Config", own, bases=(SpecOptimizerConfig,), namespace=namespace, module=__name__
+    )
+    return made
+
+
+S3Config = config_class(registry.S3)  # where pickle looks for it
+
+# What no optimizer of ours can do in Megatron yet, by the argument that asks for it.
 _UNSUPPORTED = {
-    "use_precision_aware_optimizer": "S3 keeps float32 state and masters; drop the flag",
+    "use_precision_aware_optimizer": "its state and masters are float32; drop the flag",
     "optimizer_cpu_offload": "Megatron's offload knows Adam and SGD only; drop the flag",
-    "optimizer_cuda_graph": "S3's step is not captured in a CUDA graph; drop the flag",
-    "use_megatron_fsdp": "use --use-distributed-optimizer, which shards S3's state and masters",
-    "use_torch_fsdp2": "use --use-distributed-optimizer, which shards S3's state and masters",
-    "yaml_cfg": "pass S3's settings as flags",
+    "optimizer_cuda_graph": "its step is not captured in a CUDA graph; drop the flag",
+    "use_megatron_fsdp": "use --use-distributed-optimizer, which shards its state and masters",
+    "use_torch_fsdp2": "use --use-distributed-optimizer, which shards its state and masters",
+    "yaml_cfg": "pass its settings as flags",
 }
 
 
@@ -76,36 +75,10 @@ def add_flags(original: Callable[..., argparse.ArgumentParser]) -> Callable[...,
         # Megatron's usage is hundreds of lines, which would bury the one line that says what is wrong.
         parser.usage = "%(prog)s [Megatron flags; --help lists them]"
         optimizer = next(action for action in parser._actions if "--optimizer" in action.option_strings)
-        optimizer.choices = [*(optimizer.choices or ()), "s3"]
-        group = parser.add_argument_group("S3 optimizer (arXiv 2507.06464)")
-        group.add_argument("--s3-beta", type=float, default=0.95, help="Decay of m and s, in [0, 1). Default: 0.95.")
-        group.add_argument("--s3-p", type=float, default=3.0, help="Exponent of the denominator, >= 1. Default: 3.")
-        group.add_argument(
-            "--s3-betas",
-            type=float,
-            nargs=2,
-            default=None,
-            metavar=("BETA1", "BETA2"),
-            help="Decays of m and of s apart, for ablations; overrides --s3-beta. Default: none.",
-        )
-        group.add_argument(
-            "--s3-no-nesterov",
-            dest="s3_nesterov",
-            action="store_false",
-            help="No look-ahead. Default: look ahead.",
-        )
-        group.add_argument(
-            "--s3-from-adam",
-            action="store_true",
-            help="Turn a loaded Adam checkpoint's state into S3's (m as is, r = sqrt(v)); implies "
-            "--override-opt-param-scheduler, since the rates differ. Default: refuse it.",
-        )
-        group.add_argument(
-            "--s3-override-hyperparameters",
-            action="store_true",
-            help="Resume although beta, p or nesterov differ from the checkpoint's. Default: refuse.",
-        )
-        group.add_argument(
+        optimizer.choices = [*(optimizer.choices or ()), *(spec.name for spec in registry.specs())]
+        for spec in registry.specs():
+            _add_own(parser.add_argument_group(f"{spec.title} optimizer ({spec.source})"), spec)
+        parser.add_argument_group("s3_megatron").add_argument(
             "--watch-dir",
             default=None,
             metavar="DIR",
@@ -118,19 +91,50 @@ def add_flags(original: Callable[..., argparse.ArgumentParser]) -> Callable[...,
     return _add_training_args
 
 
+def _add_own(group: Any, spec: Spec) -> None:
+    """Add a flag for each hyperparameter of ``spec``, and for what it may be asked of a checkpoint."""
+    for each in spec.hyperparameters:
+        default = "none" if each.default is None else f"{each.default:g}"
+        text = f"{each.described[0].upper()}{each.described[1:]}. Default: {default}."
+        if each.kind is bool:
+            flag = spec.flag(f"no_{each.name}" if each.default else each.name)
+            negation = f"Do not {each.help}" if each.default else each.help.capitalize()
+            action = f"store_{not each.default}".lower()
+            group.add_argument(flag, dest=spec.field(each.name), action=action, help=f"{negation}.")
+        elif each.count > 1:
+            names = tuple(f"{each.name.removesuffix('s')}{i}".upper() for i in (1, 2))
+            group.add_argument(spec.flag(each.name), type=each.kind, nargs=2, default=None, metavar=names, help=text)
+        else:
+            group.add_argument(spec.flag(each.name), type=each.kind, default=each.default, help=text)
+    if spec.from_adam is not None:
+        group.add_argument(
+            spec.flag(FROM_ADAM),
+            action="store_true",
+            help=f"Turn a loaded Adam checkpoint's state into {spec.title}'s ({spec.from_adam_help}); implies "
+            "--override-opt-param-scheduler, since the rates differ. Default: refuse it.",
+        )
+    group.add_argument(
+        spec.flag(OVERRIDE),
+        action="store_true",
+        help=f"Resume although {' or '.join(spec.state_keys)} differ from the checkpoint's. Default: refuse.",
+    )
+
+
 def validate(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``megatron.training.arguments.validate_args`` (0.17.1 to 0.19.2).
 
     For every name but adam and sgd it turns ``use_distributed_optimizer`` off and the layer-wise optimizer on, so
-    S3 goes through it by Adam's name, which asks for the element-wise road.
+    an optimizer of ours goes through it by Adam's name, which asks for the element-wise road.
     """
 
     @functools.wraps(original)
     def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
-        if args.optimizer != "s3":
+        spec = registry.find(args.optimizer)
+        if spec is None:
             return original(args, *rest, **kwargs)
-        _check(args)
-        if args.s3_from_adam:
+        refuse_unsupported(args)
+        spec.check(spec.chosen(own_values(spec, args)), spec.flag)
+        if getattr(args, spec.field(FROM_ADAM), False):
             args.override_opt_param_scheduler = True
         with _by_adams_name(args):
             return original(args, *rest, **kwargs)
@@ -138,30 +142,25 @@ def validate(original: Callable[..., Any]) -> Callable[..., Any]:
     return validate_args
 
 
+def own_values(spec: Spec, settings: argparse.Namespace | OptimizerConfig) -> dict[str, Any]:
+    """Give the hyperparameters of ``spec``, by name, as flags or a configuration have them."""
+    return {each.name: getattr(settings, spec.field(each.name)) for each in spec.hyperparameters}
+
+
 @contextmanager
 def _by_adams_name(args: argparse.Namespace) -> Iterator[None]:
-    args.optimizer = "adam"
+    name, args.optimizer = args.optimizer, "adam"
     try:
         yield
     finally:
-        args.optimizer = "s3"
+        args.optimizer = name
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Raise S3Error for what S3 cannot do, before any rank has built anything."""
-    refuse_unsupported(args)
-    for beta in args.s3_betas or (args.s3_beta,):
-        if not 0 <= beta < 1:
-            raise S3Error(f"--s3-beta{'s' if args.s3_betas else ''} has {beta}: every beta must lie in [0, 1)")
-    if not 1 <= args.s3_p < float("inf"):
-        raise S3Error(f"--s3-p is {args.s3_p}: it must be a finite number >= 1; 3 is the paper's")
-
-
-def refuse_unsupported(settings: argparse.Namespace | S3OptimizerConfig) -> None:
-    """Raise S3Error for a setting, a flag or one of OptimizerConfig's, under which Megatron would not use S3."""
+def refuse_unsupported(settings: argparse.Namespace | OptimizerConfig) -> None:
+    """Raise S3Error for a setting, a flag or one of OptimizerConfig's, under which Megatron would not use ours."""
     for name, fix in _UNSUPPORTED.items():
         if getattr(settings, name, None):
-            raise S3Error(f"--{name.replace('_', '-')} does not work with --optimizer s3: {fix}")
+            raise S3Error(f"--{name.replace('_', '-')} does not work with --optimizer {settings.optimizer}: {fix}")
 
 
 def make_config(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -172,12 +171,14 @@ def make_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def get_megatron_optimizer_config(args: argparse.Namespace) -> tuple[OptimizerConfig, Any]:
-        if args.optimizer != "s3":
+        spec = registry.find(args.optimizer)
+        if spec is None:
             return original(args)
         with _by_adams_name(args):
             config, overrides = original(args)
-        stock = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
-        s3 = {name: value for name, value in vars(args).items() if name in S3OptimizerConfig.__annotations__}
-        return S3OptimizerConfig(**{**stock, **s3}), overrides
+        stock = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
+        names = (*(each.name for each in spec.hyperparameters), *spec.switches)
+        own = {spec.field(name): getattr(args, spec.field(name)) for name in names}
+        return config_class(spec)(**{**stock, **own, "optimizer": spec.name}), overrides
 
     return get_megatron_optimizer_config

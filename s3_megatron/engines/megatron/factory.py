@@ -1,4 +1,4 @@
-"""Building S3 where megatron-core builds Adam, so that every wrapper of Megatron takes it."""
+"""Building our optimizers where megatron-core builds Adam, so that every wrapper of Megatron takes them."""
 
 import functools
 import logging
@@ -13,10 +13,11 @@ from megatron.core.utils import log_single_rank
 
 from s3_megatron.engines.megatron import single_pass, watch
 from s3_megatron.engines.megatron.bare_ranks import STEP, save_without_state
-from s3_megatron.engines.megatron.checkpoint import guard_adam, guard_s3
-from s3_megatron.engines.megatron.config import S3OptimizerConfig, refuse_unsupported
+from s3_megatron.engines.megatron.checkpoint import guard_other, guard_own
+from s3_megatron.engines.megatron.config import SpecOptimizerConfig, own_values, refuse_unsupported
 from s3_megatron.errors import S3Error
-from s3_megatron.optim import S3
+from s3_megatron.optim import EngineOptimizer, registry
+from s3_megatron.optim.spec import NAMES, Spec
 from s3_megatron.swap import SymbolSwap
 
 logger = logging.getLogger(__name__)
@@ -27,22 +28,23 @@ def make_optimizer(original: Callable[..., MegatronOptimizer]) -> Callable[..., 
 
     @functools.wraps(original)
     def get_megatron_optimizer(config: Any, model_chunks: list[Any], *args: Any, **kwargs: Any) -> MegatronOptimizer:
-        if config.optimizer != "s3":
+        spec = registry.find(config.optimizer)
+        if spec is None:
             optimizer = original(config, model_chunks, *args, **kwargs)
             for part in parts_of(optimizer):
-                guard_adam(part)
+                guard_other(part)
         else:
-            if not isinstance(config, S3OptimizerConfig):
+            if not isinstance(config, SpecOptimizerConfig):
                 raise S3Error(
-                    "optimizer='s3' came in a plain OptimizerConfig: build it as "
-                    "s3_megatron.engines.megatron.S3OptimizerConfig, which has S3's hyperparameters"
+                    f"optimizer={spec.name!r} came in a plain OptimizerConfig: build it as s3_megatron.engines."
+                    f"megatron.{spec.title}OptimizerConfig, which has {spec.title}'s hyperparameters"
                 )
             refuse_unsupported(config)
-            with _adam_slot_builds_s3(config):
+            with _adam_slot_builds(config):
                 optimizer = original(config, model_chunks, *args, **kwargs)
             for part in parts_of(optimizer):
                 _finish(part, config)
-            _say(optimizer, model_chunks)
+            _log_active(spec, optimizer, model_chunks)
         watch.observe_parts(parts_of(optimizer), model_chunks)
         return optimizer
 
@@ -56,65 +58,77 @@ def parts_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 @contextmanager
-def _adam_slot_builds_s3(config: S3OptimizerConfig) -> Iterator[None]:
-    """Let the factory run as for fused Adam, with S3 in Adam's place.
+def _adam_slot_builds(config: SpecOptimizerConfig) -> Iterator[None]:
+    """Let the factory run as for fused Adam, with the optimizer of ``config`` in Adam's place.
 
     ``get_megatron_optimizer`` sends any name but adam and sgd to the emerging optimizers, where embeddings, norms
     and biases would go to Adam. By Adam's name it takes the element-wise road for every parameter, and calls the
     module's ``Adam`` once a group of chunks (megatron-core 0.17.1 to 0.19.2, core/optimizer/__init__.py).
 
     0.17 and 0.18 take nothing but Adam into DistributedOptimizer, since they look for state by Adam's names, which are
-    S3's, too. They ask for the type that their module calls ``Adam``, and use that name for nothing else; 0.19 takes
+    ours, too. They ask for the type that their module calls ``Adam``, and use that name for nothing else; 0.19 takes
     every optimizer that has an ``init_state_fn``.
     """
+    spec = config.spec
+    kind: Any = spec.load()
 
-    def build(*, params: list[dict[str, Any]], lr: float, weight_decay: float, **_adams: Any) -> S3:
-        return S3(
-            params,
-            lr=lr,
-            weight_decay=weight_decay,
-            beta=config.s3_beta,
-            betas=config.s3_betas,
-            p=config.s3_p,
-            nesterov=config.s3_nesterov,
-        )
+    def build(*, params: list[dict[str, Any]], lr: float, weight_decay: float, **_adams: Any) -> EngineOptimizer:
+        made: EngineOptimizer = kind(params, lr=lr, weight_decay=weight_decay, **spec.chosen(own_values(spec, config)))
+        return made
 
     swap = SymbolSwap("this megatron-core")
     try:
-        swap.replace(config, "optimizer", lambda s3: "adam")
+        swap.replace(config, "optimizer", lambda ours: "adam")
         swap.replace(host, "Adam", lambda adam: build)
         swap.replace(host, "USING_PYTORCH_OPTIMIZER", lambda plain: False)
-        swap.replace(distrib_optimizer, "Adam", lambda adam: S3)
+        swap.replace(distrib_optimizer, "Adam", lambda adam: kind)
         yield
     finally:
         swap.undo()
 
 
-def _finish(part: MegatronOptimizer, config: S3OptimizerConfig) -> None:
-    """Check that S3 is in ``part``, allocate its state on the shards, watch over its checkpoints, merge its passes."""
-    if not isinstance(part.optimizer, S3):
-        raise S3Error(f"Megatron built {type(part.optimizer).__name__} where S3 was asked for: report this version")
-    init_state(part.optimizer)
+def _finish(part: MegatronOptimizer, config: SpecOptimizerConfig) -> None:
+    """Check what is in ``part``, allocate its state on the shards, watch over its checkpoints, merge its passes."""
+    inner, spec = part.optimizer, config.spec
+    if not isinstance(inner, EngineOptimizer) or inner.spec is not spec:
+        raise S3Error(f"Megatron built {type(inner).__name__} where {spec.title} was asked for: report this version")
+    init_state(inner)
     if isinstance(part, DistributedOptimizer):
+        if spec.state_names != NAMES and not hasattr(DistributedOptimizer, "optimizer_state_keys"):
+            raise S3Error(
+                f"this megatron-core saves {' and '.join(NAMES)} of every optimizer, and {spec.title} has "
+                f"{' and '.join(spec.state_names)} alone: install 0.19, or go without --use-distributed-optimizer"
+            )
         save_without_state(part)
         if not distrib_optimizer.HAVE_APEX_OR_TE:
-            _put_steps(part.optimizer)
-            part.optimizer.register_load_state_dict_post_hook(_put_steps)
+            _put_steps(inner)
+            inner.register_load_state_dict_post_hook(_put_steps)
     part.init_state_fn = init_state
-    guard_s3(part, config)
-    single_pass.fuse(part)
+    guard_own(part, config)
+    if inner.single_pass:
+        single_pass.fuse(part)
 
 
-def init_state(optimizer: S3, config: Any = None) -> None:
+def init_state(optimizer: EngineOptimizer, config: Any = None) -> None:
     """Megatron's ``init_state_fn``: allocate the state that is missing, in place."""
     optimizer.allocate_state()
+
+
+def state_keys(original: property) -> property:
+    """Wrap ``DistributedOptimizer.optimizer_state_keys`` (0.19.2), which knows Megatron's own optimizers, by name."""
+
+    def optimizer_state_keys(self: Any) -> tuple[str, ...]:
+        inner = self.optimizer
+        return inner.spec.state_names if isinstance(inner, EngineOptimizer) else original.__get__(self)
+
+    return property(optimizer_state_keys)
 
 
 def _put_steps(optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter the ``step`` that DistributedOptimizer demands without TE and Apex.
 
-    In megatron-core 0.17.1 to 0.19.2, ``state_dict()`` asserts one step common to all, even before the first step; S3
-    has none, so it stays at 0. Its ``item()`` is all that is asked of it, and it must not be a tensor: the fully
+    In megatron-core 0.17.1 to 0.19.2, ``state_dict()`` asserts one step common to all, even before the first step; ours
+    have none, so it stays at 0. Its ``item()`` is all that is asked of it, and it must not be a tensor: the fully
     reshardable formats leave ``step`` out of what they load, and then miss it among the state's tensors
     (KeyError: 'step', for torch's Adam too).
     """
@@ -122,15 +136,15 @@ def _put_steps(optimizer: torch.optim.Optimizer) -> None:
         state["step"] = STEP
 
 
-def _say(optimizer: MegatronOptimizer, model_chunks: list[Any]) -> None:
+def _log_active(spec: Spec, optimizer: MegatronOptimizer, model_chunks: list[Any]) -> None:
     held = [param for part in parts_of(optimizer) for group in part.param_groups for param in group["params"]]
     model = sum(param.numel() for chunk in model_chunks for param in chunk.parameters())
     wrappers = ", ".join(sorted({type(part).__name__ for part in parts_of(optimizer)})) or "nothing to train"
+    states = " and ".join(spec.state.values())
     group: dict[str, Any] = next((group for part in parts_of(optimizer) for group in part.param_groups), {})
     log_single_rank(
         logger,
-        logging.WARNING,  # Megatron's default level hides INFO, and this line is how a user knows that S3 runs
-        f"S3 active in {wrappers}: this rank updates {len(held)} tensors, {sum(p.numel() for p in held):,} of "
-        f"{model:,} elements; m and r in float32; betas={group.get('betas')} p={group.get('p')} "
-        f"nesterov={group.get('nesterov')}",
+        logging.WARNING,  # Megatron's default level hides INFO, and this line is how a user knows what runs
+        f"{spec.title} active in {wrappers}: this rank updates {len(held)} tensors, {sum(p.numel() for p in held):,} "
+        f"of {model:,} elements; {states} in float32; {' '.join(f'{key}={group.get(key)}' for key in spec.state_keys)}",
     )

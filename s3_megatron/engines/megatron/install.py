@@ -1,4 +1,4 @@
-"""Turning ``--optimizer s3`` on in this process."""
+"""Turning ``--optimizer s3``, and whatever else the registry has, on in this process."""
 
 from s3_megatron.engines.versions import MEGATRON, check
 from s3_megatron.errors import S3Error
@@ -48,6 +48,8 @@ def install() -> None:
     host = core.optimizer
     _swap.replace(host, "clip_grad_by_total_norm_fp32", single_pass.clip_by_norm)
     _swap.replace(host, "get_grad_norm_fp32", single_pass.norm_of_unscaled)
+    if hasattr(core.DistributedOptimizer, "optimizer_state_keys"):  # before 0.19 the two of Adam
+        _swap.replace(core.DistributedOptimizer, "optimizer_state_keys", factory.state_keys)
     _swap.replace_in([core, training], "get_megatron_optimizer", factory.make_optimizer)
 
 

@@ -1,8 +1,8 @@
 """One pass over memory where megatron-core makes four: unscale, clip, step, copy to the model's parameters.
 
 S3's kernel multiplies gradients by a factor and writes the model's low-precision weights as it goes. So here the host's
-unscaling and clipping only leave their factor in ``S3.grad_scale``, and its copy finds its work done. After a step the
-host's gradients are as the backward pass left them: scaled, and not clipped.
+unscaling and clipping only leave their factor in ``grad_factor`` of the optimizer, and its copy finds its work done.
+After a step the host's gradients are as the backward pass left them: scaled, and not clipped.
 """
 
 import functools
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from s3_megatron.errors import S3Error
-from s3_megatron.optim import S3
+from s3_megatron.optim import EngineOptimizer
 
 _WRITABLE = (torch.float32, torch.bfloat16, torch.float16)
 # Replaced on every part, and on those with low-precision weights or shards (megatron-core 0.17.1 to 0.19.2).
@@ -47,7 +47,7 @@ class SinglePass:
     def __init__(self, part: MegatronOptimizer) -> None:
         """Replace the methods of ``part``; see ``fuse``."""
         self.part: Any = part
-        self.inner: S3 = part.optimizer
+        self.inner: EngineOptimizer = part.optimizer
         # The 2-norms, unscaled, of gradients that are still scaled.
         self.norms: dict[Tensor, Tensor] = {}
         self._copied = False
@@ -84,7 +84,7 @@ class SinglePass:
         if not norms.isfinite().all():
             return self._host["_unscale_main_grads_and_check_for_nan"]()
         inv_scale = self.part.grad_scaler.inv_scale
-        self.inner.grad_scale = inv_scale.reshape(1)
+        self.inner.grad_factor = inv_scale.reshape(1)
         self.norms = dict(zip(grads, (norms * inv_scale).unbind(), strict=True))
         self._own(grads)
         self.part.found_inf.fill_(0.0)
@@ -104,7 +104,7 @@ class SinglePass:
             device = self.part.get_parameters()[0].device
             coefficient = torch.full((1,), coefficient, dtype=torch.float32, device=device)
         factor = coefficient.reshape(1).clamp(max=1.0)
-        self.inner.grad_scale = factor if self.inner.grad_scale is None else self.inner.grad_scale * factor
+        self.inner.grad_factor = factor if self.inner.grad_factor is None else self.inner.grad_factor * factor
 
     def _own(self, grads: list[Tensor]) -> None:
         _grad_owners.update((grad, ref(self)) for grad in grads)
@@ -134,7 +134,7 @@ class SinglePass:
             self._host["_copy_main_params_to_model_params"]()
 
     def _forget(self) -> None:
-        self.inner.grad_scale, self.norms = None, {}
+        self.inner.grad_factor, self.norms = None, {}
 
     def _targets(self) -> dict[Tensor, Tensor] | None:
         """Find the model's weight for every master; None where the host has more to do than to copy."""

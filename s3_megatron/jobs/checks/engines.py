@@ -16,10 +16,12 @@ from s3_megatron.jobs.flags import deepspeed_file, megatron_flags
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.memory import deepspeed_json, zero_section
 from s3_megatron.jobs.recipe import Data
+from s3_megatron.optim import registry
 
 # Seconds; a cold import of torch from a network disk takes a minute.
 PATIENCE = 180
-_OPTIMIZERS = {"s3": "s3", "adam": "adamw", "adamw": "adamw"}  # DeepSpeed's types, in small letters, and ours
+# DeepSpeed's types, in small letters, and ours.
+_OPTIMIZERS = {**{spec.name: spec.name for spec in registry.specs()}, "adam": "adamw", "adamw": "adamw"}
 
 
 def deepspeed(job: Job, run: Path) -> Iterator[Finding]:
@@ -56,7 +58,8 @@ def _file(job: Job) -> Iterator[Finding]:
             "deepspeed=zero1, or precision=fp32",
         )
     if kind is not None and str(kind).lower() not in _OPTIMIZERS:
-        yield Finding(ERROR, "deepspeed", f"{path} has optimizer type {kind!r}", 'write "S3" or "AdamW"')
+        titles = ", ".join(spec.title for spec in registry.specs())
+        yield Finding(ERROR, "deepspeed", f"{path} has optimizer type {kind!r}", f"write {titles} or AdamW")
     elif kind is not None and _OPTIMIZERS[str(kind).lower()] != job.recipe.optimizer.name:
         yield Finding(
             WARNING,

@@ -1,0 +1,180 @@
+"""What the engines need of an optimizer, and nothing more."""
+
+import functools
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from s3_megatron.errors import S3Error
+from s3_megatron.optim.spec import LR, Spec
+from s3_megatron.optim.state import accept, check_entry, check_groups
+
+logger = logging.getLogger(__name__)
+
+
+class EngineOptimizer(torch.optim.Optimizer):
+    """A ``torch.optim.Optimizer`` that the engines can shard: its state is known by name, marked, and keeps its dtype.
+
+    A subclass has a ``spec``, an ``__init__`` that hands its defaults on, and a ``step``, which takes each parameter's
+    state from ``state_of``.
+
+    Raises:
+        S3Error: (a ValueError) for a hyperparameter out of range, a parameter that is not real and floating, or a
+            loaded state of another optimizer.
+    """
+
+    spec: ClassVar[Spec]
+
+    # Whether ``step`` obeys the three below; else the hosts do that work themselves.
+    single_pass: ClassVar[bool] = False
+    # The model's low-precision copy of a weight, for the step to write.
+    model_params: Mapping[Tensor, Tensor] = {}
+    # One float32 on the device, by which gradients are multiplied first: 1 / loss scale, and the clip coefficient.
+    # torch's fused optimizers divide by a ``grad_scale``.
+    grad_factor: Tensor | None = None
+    # Over the last step, where ``watch.statistics.zeros`` were put here, on the weights' device.
+    update_statistics: Tensor | None = None
+
+    state_dtype: torch.dtype = torch.float32
+    # What a copy keeps beside torch's own.
+    _kept: ClassVar[tuple[str, ...]] = ("state_dtype",)
+
+    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        """Mark the param groups; ``defaults`` are those of a group."""
+        defaults = {**defaults, self.spec.mark: self.spec.state_format}
+        check_hyperparameters(self.spec, defaults)
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's own leaves out what it does not know, and a copy would lack it.
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with their own hyperparameters."""
+        check_hyperparameters(self.spec, {**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if not param.is_floating_point():
+                self.param_groups.pop()
+                raise S3Error(
+                    f"{self.spec.title} cannot train a parameter of dtype {param.dtype}: it takes real floating-point "
+                    "parameters; view a complex parameter as real (torch.view_as_real) or leave it out"
+                )
+
+    def allocate_state(self) -> None:
+        """Allocate zero state for every parameter that has none; ``step`` does so where there is a gradient.
+
+        State that an engine put there in another dtype is converted to this optimizer's.
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state_of(param)
+                for name in self.spec.state_names:
+                    state[name] = state[name].to(self._state_dtype(param))
+
+    def state_of(self, param: Tensor) -> dict[str, Tensor]:
+        """Give a parameter's state, allocated where it is missing.
+
+        Raises:
+            S3Error: it is another optimizer's.
+        """
+        state: dict[str, Tensor] = self.state[param]
+        check_entry(state, param.shape, self.spec)
+        for name in self.spec.state_names:
+            if name not in state:
+                state[name] = torch.zeros_like(param, dtype=self._state_dtype(param), requires_grad=False)
+        return state
+
+    def _state_dtype(self, param: Tensor) -> torch.dtype:
+        return torch.float64 if param.dtype == torch.float64 else self.state_dtype
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load this optimizer's own state, in its ``state_dtype``; torch would cast it to the parameter's dtype.
+
+        Hooks come first, and what they return is what is looked at. As with torch's optimizers the saved
+        hyperparameters count: where those that define the state differ from this optimizer's, one line says so.
+
+        Raises:
+            S3Error: another optimizer wrote the state (an Adam checkpoint has the same names and another meaning).
+        """
+        saved: dict[str, Any] = {}
+
+        def keep(_: torch.optim.Optimizer, hooked: dict[str, Any]) -> None:
+            check_groups(hooked["param_groups"], self.spec)
+            if len(hooked["param_groups"]) == len(self.param_groups):  # torch refuses others
+                accept(hooked["param_groups"], self.param_groups, self.spec, warn_of_change)
+            saved.update(hooked)
+
+        # Last of the hooks: torch has looked at nothing yet.
+        handle = self.register_load_state_dict_pre_hook(keep)
+        self._uncast = saved
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            del self._uncast
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take state and param groups, which torch, pickle and copies bring here, once they are known to be ours.
+
+        Raises:
+            S3Error: they are another optimizer's, or a value is out of range; nothing has changed.
+        """
+        groups, entries = state["param_groups"], state["state"]
+        check_groups(groups, self.spec)
+        here = self.__dict__.get("param_groups", groups)
+        for ours, group in zip(here, groups, strict=True):
+            # What an older version did not have yet.
+            for name, default in (self.__dict__ | state)["defaults"].items():
+                group.setdefault(name, ours.get(name, default))
+            group.pop("differentiable", None)  # torch adds it to the defaults of what was loaded
+            check_hyperparameters(self.spec, group)
+        for param, entry in entries.items():
+            if isinstance(param, Tensor):
+                check_entry(entry, param.shape, self.spec, marked=True)
+                if isinstance(entry.get("step"), Tensor):
+                    del entry["step"]  # of an Adam whose state was converted, or of Megatron's own making
+        if "_uncast" in self.__dict__:
+            self._restore_dtypes(groups, entries)
+        super().__setstate__(state)
+
+    def _restore_dtypes(self, groups: list[dict[str, Any]], entries: dict[Any, dict[str, Any]]) -> None:
+        """Replace states that torch has cast to their parameter's dtype by what was saved, in this optimizer's."""
+        indices = chain.from_iterable(group["params"] for group in self._uncast["param_groups"])
+        params = chain.from_iterable(group["params"] for group in groups)
+        for index, param in zip(indices, params, strict=True):
+            source, dtype = self._uncast["state"].get(index, {}), self._state_dtype(param)
+            for name in self.spec.state_names:
+                if name in source and entries[param][name].dtype != dtype:
+                    entries[param][name] = source[name].to(device=param.device, dtype=dtype)
+
+
+def check_hyperparameters(spec: Spec, group: dict[str, Any]) -> None:
+    """Raise S3Error for a value out of range."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise S3Error(
+                f"lr is a tensor of {lr.numel()} elements: it must be one number; give groups rates of their own"
+            )
+        # A learning rate on the GPU is not looked at: reading it would synchronise with the device.
+        if lr.device.type == "cpu":
+            LR.check(lr, "lr")
+    spec.check({name: value for name, value in group.items() if not (name == "lr" and isinstance(value, Tensor))})
+
+
+def warn_of_change(what: str) -> bool:
+    """Log, on rank 0 and each text once, that the saved hyperparameters count; returns that ours do not."""
+    if os.environ.get("RANK", "0") == "0":
+        _warn(f"{what}: the saved values count; write others into param_groups after loading, if they are meant")
+    return False
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    logger.warning(text)

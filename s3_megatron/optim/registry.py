@@ -1,0 +1,67 @@
+"""The optimizers of this package, each by its Spec. Imports no torch: recipes are read on login nodes."""
+
+from s3_megatron.errors import S3Error
+from s3_megatron.optim.spec import Hyperparameter, Range, Spec
+from s3_megatron.optim.state import EXP_AVG, EXP_AVG_ROOT, s3_from_adam
+
+_BETA, _PAPERS_BETA = Range(0, 1), "0.95 is the paper's"
+
+S3 = Spec(
+    name="s3",
+    optimizer="s3_megatron.optim.s3:S3",
+    source="arXiv 2507.06464",
+    state={EXP_AVG: "m", EXP_AVG_ROOT: "s^(1/p)"},
+    hyperparameters=(
+        Hyperparameter(
+            *("beta", 0.95, "decay of both averages, m and s"),
+            range=_BETA,
+            defines_state=True,
+            key="betas",
+            hint=_PAPERS_BETA,
+        ),
+        Hyperparameter(
+            *("p", 3.0, "exponent of the denominator; 1, 2 and 3 are the fast ones"),
+            range=Range(1),
+            defines_state=True,
+            hint="3 is the paper's",
+        ),
+        Hyperparameter(
+            *("betas", None, "the two decays apart, for ablations; overrides beta, and an update may exceed 1"),
+            count=2,
+            range=_BETA,
+            defines_state=True,
+            hint=_PAPERS_BETA,
+        ),
+        Hyperparameter("nesterov", True, "look ahead one step", kind=bool, defines_state=True),
+    ),
+    from_adam=s3_from_adam,
+    from_adam_help="m as is, r = sqrt(v)",
+)
+
+_specs = {S3.name: S3}
+
+
+def specs() -> tuple[Spec, ...]:
+    """List all Specs, in the order in which they were added."""
+    return tuple(_specs.values())
+
+
+def add(spec: Spec) -> None:
+    """Make ``spec`` known in this process; engines that are installed already know it from now on, too.
+
+    Raises:
+        S3Error: its name is in use.
+    """
+    if _specs.setdefault(spec.name, spec) is not spec:
+        raise S3Error(f"there is an optimizer {spec.name} already: give the Spec another name")
+
+
+def find(name: object) -> Spec | None:
+    """Give the Spec that Megatron's ``--optimizer`` or, in any case of letters, DeepSpeed's ``type`` names, if any."""
+    return _specs.get(name.lower()) if isinstance(name, str) else None
+
+
+def title(name: str) -> str:
+    """Give the class's name of the optimizer ``name``, which may be of a later version and not known here."""
+    spec = _specs.get(name)
+    return name if spec is None else spec.title

@@ -1,0 +1,210 @@
+"""The form of a Spec: what flags, settings, fields and checks of an optimizer are made from. Imports no torch."""
+
+import functools
+import importlib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from s3_megatron.errors import S3Error
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from s3_megatron.optim.engine_optimizer import EngineOptimizer
+
+
+# Megatron-LM and DeepSpeed find optimizer state in their checkpoints by Adam's two names.
+NAMES = ("exp_avg", "exp_avg_sq")
+_HOSTS_OWN = ("adam", "adamw", "sgd", "lion", "muon")
+
+# Beside the hyperparameters, what a start may ask of a checkpoint: to convert Adam's state, and to go on with this
+# run's values of what defines the state.
+FROM_ADAM, OVERRIDE = "from_adam", "override_hyperparameters"
+
+
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers from ``low`` to below ``high``."""
+
+    low: float
+    high: float = math.inf
+
+    def holds(self, value: float) -> bool:
+        """Whether ``value`` is in it; NaN is not."""
+        return self.low <= value < self.high
+
+    def __str__(self) -> str:
+        """As help texts and documents have it."""
+        return f">= {self.low:g}" if self.high == math.inf else f"in [{self.low:g}, {self.high:g})"
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """One argument of an optimizer, which is also a flag, a field, a param and a recipe's key.
+
+    Attributes:
+        name: the argument's.
+        default: its value where none is given; None: another hyperparameter of the same ``key`` counts.
+        help: one clause without its range and default, and what else there is to say behind a semicolon.
+        kind: float, int or bool.
+        count: how many values it has: 1, or 2 for a pair.
+        range: which numbers are allowed.
+        defines_state: whether a state that was made with another value means something else.
+        key: its name in the param groups, where that is not ``name``.
+        hint: a value that is right, for who gave a wrong one.
+    """
+
+    name: str
+    default: float | bool | None
+    help: str
+    kind: type = float
+    count: int = 1
+    range: Range | None = None
+    defines_state: bool = False
+    key: str = ""
+    hint: str = ""
+
+    def __post_init__(self) -> None:
+        """Take the name for the key where none is given."""
+        object.__setattr__(self, "key", self.key or self.name)
+
+    @property
+    def described(self) -> str:
+        """The help with its range."""
+        clause, semicolon, rest = self.help.partition(";")
+        return self.help if self.range is None else f"{clause}, {self.range}{semicolon}{rest}"
+
+    def check(self, value: Any, label: str) -> None:
+        """Raise S3Error with ``label``, what the user calls it, for a value that is not allowed."""
+        hint = f"; {self.hint}" if self.hint else ""
+        values = value if self.count > 1 else (value,)
+        if not isinstance(values, tuple | list) or len(values) != self.count:
+            raise S3Error(f"{label} is {value!r}: it must be a pair of numbers{hint}")
+        for one in values:
+            if self.kind is bool and one not in (True, False):
+                raise S3Error(f"{label} is {one!r}: it must be true or false")
+            if self.range is None:
+                continue
+            if isinstance(one, str):
+                raise S3Error(f"{label} is {one!r}: it must be a number{hint}")
+            if not self.range.holds(one):
+                subject = "it" if self.count == 1 else "both"
+                allowed = f"be a finite number {self.range}" if self.range.high == math.inf else f"lie {self.range}"
+                raise S3Error(f"{label} is {value}: {subject} must {allowed}{hint}")
+
+
+# What every optimizer has; their values are the scheduler's, and never the state's.
+LR = Hyperparameter("lr", 1e-3, "Learning rate", range=Range(0))
+WEIGHT_DECAY = Hyperparameter("weight_decay", 0.0, "Decoupled weight decay", range=Range(0))
+
+
+@dataclass(frozen=True, eq=False)
+class Spec:
+    """What the engines, the entries and the jobs know of an optimizer.
+
+    Attributes:
+        name: in small letters, as Megatron's ``--optimizer`` has it; the prefix of its flags and fields.
+        optimizer: its class, an EngineOptimizer, as "module:name"; the name is DeepSpeed's ``type``.
+        source: where it was published.
+        state: its state tensors, by one or two of Adam's names, by which both hosts find state, and what is in each.
+        hyperparameters: its arguments beside ``lr`` and ``weight_decay``.
+        from_adam: makes a parameter's state of its Adam state; None: there is no such conversion.
+        from_adam_help: the same in a clause.
+
+    What else a checkpoint must hold, a counter or a schedule's numbers, is in the param groups: hosts save and load
+    these as they are.
+    """
+
+    name: str
+    optimizer: str
+    source: str
+    state: Mapping[str, str]
+    hyperparameters: tuple[Hyperparameter, ...]
+    from_adam: "Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None" = None
+    from_adam_help: str = ""
+
+    def __post_init__(self) -> None:
+        """Raise S3Error for what the hosts would not find, or would take for their own."""
+        if not re.fullmatch("[a-z][a-z0-9]*", self.name) or self.name in _HOSTS_OWN:
+            raise S3Error(
+                f"a Spec has the name {self.name!r}: it must be small letters and digits, and none of the hosts' own "
+                f"({', '.join(_HOSTS_OWN)})"
+            )
+        if tuple(self.state) not in (NAMES[:1], NAMES):
+            raise S3Error(
+                f"the Spec {self.name} has the state {', '.join(self.state) or '(none)'}: it must be {NAMES[0]}, or "
+                f"{' and '.join(NAMES)}, by which both hosts find state"
+            )
+
+    @property
+    def title(self) -> str:
+        """The class's name."""
+        return self.optimizer.partition(":")[2]
+
+    @functools.cached_property
+    def state_names(self) -> tuple[str, ...]:
+        """The names of the state tensors."""
+        return tuple(self.state)
+
+    @functools.cached_property
+    def state_format(self) -> str:
+        """What every param group has under ``mark``; another text is another state."""
+        return ", ".join(f"{name}={what}" for name, what in self.state.items())
+
+    @functools.cached_property
+    def mark(self) -> str:
+        """The entry of every param group that says whose state it is."""
+        return f"{self.name}_state"
+
+    @functools.cached_property
+    def state_keys(self) -> tuple[str, ...]:
+        """The entries of a param group that define the state."""
+        return tuple(dict.fromkeys(each.key for each in self.hyperparameters if each.defines_state))
+
+    @property
+    def switches(self) -> tuple[str, ...]:
+        """Those of FROM_ADAM and OVERRIDE that it has."""
+        return (OVERRIDE,) if self.from_adam is None else (FROM_ADAM, OVERRIDE)
+
+    def load(self) -> "type[EngineOptimizer]":
+        """Import the class."""
+        module, _, name = self.optimizer.partition(":")
+        found: type[EngineOptimizer] = getattr(importlib.import_module(module), name)
+        return found
+
+    def flag(self, name: str) -> str:
+        """Spell a hyperparameter, or a switch, as Megatron's flag."""
+        return f"--{self.name}-{name.replace('_', '-')}"
+
+    def field(self, name: str) -> str:
+        """Spell a hyperparameter, or a switch, as Megatron's argument and as the configuration's field."""
+        return f"{self.name}_{name}"
+
+    def chosen(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Leave of ``values``, by name, those that count: a pair of betas makes their one beta count no more."""
+        given = {each: values[each.name] for each in self.hyperparameters if values[each.name] is not None}
+        optional = {each.key for each in given if each.default is None}
+        return {each.name: value for each, value in given.items() if each.default is None or each.key not in optional}
+
+    def check(self, values: Mapping[str, Any], label: Callable[[str], str] = str) -> None:
+        """Check those of ``values``, by name or by param group's key, that are there and not None.
+
+        Raises:
+            S3Error: one is out of range; ``label`` makes what the user calls it of its name.
+        """
+        for each, value in self._present(values):
+            each.check(value, label(each.name))
+
+    def _present(self, values: Mapping[str, Any]) -> Iterator[tuple[Hyperparameter, Any]]:
+        for each in (LR, WEIGHT_DECAY, *self.hyperparameters):
+            value = values.get(each.name)
+            if value is None and each.key != each.name:
+                # In a param group the one beta is a pair of equals, and is to be called what the user gave.
+                pair = values.get(each.key)
+                if isinstance(pair, tuple | list) and len(pair) == 2 and len({*pair}) == 1:
+                    value = pair[0]
+            if value is not None:
+                yield each, value

@@ -1,0 +1,205 @@
+"""The Specs: what is made of them agrees with the classes, the documents and itself."""
+
+import argparse
+import importlib
+import inspect
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from s3_megatron.errors import S3Error
+from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3, from_adam_state, registry
+from s3_megatron.optim.spec import OVERRIDE, Hyperparameter, Range, Spec
+from s3_megatron.optim.state import accept, check_entry, check_not_ours, written_by
+from tests.toy import Toy
+
+DOCS = Path(__file__).parents[2] / "docs"
+SPECS = pytest.mark.parametrize("spec", registry.specs(), ids=lambda spec: spec.name)
+
+
+@SPECS
+def test_a_class_has_the_arguments_and_the_state_of_its_spec(spec: Spec) -> None:
+    kind = spec.load()
+    assert kind.__name__ == spec.title and kind.spec is spec
+    arguments = inspect.signature(kind).parameters
+    for each in spec.hyperparameters:
+        assert arguments[each.name].default == each.default, each.name
+        assert each.default is None or each.range is None or each.range.holds(each.default)
+    optimizer = kind([torch.nn.Parameter(torch.ones(3))])
+    optimizer.allocate_state()
+    (entry,), (group,) = optimizer.state.values(), optimizer.param_groups
+    assert tuple(entry) == spec.state_names and {*spec.state_keys} <= group.keys()
+    assert written_by(optimizer.param_groups) == spec.name
+
+
+@SPECS
+def test_the_tables_of_the_documents_are_the_specs(spec: Spec) -> None:
+    pages = {name: (DOCS / f"{name}.md").read_text() for name in ("megatron", "deepspeed")}
+    for each in spec.hyperparameters:
+        flag, default, text = (
+            spec.flag(each.name),
+            "none" if each.default is None else f"{each.default:g}",
+            each.described,
+        )
+        if each.count > 1:
+            flag += " BETA1 BETA2"
+        param = default
+        if each.kind is bool:
+            flag, default, text = spec.flag(f"no_{each.name}"), "", f"do not {each.help}"
+            param = str(each.default).lower()
+        rows = {
+            "megatron": f"| `{flag}` | {default} | {text} |".replace("|  |", "| |"),
+            "deepspeed": f"| `{each.name}` | {param} | {each.described} |",
+        }
+        for page, row in rows.items():
+            assert row in pages[page].splitlines(), f"docs/{page}.md lacks the line\n{row}"
+    for switch in spec.switches:
+        assert f"| `{spec.flag(switch)}` |" in pages["megatron"] and f"| `{spec.field(switch)}` |" in pages["deepspeed"]
+
+
+BAD = [("p", 0.5, ">= 1"), ("beta", 1.0, "[0, 1)"), ("betas", (0.9, -0.1), "[0, 1)"), ("p", float("nan"), ">= 1")]
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), BAD)
+def test_a_range_is_the_same_everywhere(name: str, value: object, allowed: str) -> None:
+    """Three lists of ranges said almost the same."""
+    from pydantic import ValidationError
+
+    from s3_megatron.engines.deepspeed.build import make
+    from s3_megatron.jobs.recipe import section
+
+    weights, rates = [torch.nn.Parameter(torch.ones(3))], {"lr": 1.0, "weight_decay": 0.1}
+    for ask in (
+        lambda: S3(weights, **{name: value}),
+        lambda: make(registry.S3, weights, {name: value}, bf16_states=False),
+        lambda: registry.S3.check({name: value}, registry.S3.flag),
+    ):
+        with pytest.raises(S3Error) as refused:
+            ask()
+        assert name in str(refused.value) and allowed in str(refused.value) and "\n" not in str(refused.value)
+    with pytest.raises(ValidationError):
+        section(registry.S3).model_validate({"name": "s3", "lr": 1.0, "adamw": rates, name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"nesterov": "false"}, "nesterov is 'false': it must be true or false"),  # any text is true to Python
+        ({"p": "3"}, "p is '3': it must be a number"),  # a TypeError of Python's
+        ({"betas": 0.9}, "betas is 0.9: it must be a pair"),
+        ({"lr": "1e-3"}, "lr is '1e-3': it must be a number"),
+    ],
+)
+def test_a_text_where_a_value_belongs_is_one_line(values: dict[str, object], message: str) -> None:
+    """A DeepSpeed configuration is JSON, and "false" in quotes turned nesterov on."""
+    from s3_megatron.engines.deepspeed.build import make
+
+    with pytest.raises(S3Error, match=message):
+        make(registry.S3, [torch.nn.Parameter(torch.ones(3))], values, bf16_states=False)
+
+
+def test_a_pair_counts_before_its_one_value() -> None:
+    values = {"beta": 0.95, "p": 3.0, "betas": None, "nesterov": True}
+    assert registry.S3.chosen(values) == {"beta": 0.95, "p": 3.0, "nesterov": True}
+    assert registry.S3.chosen({**values, "betas": (0.9, 0.8)}) == {"betas": (0.9, 0.8), "p": 3.0, "nesterov": True}
+
+
+def test_a_name_in_use_is_refused() -> None:
+    registry.add(registry.S3)  # the same again does nothing
+    other = Spec("s3", "tests.toy:Toy", "", {EXP_AVG: "m"}, ())
+    with pytest.raises(S3Error, match="there is an optimizer s3 already"):
+        registry.add(other)
+    assert registry.find("S3") is registry.find("s3") is registry.S3 and registry.find(None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "said"),
+    [
+        ("adam", {EXP_AVG: "m"}, "none of the hosts' own"),  # it would have stood in for everybody's Adam
+        ("Soft-Sign", {EXP_AVG: "m"}, "small letters and digits"),
+        ("other", {"momentum": "m"}, "has the state momentum: it must be exp_avg"),  # no checkpoint would have had it
+        ("other", {EXP_AVG_ROOT: "r"}, "has the state exp_avg_sq"),
+        ("other", {}, "the state .none."),
+    ],
+)
+def test_a_spec_that_the_hosts_would_miss_is_refused(name: str, state: dict[str, str], said: str) -> None:
+    with pytest.raises(S3Error, match=said):
+        Spec(name, "tests.toy:Toy", "", state, ())
+
+
+def test_a_switch_of_a_configuration_is_true_or_false() -> None:
+    """The text "false" turned the conversion from Adam on."""
+    from s3_megatron.engines.deepspeed.build import _is_on
+
+    assert [_is_on({"s3_from_adam": value}, "s3_from_adam") for value in (True, False, "auto", None)] == [
+        *(True, False, False, False)
+    ]
+    with pytest.raises(S3Error, match="s3_from_adam is 'false': it must be true or false"):
+        _is_on({"s3_from_adam": "false"}, "s3_from_adam")
+
+
+def test_a_switch_that_is_off_by_default_and_a_count_get_flags_of_their_own() -> None:
+    config = importlib.import_module("s3_megatron.engines.megatron.config")
+    spec = Spec(
+        *("other", "tests.toy:Toy", "nowhere", {EXP_AVG: "m"}),
+        (
+            Hyperparameter("steps", 10, "how many steps", kind=int, range=Range(1)),
+            Hyperparameter("hard", False, "take the sign", kind=bool, defines_state=True),
+        ),
+    )
+    parser = argparse.ArgumentParser()
+    config._add_own(parser, spec)
+    assert parser.parse_args(["--other-steps", "7", "--other-hard"]) == argparse.Namespace(
+        other_steps=7, other_hard=True, other_override_hyperparameters=False
+    )
+    assert spec.switches == (OVERRIDE,), "without a conversion there is no flag for it"
+    assert config.config_class(spec)().other_steps == 10
+
+
+def test_a_configuration_is_pickled_and_compared() -> None:
+    engine = importlib.import_module("s3_megatron.engines.megatron")
+    for kind in (engine.S3OptimizerConfig, engine.config.S3Config):
+        made = kind(lr=1.0, s3_p=2.0)
+        assert pickle.loads(pickle.dumps(made)) == made and (made.optimizer, made.s3_p, made.s3_betas) == (
+            "s3",
+            2.0,
+            None,
+        )
+
+
+def test_what_differs_of_the_state_is_refused_overridden_or_left() -> None:
+    ours = [{"betas": (0.95, 0.95), "p": 3.0, "nesterov": True}] * 2
+    saved = [{"betas": [0.9, 0.9], "p": 3.0}, {"betas": [0.95, 0.95], "p": 2.0, "nesterov": True}]
+    said: list[str] = []
+    accept(saved, ours, registry.S3, lambda what: bool(said.append(what)))
+    assert said == [
+        "the state was made by S3 with betas=(0.9, 0.9), p=2.0 and this run asks for betas=(0.95, 0.95), p=3.0"
+    ]
+    assert saved[0]["betas"] == [0.9, 0.9]
+    accept(saved, ours, registry.S3, lambda what: True)
+    assert [(group["betas"], group["p"]) for group in saved] == [((0.95, 0.95), 3.0)] * 2
+    accept(saved, ours, registry.S3, lambda what: pytest.fail("nothing differs any more"))
+
+
+def test_a_state_of_ours_is_no_adams() -> None:
+    """The marks alone told S3's state from Adam's: a converter that was asked for would have rooted r once more."""
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    s3, toy = S3([param], weight_decay=0.1), Toy([param], weight_decay=0.1)
+    s3.step()
+    toy.step()
+    for wrong, into in ((s3, s3), (toy, s3)):
+        with pytest.raises(S3Error, match=f"was written by {wrong.spec.name} and not by Adam"):
+            from_adam_state(wrong.state_dict(), into)
+        with pytest.raises(S3Error, match=r"another form|written by optimizer toy"):
+            check_not_ours([{wrong.spec.mark: "what a later version has"}], registry.S3, "start afresh")
+    for source, target in ((s3, toy), (toy, s3)):
+        with pytest.raises(S3Error, match=f"was not written by {target.spec.title}"):
+            target.load_state_dict(source.state_dict())
+    with pytest.raises(S3Error, match="Toy cannot go on from Adam's state"):
+        from_adam_state(torch.optim.AdamW([param]).state_dict(), toy)
+    both = {EXP_AVG: param, EXP_AVG_ROOT: param}
+    with pytest.raises(S3Error, match=r"has exp_avg, exp_avg_sq: Toy's are exp_avg;"):
+        check_entry(both, param.shape, Toy.spec)
