@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from s3_megatron.train.entry import prepare
-from tests.megatron.gpt import HAS_ENTRY, SCRIPT
+from tests.engines.megatron.gpt import HAS_ENTRY, SCRIPT
 from tests.ranks import ranks
 
 # "megatron", "deepspeed", or "frozen" (Megatron with all but the last norm and the output layer frozen), and the

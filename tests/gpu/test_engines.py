@@ -23,7 +23,9 @@ from s3_megatron.watch.file import read_metrics
 from tests.gpu.card import REAL, needs_card
 
 VISIT = REAL or os.environ.get("S3_GPU_VISIT") == "1"
-in_a_visit = pytest.mark.skipif(not VISIT, reason="on CPUs tests/deepspeed and tests/megatron have it: make gpu DRY=1")
+in_a_visit = pytest.mark.skipif(
+    not VISIT, reason="on CPUs tests/engines/deepspeed and tests/engines/megatron have it: make gpu DRY=1"
+)
 pytestmark = [pytest.mark.gpu, pytest.mark.distributed, pytest.mark.timeout(280)]
 
 ITERATIONS, SAVED_AT = 8, 4
@@ -61,7 +63,8 @@ def falls(events: list[Train]) -> bool:
 
 def test_megatron_resumes_in_bf16_where_it_was(tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
     """On CPUs to the bit. A GPU does not promise it (atomic additions of the host's own kernels): bf16 sums in another
-    order differ by 1e-5 here (tests/megatron/test_pretrain.py), ten times that is allowed; the figure is recorded."""
+    order differ by 1e-5 here (tests/engines/megatron/test_pretrain.py), ten times that is allowed; the figure is
+    recorded."""
     made = job()
     text, whole = train(made, tmp_path / "whole", torchrun=VISIT)
     assert KERNEL in text and len(whole) == ITERATIONS and falls(whole)

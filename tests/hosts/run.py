@@ -19,7 +19,7 @@ from tests.launch.dockerfile import ROOT, pins
 
 HERE = Path(__file__).parent
 NEWEST = pins((ROOT / "constraints.txt").read_text())
-SUITES = ("tests/megatron", "tests/deepspeed", "tests/patch", "tests/optim")
+SUITES = ("tests/engines/megatron", "tests/engines/deepspeed", "tests/patch", "tests/optim")
 EXTRAS = ".[megatron,deepspeed,data,jobs,demo,dev]"
 PLACE = re.compile(r"(?<=<!-- make test-hosts -->\n).*?(?=<!-- end -->)", re.DOTALL)
 

@@ -38,9 +38,9 @@ def test_the_table_is_of_these_features_and_nothing_failed() -> None:
 
 def test_a_failure_and_a_missing_test_are_seen() -> None:
     outcomes = {
-        "tests/megatron/test_engine::test_on_ranks[check_single_pass_is_taken-2-ranks]": "failed",
-        "tests/megatron/test_engine::test_on_ranks[check_single_pass_is_taken-4-ranks]": "passed",
-        "tests/megatron/test_engine::test_on_ranks[check_single_pass_apart-4-ranks]": "skipped",
+        "tests/engines/megatron/test_engine::test_on_ranks[check_single_pass_is_taken-2-ranks]": "failed",
+        "tests/engines/megatron/test_engine::test_on_ranks[check_single_pass_is_taken-4-ranks]": "passed",
+        "tests/engines/megatron/test_engine::test_on_ranks[check_single_pass_apart-4-ranks]": "skipped",
     }
     rows = {row[0]: row[1] for row in table.rows({"a pair": outcomes})}
     assert rows.pop("Megatron: one pass over memory") == "1 passed, 1 failed, 1 skipped"

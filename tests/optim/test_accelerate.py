@@ -1,4 +1,4 @@
-"""S3 in accelerate without an engine: prepared, saved, resumed; tests/deepspeed has accelerate with DeepSpeed."""
+"""S3 in accelerate without an engine: prepared, saved, resumed; DeepSpeed's is in tests/engines."""
 
 from pathlib import Path
 

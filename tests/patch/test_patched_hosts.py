@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
+from tests.engines.megatron.gpt import SCRIPT, flags
 from tests.launcher import ROOT, torchrun
-from tests.megatron.gpt import SCRIPT, flags
 from tests.patch.hosts import apply, copy_whole, patched_hosts, revert, unlike_record
 from tests.ranks import ranks
 
-BARE = str(ROOT / "tests/megatron/bare.py")
+BARE = str(ROOT / "tests/engines/megatron/bare.py")
 ITERATIONS = 20
 DEEPSPEED_SCRIPT = [str(SCRIPT.with_name("stock_deepspeed_script.py")), "4", str(ITERATIONS)]
 

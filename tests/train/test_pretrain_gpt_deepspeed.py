@@ -19,8 +19,8 @@ from s3_megatron.jobs.forecast import Forecast
 from s3_megatron.train import entry
 from s3_megatron.watch.events import Train
 from s3_megatron.watch.file import Metrics, Tail, read_metrics
+from tests.engines.megatron.gpt import flags
 from tests.launcher import ROOT
-from tests.megatron.gpt import flags
 from tests.ranks import ranks
 from tests.train import refusals
 from tests.trainings import Job, train_all

@@ -23,7 +23,7 @@ from s3_megatron.engines.deepspeed import activity
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import S3
 from tests.checks import refuses, shared_folder
-from tests.deepspeed.harness import (
+from tests.engines.deepspeed.harness import (
     ALONE,
     DECAY,
     FLOAT32_ACCUMULATION,
@@ -39,7 +39,7 @@ from tests.deepspeed.harness import (
     said,
     same,
 )
-from tests.deepspeed.window import OLD, ZERO_OF_16_BIT
+from tests.engines.deepspeed.window import OLD, ZERO_OF_16_BIT
 
 BEFORE, AFTER = 4, 3  # steps before a checkpoint, and after it
 ADAM = {"optimizer": "AdamW", "params": {"torch_adam": True}}

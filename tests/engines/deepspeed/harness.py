@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from s3_megatron.engines.deepspeed import activity, register
 from s3_megatron.engines.deepspeed.layout import masters
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
-from tests.deepspeed.window import OLD
+from tests.engines.deepspeed.window import OLD
 
 register()
 

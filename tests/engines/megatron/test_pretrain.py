@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from s3_megatron.watch.file import read_metrics
-from tests.megatron.gpt import HAS_ENTRY, flags
+from tests.engines.megatron.gpt import HAS_ENTRY, flags
 from tests.trainings import Job, train_all
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]  # three launches, all before the first test

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import checks
-from tests.deepspeed.window import OLD
+from tests.engines.deepspeed.window import OLD
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -22,7 +22,7 @@ def launch(request: pytest.FixtureRequest, nproc: int, folder: Path) -> Results:
     names = checks.selected(request, nproc=nproc)
     if nproc == 2 and any("universal" in name for name in checks.selected(request)):
         names += [UNIVERSAL[0]] if UNIVERSAL[0] not in names else []  # it writes the checkpoints that all others load
-    return checks.launch("tests.deepspeed.worker", sorted(names, key=CHECKS.index), nproc, folder)
+    return checks.launch("tests.engines.deepspeed.worker", sorted(names, key=CHECKS.index), nproc, folder)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 from s3_megatron.engines.deepspeed import activity, decay_groups, register, use_gloo
 from s3_megatron.optim import S3
 
-CONFIGS = Path(__file__).parents[2] / "configs/deepspeed"
+CONFIGS = Path(__file__).parents[3] / "configs/deepspeed"
 STEPS, LR, DECAY = 20, 3e-3, 0.01
 
 

@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from s3_megatron.watch.file import read_metrics
-from tests.megatron.gpt import ENTRY, SCRIPT, flags
+from tests.engines.megatron.gpt import ENTRY, SCRIPT, flags
 from tests.ranks import ranks
 
 pytestmark = pytest.mark.distributed
@@ -27,7 +27,7 @@ def adams_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = flags(iterations=6, optimizer="adam", checkpoints=folder / "checkpoints", save_every=6)
     # Megatron sums the first iteration into the second's line, but not into what it writes here.
     command += ["--tensorboard-dir", str(folder / "board"), "--tensorboard-log-interval", "1"]
-    run = ranks(["-m", "tests.megatron.bare", str(SCRIPT), *command], nproc=2, timeout=280)
+    run = ranks(["-m", "tests.engines.megatron.bare", str(SCRIPT), *command], nproc=2, timeout=280)
     assert run.returncode == 0, run.stderr[-4000:]
     assert "S3 active" not in run.stderr + run.stdout
     return folder

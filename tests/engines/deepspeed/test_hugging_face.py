@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(folder: Path) -> Found:
     """Losses and S3's own count of its steps, from one launch."""
     output = folder / "found.json"
-    run = ranks(["-m", "tests.deepspeed.hugging_face", str(output), str(folder)], nproc=2, timeout=280)
+    run = ranks(["-m", "tests.engines.deepspeed.hugging_face", str(output), str(folder)], nproc=2, timeout=280)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     return json.loads(output.read_text())
 

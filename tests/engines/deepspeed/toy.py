@@ -5,8 +5,8 @@ import torch
 from s3_megatron.engines.deepspeed import activity
 from s3_megatron.optim import registry
 from tests.checks import refuses, shared_folder
-from tests.deepspeed import harness as on
-from tests.deepspeed.checkpoints import load, save
+from tests.engines.deepspeed import harness as on
+from tests.engines.deepspeed.checkpoints import load, save
 from tests.toy import Toy
 
 

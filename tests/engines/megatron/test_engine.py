@@ -16,7 +16,7 @@ CHECKS = [check for file in SOURCES for check in re.findall(r"^def (check_\w+)",
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What every selected check said, from one launch a world size."""
     names = sorted(checks.selected(request, results=request.param))
-    return checks.launch("tests.megatron.worker", names, request.param, tmp_path_factory.mktemp("worker"))
+    return checks.launch("tests.engines.megatron.worker", names, request.param, tmp_path_factory.mktemp("worker"))
 
 
 @pytest.mark.distributed

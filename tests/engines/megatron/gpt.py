@@ -3,7 +3,7 @@
 from importlib.metadata import version
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "train" / "stock_script.py"
+SCRIPT = Path(__file__).parents[2] / "train" / "stock_script.py"
 HAS_ENTRY = tuple(map(int, version("megatron-core").split(".")[:2])) >= (0, 19)
 if HAS_ENTRY:
     ENTRY = ["-m", "s3_megatron.train.pretrain_gpt", "--rehearsal"]

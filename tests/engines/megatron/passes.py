@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from s3_megatron.engines.megatron import install, single_pass, uninstall
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT
 from tests.checks import refuses, shared_folder
-from tests.megatron.harness import LR, Net, Run, gradients, load, save, set_decay, since
+from tests.engines.megatron.harness import LR, Net, Run, gradients, load, save, set_decay, since
 
 TWENTY = 20
 HALVES = (torch.bfloat16, torch.float16)

@@ -19,8 +19,8 @@ from s3_megatron.engines.deepspeed.watch import part
 from s3_megatron.optim.settings import _warn_of_ignored
 from tests import checks
 from tests.checks import refuses
-from tests.deepspeed import checkpoints, features, limits, toy
-from tests.deepspeed.harness import (
+from tests.engines.deepspeed import checkpoints, features, limits, toy
+from tests.engines.deepspeed.harness import (
     ALONE,
     FLOAT32_ACCUMULATION,
     STATES,
@@ -35,7 +35,7 @@ from tests.deepspeed.harness import (
     said,
     same,
 )
-from tests.deepspeed.window import OLD, ZERO_OF_16_BIT
+from tests.engines.deepspeed.window import OLD, ZERO_OF_16_BIT
 
 
 @contextmanager

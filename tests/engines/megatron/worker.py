@@ -26,8 +26,8 @@ from s3_megatron.engines.megatron import S3OptimizerConfig, install, uninstall
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
 from tests import checks
 from tests.checks import refuses, shared_folder
-from tests.megatron import passes, resumes, toy, watching
-from tests.megatron.harness import (
+from tests.engines.megatron import passes, resumes, toy, watching
+from tests.engines.megatron.harness import (
     LR,
     Run,
     Single,

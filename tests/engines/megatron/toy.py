@@ -9,8 +9,8 @@ from megatron.training import arguments, training
 from s3_megatron import rehearsal
 from s3_megatron.optim import registry
 from tests.checks import refuses, shared_folder
-from tests.megatron import harness as on
-from tests.megatron.gpt import flags
+from tests.engines.megatron import harness as on
+from tests.engines.megatron.gpt import flags
 from tests.toy import Toy
 
 

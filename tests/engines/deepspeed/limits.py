@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 
 from tests.checks import refuses, shared_folder
-from tests.deepspeed.checkpoints import ADAM, convert, load, save
-from tests.deepspeed.harness import FLOAT32_ACCUMULATION, Net, Run, gradients
+from tests.engines.deepspeed.checkpoints import ADAM, convert, load, save
+from tests.engines.deepspeed.harness import FLOAT32_ACCUMULATION, Net, Run, gradients
 
 
 def fails(call: Callable[[], object], error: type[Exception], message: str) -> None:
@@ -17,7 +17,7 @@ def fails(call: Callable[[], object], error: type[Exception], message: str) -> N
     except error as failure:
         assert message in str(failure), failure
     else:
-        raise AssertionError(f"{message} was expected: tests/deepspeed/window.py leaves out what works by now")
+        raise AssertionError(f"{message} was expected: tests/engines/deepspeed/window.py leaves out what works by now")
 
 
 def check_accumulation_at_stage_2_is_refused() -> None:

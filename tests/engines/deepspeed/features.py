@@ -20,7 +20,7 @@ from s3_megatron.engines.deepspeed import activity, decay_groups
 from s3_megatron.engines.deepspeed.layout import masters
 from s3_megatron.optim import S3
 from tests.checks import refuses
-from tests.deepspeed.harness import (
+from tests.engines.deepspeed.harness import (
     DECAY,
     FLOAT32_ACCUMULATION,
     LR,
@@ -37,7 +37,7 @@ from tests.deepspeed.harness import (
     said,
     same,
 )
-from tests.deepspeed.window import OLD, ZERO_OF_16_BIT
+from tests.engines.deepspeed.window import OLD, ZERO_OF_16_BIT
 
 # Where a step does not use every parameter: stage, precision, and what else makes the run.
 UNUSED: list[tuple[int, str, dict[str, Any]]] = [
