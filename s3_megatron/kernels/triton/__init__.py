@@ -83,9 +83,9 @@ def s3_step_(
         "lr_pointer": pointer,
         "sign": -1.0 if maximize else 1.0,
         "beta1": float(beta1),
-        "rest1": 1.0 - beta1,
+        "one_minus_beta1": 1.0 - beta1,
         "beta2": float(beta2),
-        "rest2": 1.0 - beta2,
+        "one_minus_beta2": 1.0 - beta2,
         "p": float(p),
         "inverse_p": 1.0 / p,
         # |n/b| < 1 in exact arithmetic; float32 rounding reaches 1 + 1.1e-6.

@@ -28,9 +28,9 @@ RUN_TIME = [
     "lr_pointer",
     "sign",
     "beta1",
-    "rest1",
+    "one_minus_beta1",
     "beta2",
-    "rest2",
+    "one_minus_beta2",
     "p",
     "inverse_p",
     "bound",
@@ -120,9 +120,9 @@ def s3_step(
     lr_pointer,  # None: lr is a number
     sign,  # -1 to maximize
     beta1,
-    rest1,  # 1 - beta1, rounded from float64
+    one_minus_beta1,  # 1 - beta1, rounded from float64
     beta2,
-    rest2,
+    one_minus_beta2,
     p,
     inverse_p,
     bound,  # of |u|: 1, or inf where the betas differ
@@ -173,12 +173,12 @@ def s3_step(
     a = tl.abs(g)
     # A quarter of the range, or g - m overflows; NaN compares false.
     ok = a <= 8.507058665963221e37
-    ga = rest1 * g
+    ga = one_minus_beta1 * g
     m1 = beta1 * m + ga
     n = m1
     if NESTEROV:
         n = beta1 * m1 + ga
-    r1, reach = next_root_and_reach(r, a, beta2, rest2, p, inverse_p, FORM, NESTEROV)
+    r1, reach = next_root_and_reach(r, a, beta2, one_minus_beta2, p, inverse_p, FORM, NESTEROV)
     # b is zero or subnormal: m and r stop fading at a few units of the smallest denormal.
     u = tl.where(reach > 8.507059173023462e37, 0.0, n * reach)
     u = tl.minimum(tl.maximum(u, -bound), bound)

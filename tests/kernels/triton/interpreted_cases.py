@@ -218,7 +218,8 @@ def _columns(problem):
 def _arguments():
     """The kernel's arguments for Problem's defaults, written out once more."""
     none = dict.fromkeys(["lr_pointer", "scale", "found_inf", "statistics", "rounding_seed", "MODEL"])
-    numbers = {"sign": 1.0, "lr": 0.125, "beta1": 0.95, "rest1": 0.05, "beta2": 0.95, "rest2": 0.05, "p": 3.0}
+    numbers = {"sign": 1.0, "lr": 0.125, "beta1": 0.95, "beta2": 0.95, "p": 3.0}
+    numbers |= {"one_minus_beta1": 0.05, "one_minus_beta2": 0.05}
     numbers |= {"inverse_p": 1 / 3, "bound": 1.0, "weight_decay": 0.25}
     float32 = launch.DTYPES[F32]
     forms = {"PARAM": float32, "GRAD": float32, "STATE": float32, "FORM": 3, "NESTEROV": True, "BLOCK": kernel.BLOCK}
