@@ -14,7 +14,7 @@ from s3_megatron.errors import S3Error
 from s3_megatron.optim.placement import localize
 from s3_megatron.optim.polar import Precision, direction, library, pieces, plan
 from s3_megatron.optim.pooled_median import median_and_deviation
-from s3_megatron.optim.relaxed import RelaxedOptimizer
+from s3_megatron.optim.relaxed import OF_THE_RUN, RelaxedOptimizer
 from s3_megatron.optim.settings import names_what_it_takes
 from s3_megatron.optim.whole_matrices import Matrices, batches
 
@@ -69,8 +69,8 @@ class SoftMuon(RelaxedOptimizer):
     state_format = f"{MOMENTUM}=m"
     soft_map = "algebraic"
     usual_beta = 0.95
-
-    process_group: dist.ProcessGroup | None = None
+    # The model's largest Frobenius norm and singular value, where the soft phase began.
+    of_the_run = (*OF_THE_RUN, "soft_norm", "soft_largest")
 
     @names_what_it_takes
     def __init__(
@@ -96,32 +96,32 @@ class SoftMuon(RelaxedOptimizer):
         maximize: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if process_group is not None and dist.get_rank(process_group) < 0:
-            raise S3Error("this rank is not in process_group: give the group of all ranks that hold the model")
-        self.process_group = process_group
-        defaults = {
-            "lr": lr,
-            "beta": beta,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "scale_mode": scale_mode,
-            "extra_scale_factor": extra_scale_factor,
-            "qkv_split_shapes": qkv_split_shapes,
-            "coefficient_type": coefficient_type,
-            "num_ns_steps": num_ns_steps,
-            "fp32_matmul_prec": fp32_matmul_prec,
-        }
-        asked = {
-            "total_steps": total_steps,
-            "soft_start": soft_start,
-            "sign_iters": sign_iters,
-            "transition_iters": transition_iters,
-            "eps": eps,
-            "tmax": tmax,
-        }
-        # Until they are measured, as large as can be: the longest plan.
-        super().__init__(params, defaults, asked, {"soft_norm": math.inf, "soft_largest": math.inf})
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "beta": beta,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "maximize": maximize,
+                "scale_mode": scale_mode,
+                "extra_scale_factor": extra_scale_factor,
+                "qkv_split_shapes": qkv_split_shapes,
+                "coefficient_type": coefficient_type,
+                "num_ns_steps": num_ns_steps,
+                "fp32_matmul_prec": fp32_matmul_prec,
+                # Until they are measured, as large as can be: the longest plan.
+                "soft_norm": math.inf,
+                "soft_largest": math.inf,
+            },
+            process_group=process_group,
+            total_steps=total_steps,
+            soft_start=soft_start,
+            sign_iters=sign_iters,
+            transition_iters=transition_iters,
+            eps=eps,
+            tmax=tmax,
+        )
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise S3Error for a hyperparameter out of range."""
@@ -168,13 +168,6 @@ class SoftMuon(RelaxedOptimizer):
                 f"a parameter of shape {shape} cannot be split by qkv_split_shapes {qkv}: its rows must be a multiple "
                 f"of {sum(qkv)}, those of a head group"
             )
-        if self.process_group is None and isinstance(param, DTensor) and self.param_groups[0]["transition_iters"]:
-            ranks, own = dist.get_world_size(), param.device_mesh.size()
-            if own != ranks:
-                raise S3Error(
-                    f"a weight of shape {shape} is on {own} of {ranks} ranks: give process_group, the ranks that hold "
-                    "the model, over which the temperature is taken"
-                )
 
     def step_group(self, group: dict[str, Any], tau: float) -> None:
         """Move a group's matrices that have a gradient, by the temperature ``tau``; infinity is a hard step."""

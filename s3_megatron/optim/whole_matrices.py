@@ -30,7 +30,8 @@ class Matrices:
         self.way = "local"
         if isinstance(self.like, DTensor):
             dims = {p.dim if type(p) is Shard else None if p.is_replicate() else -1 for p in self.like.placements}
-            if -1 in dims:
+            # Within the matrices of a stack, or shards that are no plain ones.
+            if -1 in dims or (self.like.ndim == 3 and dims - {0, None}):
                 self.way = "copy"
             elif self.like.ndim == 2 and dims != {None}:
                 self.way = "share"
