@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -209,6 +210,23 @@ def check_softmuon_with_tensor_parallelism_under_fsdp2() -> None:
     compare(optimizers[1], optimizers[0], 1e-4)
     one, other = (optimizer.schedule for optimizer in optimizers)
     assert abs(one.mu - other.mu) <= 1e-5 * one.mu and one[2:] == other[2:]
+
+
+def check_softmuon_under_zero_redundancy() -> None:
+    """Whole matrices on one rank each, and on 4 ranks one rank without any: the temperature is all ranks'."""
+    torch.manual_seed(1)
+    whole_run = [nn.Parameter(torch.randn(shape)) for shape in ((7, 5), (6, 6), (5, 9))]
+    shared_run = [nn.Parameter(x.detach().clone()) for x in whole_run]
+    plain = SoftMuon(whole_run, LR, **PHASES)
+    zero = ZeroRedundancyOptimizer(shared_run, optimizer_class=SoftMuon, lr=LR, **PHASES)
+    for step in range(STEPS):
+        for i, (p, q) in enumerate(zip(whole_run, shared_run, strict=True)):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            q.grad = p.grad.clone()
+        plain.step()
+        zero.step()
+    assert zero.optim.schedule == plain.schedule and plain.schedule is not None
+    assert all(torch.equal(p, q) for p, q in zip(whole_run, shared_run, strict=True))
 
 
 def check_softmuon_leaves_a_whole_matrix_whose_gradient_is_nan_in_one_part() -> None:
