@@ -149,7 +149,8 @@ def _products(precision: Precision) -> Iterator[None]:
 
     torch's getter raises where a program has used the newer ``fp32_precision`` settings, so these are kept by hand.
     """
-    newer = [x for x in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if hasattr(x, "fp32_precision")]
+    backends = (getattr(torch.backends, name) for name in ("cuda", "mkldnn"))
+    newer = [x.matmul for x in backends if hasattr(getattr(x, "matmul", None), "fp32_precision")]
     chosen = [x.fp32_precision for x in newer]
     try:
         before = torch.get_float32_matmul_precision()

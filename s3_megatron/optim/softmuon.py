@@ -137,10 +137,10 @@ class SoftMuon(RelaxedOptimizer):
                 raise S3Error(f"{name} is {group[name]!r}: it must be one of {', '.join(values)}")
         if not 0 < group["extra_scale_factor"] < math.inf:
             raise S3Error(f"extra_scale_factor is {group['extra_scale_factor']}: it must be a finite number > 0")
-        if not (isinstance(group["num_ns_steps"], Integral) and group["num_ns_steps"] >= 1):
+        if not _is_count(group["num_ns_steps"]):
             raise S3Error(f"num_ns_steps is {group['num_ns_steps']}: it must be a whole number >= 1; 5 is Muon's")
         qkv = group["qkv_split_shapes"]
-        if qkv is not None and not (qkv and all(isinstance(rows, Integral) and rows >= 1 for rows in qkv)):
+        if qkv is not None and not (qkv and all(map(_is_count, qkv))):
             raise S3Error(f"qkv_split_shapes is {qkv}: it must be the rows of a head group's Q, K and V, each >= 1")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -236,3 +236,7 @@ class SoftMuon(RelaxedOptimizer):
             )
         self.write_to_groups(soft_norm=norm, soft_largest=largest)
         return median_and_deviation(counted, ranks)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and int(value) >= 1

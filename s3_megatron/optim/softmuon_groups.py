@@ -33,7 +33,8 @@ def softmuon_groups(model: nn.Module, others: Iterable[str] = ()) -> tuple[list[
     output = getattr(model, "get_output_embeddings", lambda: None)()
     apart += [] if output is None else [output]
     elementwise = {id(param) for module in apart for param in module.parameters(recurse=False)}
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, param in names.items():
         if param.requires_grad:
             is_other = (

@@ -57,9 +57,7 @@ class Matrices:
             return [x.redistribute(placements=like.placements).to_local() for x in whole]
         shape = (0, *like.shape)
         stack = torch.stack(results) if results else self.parts[0].new_empty(shape, dtype=torch.float32)
-        shared = DTensor.from_local(
-            stack.contiguous(), like.device_mesh, self._by_matrix(), run_check=False, **self._layout()
-        )
+        shared = self._sharded(stack, self._by_matrix())
         return list(shared.redistribute(placements=self._by_part()).to_local().unbind())
 
     def _local(self) -> list[Tensor]:
@@ -76,17 +74,18 @@ class Matrices:
 
     def _share(self) -> list[Tensor]:
         """From a part of every matrix on every rank to whole matrices on each: one all-to-all."""
-        stack, mesh = torch.stack(self.parts), self._dtensor().device_mesh
-        sharded = DTensor.from_local(stack, mesh, self._by_part(), run_check=False, **self._layout())
+        sharded = self._sharded(torch.stack(self.parts), self._by_part())
         return list(sharded.redistribute(placements=self._by_matrix()).to_local().unbind())
 
     def _dtensor(self) -> DTensor:
         assert isinstance(self.like, DTensor)
         return self.like
 
-    def _layout(self) -> dict[str, tuple[int, ...]]:
-        shape = (len(self.parts), *self.like.shape)
-        return {"shape": torch.Size(shape), "stride": (shape[1] * shape[2], shape[2], 1)}
+    def _sharded(self, stack: Tensor, placements: list[Shard | Replicate]) -> DTensor:
+        shape = torch.Size((len(self.parts), *self.like.shape))
+        stride = (shape[1] * shape[2], shape[2], 1)
+        mesh = self._dtensor().device_mesh
+        return DTensor.from_local(stack.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)
 
     def _by_part(self) -> list[Shard | Replicate]:
         return [Shard(p.dim + 1) if isinstance(p, Shard) else Replicate() for p in self._dtensor().placements]

@@ -116,7 +116,7 @@ def check_softmuon_under_torchs_checkpoint_options() -> None:
         runs = []
         for _ in range(2):
             torch.manual_seed(1)
-            net = nn.ModuleList([nn.Linear(5, 8, bias=False), nn.Linear(8, 5, bias=False)])
+            net = nn.Sequential(nn.Linear(5, 8, bias=False), nn.Linear(8, 5, bias=False))
             fully_shard(net, mesh=mesh)
             groups = [{"params": [net[0].weight], "qkv_split_shapes": (2, 1, 1)}, {"params": [net[1].weight]}]
             runs.append((net, SoftMuon(groups, LR, **PHASES)))
