@@ -209,7 +209,7 @@ class SoftMuon(RelaxedOptimizer):
             ranks = dist.group.WORLD
         all_params = [param for group in self.param_groups for param in group["params"]]
         has_dtensors = any(isinstance(param, DTensor) for param in all_params)
-        device = all_params[0].device if all_params else torch.accelerator.current_accelerator() or torch.device("cpu")
+        device = all_params[0].device if all_params else _device()
         # Norm, singular value, and whether an entry is not finite.
         counted, sizes = [], torch.zeros(3, device=device)
         for group in self.param_groups:
@@ -236,6 +236,11 @@ class SoftMuon(RelaxedOptimizer):
             )
         self.write_to_groups(soft_norm=norm, soft_largest=largest)
         return median_and_deviation(counted, ranks)
+
+
+def _device() -> torch.device | None:
+    """Where a rank without parameters takes part in what the others sum up."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
 def _is_count(value: Any) -> bool:

@@ -55,7 +55,7 @@ def train(net: nn.Module, optimizer: SoftMuon, steps: range) -> None:
     for step in steps:
         x = torch.randn(6, 7, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
-        net(x).square().mean().backward()
+        (1e3 * net(x)).square().mean().backward()  # so that singular values of 1e-8 do not leave tau at its highest
         optimizer.step()
 
 
@@ -80,7 +80,7 @@ def check_softmuon_sharded_equals_unsharded() -> None:
         train(*run, range(STEPS))
     compare(sharded[1], plain[1], 1e-6)
     one, other = (optimizer.param_groups[0] for _, optimizer in (sharded, plain))
-    assert one["soft_first"] == 3 and one["soft_mu"] > 0
+    assert one["soft_first"] == 3 and 1 < sharded[1].tau < 1e8
     assert all(
         one[name] == other[name] for name in ("soft_mu", "soft_sigma", "soft_first", "soft_norm", "soft_largest")
     )
@@ -105,7 +105,7 @@ def check_softmuon_goes_on_from_a_checkpoint_in_both_phases() -> None:
         assert optimizer.param_groups[0]["step"] == saved_at
         train(net, optimizer, range(saved_at, STEPS))
         compare(straight[1], optimizer, 0.0 if dist.get_world_size() == 2 else 1e-6)
-        assert optimizer.tau == straight[1].tau < 1e9
+        assert optimizer.tau == straight[1].tau < 1e8
 
 
 def check_softmuon_under_torchs_checkpoint_options() -> None:
@@ -135,7 +135,7 @@ def check_softmuon_under_torchs_checkpoint_options() -> None:
             step(*run, range(5, 7))
         compare(runs[0][1], runs[1][1], 0.0)
         assert runs[1][1].param_groups[0]["qkv_split_shapes"] == (2, 1, 1)
-        assert runs[0][1].tau == runs[1][1].tau < 1e9
+        assert runs[0][1].tau == runs[1][1].tau < 1e8
 
 
 def check_softmuon_in_every_placement() -> None:
