@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from s3_megatron.optim.engine_optimizer import EngineOptimizer
     from s3_megatron.optim.s3 import S3
     from s3_megatron.optim.softmuon import SoftMuon
-    from s3_megatron.optim.softmuon_groups import softmuon_groups
+    from s3_megatron.optim.model_parts import softmuon_groups
     from s3_megatron.optim.softsignum import SoftSignum
 
 __all__ = [
@@ -35,7 +35,7 @@ _LATE = {
     "EngineOptimizer": "engine_optimizer",
     "SoftMuon": "softmuon",
     "SoftSignum": "softsignum",
-    "softmuon_groups": "softmuon_groups",
+    "softmuon_groups": "model_parts",
 }
 
 

@@ -3,14 +3,16 @@
 import copy
 import math
 import sys
+import types
 
 import pytest
 import torch
 from torch import nn
 
+from s3_megatron import optim
 from s3_megatron.errors import S3Error
 from s3_megatron.optim.softmuon import MOMENTUM, SoftMuon
-from s3_megatron.optim.softmuon_groups import softmuon_groups
+from s3_megatron.optim.model_parts import softmuon_groups
 from s3_megatron.optim.softmuon_reference import softmuon_reference_step
 from s3_megatron.optim.temperature import Schedule
 
@@ -377,6 +379,12 @@ class Net(nn.Module):
         self.experts = nn.Parameter(torch.zeros(2, 4, 8))
         self.frozen = nn.Linear(3, 3).requires_grad_(False)
         self.head = nn.Linear(8, 11, bias=False)
+
+
+def test_every_name_of_the_package_is_what_it_says_however_often_it_is_asked_for():
+    """Incident: a file called as its function took the function's place in the package, once it was imported."""
+    for _ in range(2):
+        assert [name for name in optim.__all__ if isinstance(getattr(optim, name), types.ModuleType)] == []
 
 
 def test_a_model_is_parted_into_matrices_and_the_rest():
