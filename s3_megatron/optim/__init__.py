@@ -12,9 +12,9 @@ from s3_megatron.optim.state import EXP_AVG, EXP_AVG_ROOT, from_adam_state, is_m
 
 if TYPE_CHECKING:
     from s3_megatron.optim.engine_optimizer import EngineOptimizer
+    from s3_megatron.optim.model_parts import softmuon_groups
     from s3_megatron.optim.s3 import S3
     from s3_megatron.optim.softmuon import SoftMuon
-    from s3_megatron.optim.model_parts import softmuon_groups
     from s3_megatron.optim.softsignum import SoftSignum
 
 __all__ = [

@@ -11,8 +11,8 @@ from torch import nn
 
 from s3_megatron import optim
 from s3_megatron.errors import S3Error
-from s3_megatron.optim.softmuon import MOMENTUM, SoftMuon
 from s3_megatron.optim.model_parts import softmuon_groups
+from s3_megatron.optim.softmuon import MOMENTUM, SoftMuon
 from s3_megatron.optim.softmuon_reference import softmuon_reference_step
 from s3_megatron.optim.temperature import Schedule
 
