@@ -82,7 +82,7 @@ def test_a_dry_run_of_every_experiment(name, in_process, capsys, monkeypatch, tm
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_setting_of_every_grid_can_be_trained(name, in_process):
-    """Five steps with each value of each sweep, and each contender's own settings; a typing error would cost a night."""
+    """Five steps with each value of each sweep and each contender's own settings: a typing error would cost a night."""
     asked = experiments.load(name)
     plan, setup = Plan(asked, "t"), next(iter(asked.setups))
     seen = set()
