@@ -163,17 +163,25 @@ def _end(running: Sequence[_Running]) -> None:
     if not running:
         return
     marks = {one.mark for one in running}
-    left = [process for process in psutil.process_iter() if _mark(process) in marks]
+    left = _marked(marks)
     for process in left:
         with contextlib.suppress(psutil.Error):
             process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(left, timeout=_GRACE_SECONDS / 2)
-    for process in alive:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(alive, timeout=_GRACE_SECONDS / 4)  # the kernel may wait for the driver in one, for ever
+    psutil.wait_procs(left, timeout=_GRACE_SECONDS / 2)
+    # More than once: one that ignores SIGTERM may have forked since it was listed. Not for ever: one may wait for the
+    # driver in the kernel.
+    end = time.monotonic() + _GRACE_SECONDS / 4
+    while (left := _marked(marks)) and time.monotonic() < end:
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=max(0.0, end - time.monotonic()))
     for one in running:
         one.process.poll()
+
+
+def _marked(marks: set[str]) -> list[psutil.Process]:
+    return [process for process in psutil.process_iter() if _mark(process) in marks]
 
 
 def _mark(process: psutil.Process) -> str | None:

@@ -37,7 +37,7 @@ if os.environ.get("NAMELESS"):
 library.INSTALLED = Path("/nowhere")
 print(unavailable() or library.loops()[-1])
 """
-CALLS = len(build.LOOPS) + 3  # the look for OpenMP, dispatch.cpp and linking
+CALLS = len(build.LOOPS) + 4  # the look for OpenMP, dispatch.cpp, metadata.cpp and linking
 
 
 @pytest.fixture
