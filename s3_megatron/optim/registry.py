@@ -38,6 +38,26 @@ S3 = Spec(
     from_adam_help="m as is, r = sqrt(v)",
 )
 
+# Not in the list below: its temperature needs what no engine gives yet.
+SOFTSIGNUM = Spec(
+    name="softsignum",
+    optimizer="s3_megatron.optim.softsignum:SoftSignum",
+    source="arXiv 2605.31371",
+    state={EXP_AVG: "m"},
+    hyperparameters=(
+        Hyperparameter(*("beta", 0.9, "decay of the average m"), range=_BETA, defines_state=True, hint="0.9 is usual"),
+        Hyperparameter("nesterov", False, "look ahead one step", kind=bool, defines_state=True),
+        Hyperparameter(
+            *("eps", 1e-4, "how far tanh stays below 1 at each quantile of the momentum"),
+            range=Range(0, 1, includes_low=False),
+            hint="1e-4 is the paper's",
+        ),
+        Hyperparameter(
+            *("tmax", 1e9, "the highest temperature"), range=Range(1), hint="1e9 leaves the first soft step hard"
+        ),
+    ),
+)
+
 _specs = {S3.name: S3}
 
 

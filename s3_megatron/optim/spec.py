@@ -27,18 +27,21 @@ FROM_ADAM, OVERRIDE = "from_adam", "override_hyperparameters"
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers from ``low`` to below ``high``."""
+    """Finite numbers from ``low``, or from above it, to below ``high``."""
 
     low: float
     high: float = math.inf
+    includes_low: bool = True
 
     def holds(self, value: float) -> bool:
         """Whether ``value`` is in it; NaN is not."""
-        return self.low <= value < self.high
+        return self.low <= value < self.high and (self.includes_low or value != self.low)
 
     def __str__(self) -> str:
         """As help texts and documents have it."""
-        return f">= {self.low:g}" if self.high == math.inf else f"in [{self.low:g}, {self.high:g})"
+        if self.high == math.inf:
+            return f"{'>=' if self.includes_low else '>'} {self.low:g}"
+        return f"in {'[' if self.includes_low else '('}{self.low:g}, {self.high:g})"
 
 
 @dataclass(frozen=True)

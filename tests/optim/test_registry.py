@@ -203,3 +203,10 @@ def test_a_state_of_ours_is_no_adams() -> None:
     both = {EXP_AVG: param, EXP_AVG_ROOT: param}
     with pytest.raises(S3Error, match=r"has exp_avg, exp_avg_sq: Toy's are exp_avg;"):
         check_entry(both, param.shape, Toy.spec)
+
+
+def test_a_range_may_leave_out_where_it_begins() -> None:
+    """eps of 0 would be a tanh that reaches 1: a temperature of infinity in every soft step."""
+    open_below = Range(0, 1, includes_low=False)
+    assert [open_below.holds(x) for x in (0.0, 1e-300, 0.5, 1.0, float("nan"))] == [False, True, True, False, False]
+    assert (f"{open_below}", f"{Range(0, 1)}", f"{Range(2, includes_low=False)}") == ("in (0, 1)", "in [0, 1)", "> 2")
