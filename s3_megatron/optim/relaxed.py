@@ -49,6 +49,11 @@ class RelaxedOptimizer(EngineOptimizer):
 
     # The ranks that hold the model. Copies do not keep it.
     process_group: dist.ProcessGroup | None = None
+    # For engines whose tensors do not show it: what this rank counts of a parameter's state, as that lies here, for
+    # the temperature: the state itself, a part of it without padding, or an empty one where another rank counts it.
+    counted: Callable[[Tensor, Tensor], Tensor] | None = None
+    # For engines that call for no step but the run's.
+    counts_steps_at_rate_0: bool = False
 
     def __init__(
         self,
@@ -150,7 +155,7 @@ class RelaxedOptimizer(EngineOptimizer):
         tau = self.tau
         for group in self.param_groups:
             self.step_group(group, tau)
-        if not all(map(_is_zero, self.param_groups)):
+        if self.counts_steps_at_rate_0 or not all(map(_is_zero, self.param_groups)):
             self._count_step()
         return loss
 

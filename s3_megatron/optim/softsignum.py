@@ -1,6 +1,6 @@
 """SoftSignum as a ``torch.optim.Optimizer``."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -61,10 +61,6 @@ class SoftSignum(RelaxedOptimizer):
 
     spec: ClassVar[Spec] = registry.SOFTSIGNUM
     soft_map = "tanh"
-
-    # For engines whose tensors do not show it: what this rank counts of a parameter's m, as that lies here, in the
-    # median: ``m`` itself, a part of it without padding, or an empty one where another rank counts it.
-    counted: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @names_what_it_takes
     def __init__(

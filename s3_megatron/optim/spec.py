@@ -114,6 +114,8 @@ class Spec:
         source: where it was published.
         state: its state tensors, by one or two of Adam's names, by which both hosts find state, and what is in each.
         hyperparameters: its arguments beside ``lr`` and ``weight_decay``.
+        complete: gives the values, by name, with what follows from the length of the host's run in steps, or None;
+            raises S3Error for values that do not go together.
         from_adam: makes a parameter's state of its Adam state; None: there is no such conversion.
         from_adam_help: the same in a clause.
 
@@ -126,6 +128,7 @@ class Spec:
     source: str
     state: Mapping[str, str]
     hyperparameters: tuple[Hyperparameter, ...]
+    complete: Callable[[Mapping[str, Any], int | None], Mapping[str, Any]] = lambda values, steps: values
     from_adam: "Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None" = None
     from_adam_help: str = ""
 
