@@ -51,7 +51,7 @@ def _with_length(values: Mapping[str, Any], steps: int | None) -> Mapping[str, A
     return values
 
 
-# Not in the list below, for DeepSpeed steps one param group at a time; Megatron has it after ``add(SOFTSIGNUM)``.
+# Not in the list below, since recipes and ZeRO 3 lack it: engines have it after ``add(SOFTSIGNUM)``.
 SOFTSIGNUM = Spec(
     name="softsignum",
     optimizer="s3_megatron.optim.softsignum:SoftSignum",

@@ -54,6 +54,8 @@ class RelaxedOptimizer(EngineOptimizer):
     counted: Callable[[Tensor, Tensor], Tensor] | None = None
     # For engines that call for no step but the run's.
     counts_steps_at_rate_0: bool = False
+    # For engines that make one step of the run of several calls, and call ``end_step`` behind the last.
+    is_stepped_in_parts: bool = False
 
     def __init__(
         self,
@@ -155,11 +157,15 @@ class RelaxedOptimizer(EngineOptimizer):
         tau = self.tau
         for group in self.param_groups:
             self.step_group(group, tau)
-        if self.counts_steps_at_rate_0 or not all(map(_is_zero, self.param_groups)):
-            self._count_step()
+        if not self.is_stepped_in_parts:
+            self.end_step()
         return loss
 
-    def _count_step(self) -> None:
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Count a step of the run; where the soft phase begins, take its schedule, which communicates."""
+        if all(map(_is_zero, self.param_groups)) and not self.counts_steps_at_rate_0:
+            return
         run = self.param_groups[0]
         if self._is_soft() and self.schedule is None:
             first, length = run["steps_taken"], max(run["sign_iters"] + run["transition_iters"] - run["steps_taken"], 1)
