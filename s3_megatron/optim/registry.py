@@ -75,7 +75,9 @@ SOFTSIGNUM = Spec(
             hint="1e-4 is the paper's",
         ),
         Hyperparameter(
-            *("tmax", 1e9, "the highest temperature"), range=Range(1), hint="1e9 leaves the first soft step hard"
+            *("tmax", 1e9, "the highest temperature"),
+            range=Range(1, includes_high=True),
+            hint="1e9 leaves the first soft step hard",
         ),
     ),
     complete=_with_length,

@@ -27,21 +27,24 @@ FROM_ADAM, OVERRIDE = "from_adam", "override_hyperparameters"
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers from ``low``, or from above it, to below ``high``."""
+    """Numbers from ``low``, or above it, to below ``high``, or to it; infinity only as a bound that is included."""
 
     low: float
     high: float = math.inf
     includes_low: bool = True
+    includes_high: bool = False
 
     def holds(self, value: float) -> bool:
         """Whether ``value`` is in it; NaN is not."""
-        return self.low <= value < self.high and (self.includes_low or value != self.low)
+        if value == self.low:
+            return self.includes_low
+        return self.low < value < self.high or (self.includes_high and value == self.high)
 
     def __str__(self) -> str:
         """As help texts and documents have it."""
         if self.high == math.inf:
             return f"{'>=' if self.includes_low else '>'} {self.low:g}"
-        return f"in {'[' if self.includes_low else '('}{self.low:g}, {self.high:g})"
+        return f"in {'[' if self.includes_low else '('}{self.low:g}, {self.high:g}{']' if self.includes_high else ')'}"
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,9 @@ class Hyperparameter:
             if isinstance(one, str):
                 raise S3Error(f"{label} is {one!r}: it must be a number{hint}")
             if not self.range.holds(one):
+                kind = "number" if self.range.includes_high else "finite number"
                 subject = "it" if self.count == 1 else "both"
-                allowed = f"be a finite number {self.range}" if self.range.high == math.inf else f"lie {self.range}"
+                allowed = f"be a {kind} {self.range}" if self.range.high == math.inf else f"lie {self.range}"
                 raise S3Error(f"{label} is {value}: {subject} must {allowed}{hint}")
 
 

@@ -210,6 +210,9 @@ def test_a_range_may_leave_out_where_it_begins() -> None:
     open_below = Range(0, 1, includes_low=False)
     assert [open_below.holds(x) for x in (0.0, 1e-300, 0.5, 1.0, float("nan"))] == [False, True, True, False, False]
     assert (f"{open_below}", f"{Range(0, 1)}", f"{Range(2, includes_low=False)}") == ("in (0, 1)", "in [0, 1)", "> 2")
+    closed = Range(1, includes_high=True)  # a tmax of infinity: the first soft step is a hard one
+    assert [closed.holds(x) for x in (0.5, 1.0, 1e300, float("inf"), float("nan"))] == [False, True, True, True, False]
+    assert (f"{closed}", f"{Range(0, 1, includes_high=True)}") == (">= 1", "in [0, 1]")
 
 
 def test_the_length_of_the_hosts_run_counts_where_nothing_else_gives_it() -> None:
