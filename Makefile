@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	    rm -rf $(VENV) && "$$python" -m venv $(VENV); fi
 	@echo "installing torch, megatron-core and deepspeed: takes 2-4 minutes the first time"
 	@$(INSTALL) $(BUILD)
-	@$(INSTALL) --no-build-isolation --editable '.[megatron,deepspeed,data,jobs,demo,evidence,dev]'
+	@$(INSTALL) --no-build-isolation --editable '.[megatron,deepspeed,data,jobs,demo,evidence,softmuon,dev]'
 	@touch $(STAMP)
 
 # A mistyped variable would be ignored, and the other engine trained.

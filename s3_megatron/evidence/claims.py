@@ -140,6 +140,28 @@ def bounded_updates(found: Findings) -> str | None:
     )
 
 
+def a_soft_end_lowers(hard: str) -> Callable[[Findings], str | None]:
+    """At every share of hard steps, the soft contender is lower than its hard one by a 95% interval above 0."""
+
+    def look(found: Findings) -> str | None:
+        softs = [name for name in found.experiment.contenders if name.startswith(f"soft{hard}-")]
+        seeds = len(found.experiment.seeds)
+        pairs = {
+            (setup, soft.removeprefix(f"soft{hard}-")): found.paired(hard, soft, setup)
+            for setup in found.experiment.setups
+            for soft in softs
+        }
+        if any(pair.pairs < seeds for pair in pairs.values()):
+            return None
+        figures = ", ".join(
+            f"{share} at {setup} {pair.mean:+.4f} ({pair.low:.4f} to {pair.high:.4f})"
+            for (setup, share), pair in pairs.items()
+        )
+        return outcome(all(pair.low > 0 for pair in pairs.values()), f"nats gained with a hard share of {figures}")
+
+    return look
+
+
 SAME = "no difference shown"
 CLAIMS = [
     Claim(
@@ -159,6 +181,18 @@ CLAIMS = [
         "|u| is at most 1 for S3, and up to 7.27 for AdamW at (.9, .999)", "Theorems 1, 2", ["spike"], bounded_updates
     ),
     Claim("A rise of mean |u| comes before every spike", "Figure 2", []),
+    Claim(
+        "Signum ends lower where its last steps are soft, with .3 to .9 of all steps hard",
+        "arXiv 2605.31371",
+        ["softsign_small"],
+        a_soft_end_lowers("signum"),
+    ),
+    Claim(
+        "Muon ends lower where its last steps are soft, with .3 to .9 of all steps hard",
+        "arXiv 2605.31371",
+        ["softsign_small"],
+        a_soft_end_lowers("muon"),
+    ),
     Claim("The same at 345M and 7B weights, 50,000 steps", "Tables 2, 3", []),
 ]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
-from s3_megatron.optim import S3, SoftSignum
+from s3_megatron.optim import S3, SoftMuon, SoftSignum
 
 type Weights = dict[str, Tensor]
 # Weights by name, peak rate, weight decay and settings in; optimizers out, which together move every weight.
@@ -104,10 +104,26 @@ def _muon(weights: Weights, rate: float, decay: float, **settings: Any) -> list[
 
     ``match_rms_adamw`` makes that one rate fit both; it also takes matrices by either side first, as ours.
     """
-    matrices = {name: w for name, w in weights.items() if "." in name and is_decayed(name)}
-    rest = {name: w for name, w in weights.items() if name not in matrices}
+    matrices, rest = _parted(weights)
     muon = torch.optim.Muon(matrices.values(), lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw", **settings)
-    return [muon, torch.optim.AdamW(groups(rest, decay), lr=rate, betas=(0.9, 0.95), fused=True)]
+    return [muon, _beside_muon(rest, rate, decay)]
+
+
+def _softmuon(weights: Weights, rate: float, decay: float, **settings: Any) -> list[torch.optim.Optimizer]:
+    """SoftMuon in the place of torch's Muon: its hard steps are that one's, and all else is as there."""
+    matrices, rest = _parted(weights)
+    softmuon = SoftMuon(matrices.values(), lr=rate, weight_decay=decay, coefficient_type="simple", **settings)
+    return [softmuon, _beside_muon(rest, rate, decay)]
+
+
+def _parted(weights: Weights) -> tuple[Weights, Weights]:
+    """Part weights into the blocks' matrices and the rest."""
+    matrices = {name: w for name, w in weights.items() if "." in name and is_decayed(name)}
+    return matrices, {name: w for name, w in weights.items() if name not in matrices}
+
+
+def _beside_muon(rest: Weights, rate: float, decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups(rest, decay), lr=rate, betas=(0.9, 0.95), fused=True)
 
 
 def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
@@ -129,6 +145,9 @@ CONTENDERS = {
     "nadam": Contender(_torch(torch.optim.NAdam, decoupled_weight_decay=True), ("betas", "momentum_decay")),
     "adafactor": Contender(_torch(torch.optim.Adafactor), ("beta2_decay", "d"), stacked=False),
     "muon": Contender(_muon, ("momentum", "nesterov"), stacked=False),
+    "softmuon": Contender(
+        _softmuon, ("beta", "nesterov", "soft_start", "eps", "tmax"), stacked=False, takes_length=True
+    ),
     "lion": Contender(_library("Lion"), ("betas",)),
     "signum": Contender(_library("SignSGD"), ("momentum",)),
     # Its temperature is over all that an optimizer moves, so a member has one of its own.

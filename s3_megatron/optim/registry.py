@@ -43,6 +43,20 @@ S3 = Spec(
 )
 
 
+_TEMPERATURE = (
+    Hyperparameter(
+        *("eps", 1e-4, "how far the map stays below 1 at each quantile of the momentum"),
+        range=Range(0, 1, includes_low=False),
+        hint="1e-4 is the paper's",
+    ),
+    Hyperparameter(
+        *("tmax", 1e9, "the highest temperature"),
+        range=Range(1, includes_high=True),
+        hint="1e9 leaves the first soft step hard",
+    ),
+)
+
+
 def _with_length(values: Mapping[str, Any], steps: int | None) -> Mapping[str, Any]:
     """Take the length of the host's run where nothing says when it is soft; raises S3Error for bad phases."""
     if values["total_steps"] is None and values["transition_iters"] is None:
@@ -69,18 +83,23 @@ SOFTSIGNUM = Spec(
         Hyperparameter(
             *("transition_iters", None, "soft steps, >= 1; with the hard ones, in the place of the length"), kind=int
         ),
-        Hyperparameter(
-            *("eps", 1e-4, "how far tanh stays below 1 at each quantile of the momentum"),
-            range=Range(0, 1, includes_low=False),
-            hint="1e-4 is the paper's",
-        ),
-        Hyperparameter(
-            *("tmax", 1e9, "the highest temperature"),
-            range=Range(1, includes_high=True),
-            hint="1e9 leaves the first soft step hard",
-        ),
+        *_TEMPERATURE,
     ),
     complete=_with_length,
+)
+
+# In no engine yet: it needs whole matrices.
+SOFTMUON = Spec(
+    name="softmuon",
+    optimizer="s3_megatron.optim.softmuon:SoftMuon",
+    source="arXiv 2605.31371",
+    state={EXP_AVG: "m"},
+    hyperparameters=(
+        Hyperparameter(
+            *("beta", 0.95, "decay of the average m"), range=_BETA, defines_state=True, hint="0.95 is usual"
+        ),
+        *_TEMPERATURE,
+    ),
 )
 
 _specs = {S3.name: S3}

@@ -1,6 +1,6 @@
 """Runs on ranks: S3 in plain PyTorch's FSDP2 (``fully_shard``), against the unsharded run.
 
-A check is a function whose name starts with ``check_``, here or in softsignum_ranks.py, and one test in
+A check is a function whose name starts with ``check_``, here or in a ..._ranks.py, and one test in
 test_fsdp2.py; tests/checks.py runs them.
 """
 
@@ -391,8 +391,9 @@ def load(run: Run, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from tests.optim import softsignum_ranks  # which imports this module
+    from tests.optim import softmuon_ranks, softsignum_ranks  # which import this module
 
     dist.init_process_group("gloo")
-    checks.run(checks.named(globals()) | checks.named(vars(softsignum_ranks)), sys.argv[3:], Path(sys.argv[1]))
+    everything = globals() | vars(softsignum_ranks) | vars(softmuon_ranks)
+    checks.run(checks.named(everything), sys.argv[3:], Path(sys.argv[1]))
     dist.destroy_process_group()

@@ -1,6 +1,6 @@
-"""S3 and SoftSignum in PyTorch's FSDP2 on 2 gloo ranks, and on 4 and 1 with what those have saved.
+"""S3, SoftSignum and SoftMuon in PyTorch's FSDP2 on 2 gloo ranks, and on 4 and 1 with what those have saved.
 
-The checks are in fsdp2.py and softsignum_ranks.py.
+The checks are in fsdp2.py, softsignum_ranks.py and softmuon_ranks.py.
 """
 
 import re
@@ -12,7 +12,7 @@ from tests import checks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-WORKERS = [Path(__file__).with_name(name) for name in ("fsdp2.py", "softsignum_ranks.py")]
+WORKERS = [Path(__file__).with_name(name) for name in ("fsdp2.py", "softsignum_ranks.py", "softmuon_ranks.py")]
 CHECKS = [
     name for worker in WORKERS for name in re.findall(r"^def (check_\w+)", worker.read_text(), flags=re.MULTILINE)
 ]
