@@ -3,7 +3,7 @@
 from typing import Any
 
 from s3_megatron.engines.deepspeed import activity
-from s3_megatron.optim import SoftSignum, registry
+from s3_megatron.optim import SoftMuon, SoftSignum, registry
 from tests.checks import refuses, shared_folder
 from tests.engines.deepspeed import harness as on
 from tests.engines.deepspeed.checkpoints import load, save
@@ -91,3 +91,5 @@ def check_softsignum_refuses_what_has_no_temperature_yet() -> None:
     refuses(lambda: started(params={**PARAMS, "process_group": "all"}), "process_group")
     client = SoftSignum(on.groups(net := on.Net()), lr=on.LR, weight_decay=on.DECAY, **PARAMS)
     refuses(lambda: on.Run(3, client=client, net=net), "ZeRO 1 and 2 alone")
+    muon = SoftMuon([(net := on.Net()).linear], weight_decay=on.DECAY, **PARAMS)
+    refuses(lambda: on.Run(1, client=muon, net=net), "SoftMuon takes whole matrices")
