@@ -142,7 +142,9 @@ def section(spec: Spec) -> type[OwnOptimizer]:
         value: Any = each.kind
         if each.range is not None:
             limit = None if math.isinf(each.range.high) else each.range.high
-            value = Annotated[each.kind, Field(ge=each.range.low, lt=limit, allow_inf_nan=False)]
+            below, most = (None, limit) if each.range.includes_high else (limit, None)
+            least, above = (each.range.low, None) if each.range.includes_low else (None, each.range.low)
+            value = Annotated[each.kind, Field(ge=least, gt=above, lt=below, le=most, allow_inf_nan=False)]
         if each.count > 1:
             value = tuple[value, value] | None
         fields[each.name] = (value, Field(each.default, description=each.help))

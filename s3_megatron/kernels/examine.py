@@ -31,8 +31,8 @@ def examine(columns: Columns) -> None:
         for name, x in zip(NAMES, row, strict=False):
             if x.layout is not torch.strided:
                 raise S3Error(
-                    f"S3 takes dense tensors, and a {name} of shape {list(x.shape)} is {x.layout}: build the embedding "
-                    "with sparse=False"
+                    f"the step takes dense tensors, and a {name} of shape {list(x.shape)} is {x.layout}: build the "
+                    "embedding with sparse=False"
                 )
             if x.shape != weight.shape:
                 raise S3Error(
@@ -41,7 +41,7 @@ def examine(columns: Columns) -> None:
             if x.device != weight.device:
                 raise S3Error(f"a weight on {weight.device} has a {name} on {x.device}: they must be on one device")
             if not x.is_floating_point():
-                raise S3Error(f"S3 takes real floating-point tensors, and a {name} is {x.dtype}")
+                raise S3Error(f"the step takes real floating-point tensors, and a {name} is {x.dtype}")
             if exceeds_its_storage(x):
                 raise S3Error(f"a {name} of shape {list(x.shape)} is longer than its storage, which was resized")
             if x is not row[GRADIENTS] and _meets_itself(x):
@@ -60,7 +60,7 @@ def same_lengths(columns: Columns) -> None:
     lengths = [len(column) for column in columns]
     if lengths.count(lengths[0]) != len(lengths):
         shown = ", ".join(f"{count} of kind {name}" for name, count in zip(NAMES, lengths, strict=False))
-        raise S3Error(f"S3 takes lists of one length, and got {shown}")
+        raise S3Error(f"the step takes lists of one length, and got {shown}")
 
 
 @functools.cache

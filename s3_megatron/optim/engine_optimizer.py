@@ -47,8 +47,12 @@ class EngineOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
         """Mark the param groups; ``defaults`` are those of a group."""
         defaults = {**defaults, self.spec.mark: self.spec.state_format}
-        check_hyperparameters(self.spec, defaults)
+        self.check_group(defaults)
         super().__init__(params, defaults)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise S3Error for a hyperparameter out of range; a subclass adds what its Spec cannot know."""
+        check_hyperparameters(self.spec, group)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own leaves out what it does not know, and a copy would lack it.
@@ -56,7 +60,7 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with their own hyperparameters."""
-        check_hyperparameters(self.spec, {**self.defaults, **param_group})
+        self.check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             if not param.is_floating_point():
@@ -133,7 +137,7 @@ class EngineOptimizer(torch.optim.Optimizer):
             for name, default in (self.__dict__ | state)["defaults"].items():
                 group.setdefault(name, ours.get(name, default))
             group.pop("differentiable", None)  # torch adds it to the defaults of what was loaded
-            check_hyperparameters(self.spec, group)
+            self.check_group(group)
         for param, entry in entries.items():
             if isinstance(param, Tensor):
                 check_entry(entry, param.shape, self.spec, marked=True)

@@ -1,8 +1,12 @@
 """The optimizers of this package, each by its Spec. Imports no torch: recipes are read on login nodes."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from s3_megatron.errors import S3Error
 from s3_megatron.optim.spec import Hyperparameter, Range, Spec
 from s3_megatron.optim.state import EXP_AVG, EXP_AVG_ROOT, s3_from_adam
+from s3_megatron.optim.temperature import phases
 
 _BETA, _PAPERS_BETA = Range(0, 1), "0.95 is the paper's"
 
@@ -36,6 +40,66 @@ S3 = Spec(
     ),
     from_adam=s3_from_adam,
     from_adam_help="m as is, r = sqrt(v)",
+)
+
+
+_TEMPERATURE = (
+    Hyperparameter(
+        *("eps", 1e-4, "how far the map stays below 1 at each quantile of the momentum"),
+        range=Range(0, 1, includes_low=False),
+        hint="1e-4 is the paper's",
+    ),
+    Hyperparameter(
+        *("tmax", 1e9, "the highest temperature"),
+        range=Range(1, includes_high=True),
+        hint="1e9 leaves the first soft step hard",
+    ),
+)
+
+
+def _with_length(values: Mapping[str, Any], steps: int | None) -> Mapping[str, Any]:
+    """Take the length of the host's run where nothing says when it is soft; raises S3Error for bad phases."""
+    if values["total_steps"] is None and values["transition_iters"] is None:
+        values = {**values, "total_steps": steps}
+    phases(*(values[name] for name in ("total_steps", "soft_start", "sign_iters", "transition_iters")))
+    return values
+
+
+# Not in the list below, since recipes and ZeRO 3 lack it: engines have it after ``add(SOFTSIGNUM)``.
+SOFTSIGNUM = Spec(
+    name="softsignum",
+    optimizer="s3_megatron.optim.softsignum:SoftSignum",
+    source="arXiv 2605.31371",
+    state={EXP_AVG: "m"},
+    hyperparameters=(
+        Hyperparameter(*("beta", 0.9, "decay of the average m"), range=_BETA, defines_state=True, hint="0.9 is usual"),
+        Hyperparameter("nesterov", False, "look ahead one step", kind=bool, defines_state=True),
+        Hyperparameter(
+            *("total_steps", None, "steps of the run, >= 1; Megatron's --train-iters where none is given"),
+            kind=int,
+        ),
+        Hyperparameter("soft_start", 0.9, "share of the run that is hard, in [0, 1]; at 1 every step is (Signum)"),
+        Hyperparameter("sign_iters", None, "hard steps, >= 0; in the place of the share", kind=int),
+        Hyperparameter(
+            *("transition_iters", None, "soft steps, >= 1; with the hard ones, in the place of the length"), kind=int
+        ),
+        *_TEMPERATURE,
+    ),
+    complete=_with_length,
+)
+
+# In no engine yet: it needs whole matrices.
+SOFTMUON = Spec(
+    name="softmuon",
+    optimizer="s3_megatron.optim.softmuon:SoftMuon",
+    source="arXiv 2605.31371",
+    state={EXP_AVG: "m"},
+    hyperparameters=(
+        Hyperparameter(
+            *("beta", 0.95, "decay of the average m"), range=_BETA, defines_state=True, hint="0.95 is usual"
+        ),
+        *_TEMPERATURE,
+    ),
 )
 
 _specs = {S3.name: S3}

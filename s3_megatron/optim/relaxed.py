@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from s3_megatron.errors import S3Error
-from s3_megatron.optim.marked import MarkedOptimizer
+from s3_megatron.optim.engine_optimizer import EngineOptimizer
+from s3_megatron.optim.state import check_groups
 from s3_megatron.optim.temperature import Schedule, phases
 
 logger = logging.getLogger(__name__)
@@ -30,24 +31,31 @@ SCHEDULE = {
     "map": "soft_map",
 }
 # What all param groups share.
-OF_THE_RUN = (*PLAN, "step", *(key for key in SCHEDULE.values() if key not in PLAN))
+OF_THE_RUN = (*PLAN, "steps_taken", *(key for key in SCHEDULE.values() if key not in PLAN))
 
 
-class RelaxedOptimizer(MarkedOptimizer):
+class RelaxedOptimizer(EngineOptimizer):
     """An optimizer that is hard for ``sign_iters`` steps and soft for ``transition_iters``.
 
     Its phases, its temperatures and the number of the step lie in every param group, and so in checkpoints. A step at
     rate 0 in every group does not count: torch's checkpoint functions take one, on some ranks, to allocate state.
 
-    A subclass has the class attributes, ``step_group`` and ``measure``.
+    A subclass has a ``spec``, the ``soft_map``, ``step_group`` and ``measure``.
     """
 
     soft_map: ClassVar[str]  # a key of temperature.REACHES
-    usual_beta: ClassVar[float]
     of_the_run: ClassVar[tuple[str, ...]] = OF_THE_RUN
+    _kept: ClassVar[tuple[str, ...]] = ("state_dtype", "_asked")
 
     # The ranks that hold the model. Copies do not keep it.
     process_group: dist.ProcessGroup | None = None
+    # For engines whose tensors do not show it: what this rank counts of a parameter's state, as that lies here, for
+    # the temperature: the state itself, a part of it without padding, or an empty one where another rank counts it.
+    counted: Callable[[Tensor, Tensor], Tensor] | None = None
+    # For engines that call for no step but the run's.
+    counts_steps_at_rate_0: bool = False
+    # For engines that make one step of the run of several calls, and call ``end_step`` behind the last.
+    is_stepped_in_parts: bool = False
 
     def __init__(
         self,
@@ -68,7 +76,7 @@ class RelaxedOptimizer(MarkedOptimizer):
             "transition_iters": int(soft),
             "eps": asked["eps"],
             "tmax": asked["tmax"],
-            "step": 0,
+            "steps_taken": 0,
             "soft_mu": 0.0,
             "soft_sigma": 0.0,
             "soft_first": -1,
@@ -85,26 +93,13 @@ class RelaxedOptimizer(MarkedOptimizer):
         """Return mu and sigma of the whole model's momentum."""
         raise NotImplementedError
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_asked": self._asked}
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        """Raise S3Error for a hyperparameter out of range."""
-        super().check_group(group)
-        if not 0 <= group["beta"] < 1:
-            raise S3Error(f"beta is {group['beta']}: it must lie in [0, 1); {self.usual_beta} is usual")
-        if not 0 < group["eps"] < 1:
-            raise S3Error(f"eps is {group['eps']}: it must lie in (0, 1); 1e-4 is the paper's")
-        if not group["tmax"] >= 1:
-            raise S3Error(f"tmax is {group['tmax']}: it must be a number >= 1; 1e9 leaves the first soft step hard")
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with their own hyperparameters; the phases are the whole run's."""
         # ZeroRedundancyOptimizer gives every group what it gives the optimizer itself.
         shared = param_group.keys() & {*self.of_the_run, *self._asked}
         own = sorted(name for name in shared if param_group[name] != self._asked.get(name))
         if own:
-            raise S3Error(f"a param group has {', '.join(own)}: that is the whole run's; give it to {self.title}")
+            raise S3Error(f"a param group has {', '.join(own)}: that is the whole run's; give it to {self.spec.title}")
         super().add_param_group({name: value for name, value in param_group.items() if name not in shared})
         added = self.param_groups[-1]
         added.update({name: self.param_groups[0][name] for name in self.of_the_run})
@@ -136,13 +131,13 @@ class RelaxedOptimizer(MarkedOptimizer):
         """The temperature of the step to come; infinity is a hard one."""
         run, schedule = self.param_groups[0], self.schedule
         if schedule is not None:
-            return schedule.tau(run["step"], run["tmax"])
+            return schedule.tau(run["steps_taken"], run["tmax"])
         # The quantile at 0 is 0, so the first soft step needs no median: it is known when the next one begins.
         return float(run["tmax"]) if self._is_soft() else math.inf
 
     def _is_soft(self) -> bool:
         run = self.param_groups[0]
-        return bool(run["transition_iters"]) and run["step"] >= run["sign_iters"]
+        return bool(run["transition_iters"]) and run["steps_taken"] >= run["sign_iters"]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -158,18 +153,22 @@ class RelaxedOptimizer(MarkedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         # ZeroRedundancyOptimizer writes state and groups into the optimizer that it wraps, past every method.
-        self.check_marks(self.param_groups)
+        check_groups(self.param_groups, self.spec)
         tau = self.tau
         for group in self.param_groups:
             self.step_group(group, tau)
-        if not all(map(_is_zero, self.param_groups)):
-            self._count_step()
+        if not self.is_stepped_in_parts:
+            self.end_step()
         return loss
 
-    def _count_step(self) -> None:
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Count a step of the run; where the soft phase begins, take its schedule, which communicates."""
+        if all(map(_is_zero, self.param_groups)) and not self.counts_steps_at_rate_0:
+            return
         run = self.param_groups[0]
         if self._is_soft() and self.schedule is None:
-            first, length = run["step"], max(run["sign_iters"] + run["transition_iters"] - run["step"], 1)
+            first, length = run["steps_taken"], max(run["sign_iters"] + run["transition_iters"] - run["steps_taken"], 1)
             mu, sigma = self.measure()
             if not (math.isfinite(mu) and math.isfinite(sigma)):
                 raise S3Error(
@@ -179,10 +178,10 @@ class RelaxedOptimizer(MarkedOptimizer):
             schedule = Schedule(mu, sigma, run["eps"], first, length, self.soft_map)
             last = schedule.tau(first + length, run["tmax"])
             log_on_first_rank(
-                logging.INFO, f"{self.title} is soft for {length} steps, down to a tau of {last:.4g}: {schedule}"
+                logging.INFO, f"{self.spec.title} is soft for {length} steps, down to a tau of {last:.4g}: {schedule}"
             )
             self.write_to_groups(**{key: getattr(schedule, name) for name, key in SCHEDULE.items()})
-        self.write_to_groups(step=run["step"] + 1)
+        self.write_to_groups(steps_taken=run["steps_taken"] + 1)
 
     def write_to_groups(self, **values: Any) -> None:
         """Give every param group the same values."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from numbers import Integral
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from s3_megatron.errors import S3Error
+from s3_megatron.optim import registry
 from s3_megatron.optim.placement import localize
 from s3_megatron.optim.polar import Precision, direction, library, pieces, plan
 from s3_megatron.optim.pooled_median import median_and_deviation
 from s3_megatron.optim.relaxed import OF_THE_RUN, RelaxedOptimizer
 from s3_megatron.optim.settings import names_what_it_takes
+from s3_megatron.optim.spec import Spec
+from s3_megatron.optim.state import EXP_AVG
 from s3_megatron.optim.whole_matrices import Matrices, batches
-
-MOMENTUM = "momentum_buffer"
 
 
 class SoftMuon(RelaxedOptimizer):
@@ -63,12 +64,8 @@ class SoftMuon(RelaxedOptimizer):
             matrix, a sparse gradient, a loaded state that is not SoftMuon's, or emerging-optimizers missing.
     """
 
-    title = "SoftMuon"
-    state_names = (MOMENTUM,)
-    mark = "softmuon_state"
-    state_format = f"{MOMENTUM}=m"
+    spec: ClassVar[Spec] = registry.SOFTMUON
     soft_map = "algebraic"
-    usual_beta = 0.95
     # The model's largest Frobenius norm and singular value, where the soft phase began.
     of_the_run = (*OF_THE_RUN, "soft_norm", "soft_largest")
 
@@ -183,7 +180,7 @@ class SoftMuon(RelaxedOptimizer):
         rows, parts = [], []
         for param in params:
             assert param.grad is not None
-            x, grad, m = localize(param, param.grad, self.state_of(param), self.state_names)
+            x, grad, m = localize(param, param.grad, self.state_of(param), self.spec.state_names)
             grad = grad.to(m.dtype)
             new = m.lerp(-grad if group["maximize"] else grad, 1 - beta)
             rows.append((x, m, new))
@@ -215,7 +212,7 @@ class SoftMuon(RelaxedOptimizer):
         for group in self.param_groups:
             # A weight that got no gradient yet has an m of 0, whether or not an engine has allocated it.
             for batch in batches([p for p in group["params"] if p.requires_grad or self.state.get(p)]):
-                ms = [self.state_of(param)[MOMENTUM] for param in batch]
+                ms = [self.state_of(param)[EXP_AVG] for param in batch]
                 matrices = Matrices(batch, [(m.to_local() if isinstance(m, DTensor) else m).float() for m in ms])
                 is_copy = has_dtensors and not isinstance(batch[0], DTensor) and dist.get_rank(ranks) > 0
                 for piece in [piece for m in matrices.mine for piece in pieces(m, group["qkv_split_shapes"])]:

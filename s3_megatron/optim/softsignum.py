@@ -1,7 +1,7 @@
 """SoftSignum as a ``torch.optim.Optimizer``."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -10,10 +10,12 @@ from torch.distributed.tensor import DTensor
 
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels.softsignum import softsignum_step_
+from s3_megatron.optim import registry
 from s3_megatron.optim.placement import localize
 from s3_megatron.optim.pooled_median import median_and_deviation
 from s3_megatron.optim.relaxed import RelaxedOptimizer
 from s3_megatron.optim.settings import names_what_it_takes
+from s3_megatron.optim.spec import Spec
 from s3_megatron.optim.state import EXP_AVG
 
 
@@ -57,16 +59,8 @@ class SoftSignum(RelaxedOptimizer):
             parameter, a sparse gradient, or a loaded state that is not SoftSignum's.
     """
 
-    title = "SoftSignum"
-    state_names = (EXP_AVG,)
-    mark = "softsignum_state"
-    state_format = f"{EXP_AVG}=m"
+    spec: ClassVar[Spec] = registry.SOFTSIGNUM
     soft_map = "tanh"
-    usual_beta = 0.9
-
-    # For engines whose tensors do not show it: what this rank counts of a parameter's m, as that lies here, in the
-    # median: ``m`` itself, a part of it without padding, or an empty one where another rank counts it.
-    counted: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @names_what_it_takes
     def __init__(
@@ -123,12 +117,12 @@ class SoftSignum(RelaxedOptimizer):
     def step_group(self, group: dict[str, Any], tau: float) -> None:
         """Move a group's parameters that have a gradient, by the temperature ``tau``; infinity is a hard step."""
         # Nor do steps share it.
-        seed = None if group["rounding_seed"] is None else group["rounding_seed"] + group["step"]
+        seed = None if group["rounding_seed"] is None else group["rounding_seed"] + group["steps_taken"]
         parts: dict[torch.device, list[list[Tensor]]] = {}
         for param in group["params"]:
             if param.grad is None:
                 continue
-            local = localize(param, param.grad, self.state_of(param), self.state_names)
+            local = localize(param, param.grad, self.state_of(param), self.spec.state_names)
             for column, x in zip(parts.setdefault(param.device, [[], [], []]), local, strict=True):
                 column.append(x)
         for params, grads, exp_avgs in parts.values():

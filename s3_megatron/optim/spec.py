@@ -27,18 +27,24 @@ FROM_ADAM, OVERRIDE = "from_adam", "override_hyperparameters"
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers from ``low`` to below ``high``."""
+    """Numbers from ``low``, or above it, to below ``high``, or to it; infinity only as a bound that is included."""
 
     low: float
     high: float = math.inf
+    includes_low: bool = True
+    includes_high: bool = False
 
     def holds(self, value: float) -> bool:
         """Whether ``value`` is in it; NaN is not."""
-        return self.low <= value < self.high
+        if value == self.low:
+            return self.includes_low
+        return self.low < value < self.high or (self.includes_high and value == self.high)
 
     def __str__(self) -> str:
         """As help texts and documents have it."""
-        return f">= {self.low:g}" if self.high == math.inf else f"in [{self.low:g}, {self.high:g})"
+        if self.high == math.inf:
+            return f"{'>=' if self.includes_low else '>'} {self.low:g}"
+        return f"in {'[' if self.includes_low else '('}{self.low:g}, {self.high:g}{']' if self.includes_high else ')'}"
 
 
 @dataclass(frozen=True)
@@ -91,8 +97,9 @@ class Hyperparameter:
             if isinstance(one, str):
                 raise S3Error(f"{label} is {one!r}: it must be a number{hint}")
             if not self.range.holds(one):
+                kind = "number" if self.range.includes_high else "finite number"
                 subject = "it" if self.count == 1 else "both"
-                allowed = f"be a finite number {self.range}" if self.range.high == math.inf else f"lie {self.range}"
+                allowed = f"be a {kind} {self.range}" if self.range.high == math.inf else f"lie {self.range}"
                 raise S3Error(f"{label} is {value}: {subject} must {allowed}{hint}")
 
 
@@ -111,6 +118,8 @@ class Spec:
         source: where it was published.
         state: its state tensors, by one or two of Adam's names, by which both hosts find state, and what is in each.
         hyperparameters: its arguments beside ``lr`` and ``weight_decay``.
+        complete: gives the values, by name, with what follows from the length of the host's run in steps, or None;
+            raises S3Error for values that do not go together.
         from_adam: makes a parameter's state of its Adam state; None: there is no such conversion.
         from_adam_help: the same in a clause.
 
@@ -123,6 +132,7 @@ class Spec:
     source: str
     state: Mapping[str, str]
     hyperparameters: tuple[Hyperparameter, ...]
+    complete: Callable[[Mapping[str, Any], int | None], Mapping[str, Any]] = lambda values, steps: values
     from_adam: "Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None" = None
     from_adam_help: str = ""
 

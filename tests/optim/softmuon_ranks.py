@@ -17,7 +17,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from s3_megatron.optim.softmuon import MOMENTUM, SoftMuon
+from s3_megatron.optim.softmuon import SoftMuon
+from s3_megatron.optim.state import EXP_AVG
 from tests.checks import refuses
 
 LR, DECAY, STEPS = 1e-2, 0.1, 8
@@ -68,7 +69,7 @@ def compare(one: SoftMuon, other: SoftMuon, tolerance: float) -> None:
     runs element by element, which the vector loop and its tail may round differently."""
     params = (optimizer.param_groups[0]["params"] for optimizer in (one, other))
     for i, (a, b) in enumerate(zip(*params, strict=True)):
-        for x, y in ((a, b), (one.state[a][MOMENTUM], other.state[b][MOMENTUM])):
+        for x, y in ((a, b), (one.state[a][EXP_AVG], other.state[b][EXP_AVG])):
             torch.testing.assert_close(
                 whole(x), whole(y), rtol=tolerance, atol=tolerance * LR, msg=lambda m, i=i: f"{i}: {m}"
             )
@@ -84,7 +85,7 @@ def check_softmuon_sharded_equals_unsharded() -> None:
     assert all(
         one[name] == other[name] for name in ("soft_mu", "soft_sigma", "soft_first", "soft_norm", "soft_largest")
     )
-    assert all(isinstance(state[MOMENTUM], DTensor) for state in sharded[1].state.values())
+    assert all(isinstance(state[EXP_AVG], DTensor) for state in sharded[1].state.values())
 
 
 def check_softmuon_goes_on_from_a_checkpoint_in_both_phases() -> None:
@@ -102,7 +103,7 @@ def check_softmuon_goes_on_from_a_checkpoint_in_both_phases() -> None:
         state = {"model": model, "optimizer": state}
         dcp.load(state, checkpoint_id=folder)
         set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        assert optimizer.param_groups[0]["step"] == saved_at
+        assert optimizer.param_groups[0]["steps_taken"] == saved_at
         train(net, optimizer, range(saved_at, STEPS))
         compare(straight[1], optimizer, 0.0 if dist.get_world_size() == 2 else 1e-6)
         assert optimizer.tau == straight[1].tau < 1e8
@@ -243,4 +244,4 @@ def check_softmuon_leaves_a_whole_matrix_whose_gradient_is_nan_in_one_part() -> 
         optimizer.step()
         moved = [not torch.equal(whole(p), x) for p, x in zip(params, before, strict=True)]
         assert moved == [False, True, False], moved
-        assert whole(optimizer.state[params[0]][MOMENTUM]).eq(0).all()
+        assert whole(optimizer.state[params[0]][EXP_AVG]).eq(0).all()

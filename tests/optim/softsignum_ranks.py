@@ -47,7 +47,7 @@ def same_temperature(one: SoftSignum, other: SoftSignum, tolerance: float) -> No
     a, b = one.schedule, other.schedule
     assert a is not None and b is not None and a[2:] == b[2:], (a, b)
     assert all(abs(x - y) <= tolerance * b.sigma for x, y in zip(a[:2], b[:2], strict=True)), (a, b)
-    assert a.sigma > 0 and one.param_groups[0]["step"] == other.param_groups[0]["step"]
+    assert a.sigma > 0 and one.param_groups[0]["steps_taken"] == other.param_groups[0]["steps_taken"]
 
 
 def check_softsignum_sharded_equals_unsharded() -> None:

@@ -203,3 +203,40 @@ def test_a_state_of_ours_is_no_adams() -> None:
     both = {EXP_AVG: param, EXP_AVG_ROOT: param}
     with pytest.raises(S3Error, match=r"has exp_avg, exp_avg_sq: Toy's are exp_avg;"):
         check_entry(both, param.shape, Toy.spec)
+
+
+def test_a_range_may_leave_out_where_it_begins() -> None:
+    """eps of 0 would be a tanh that reaches 1: a temperature of infinity in every soft step."""
+    open_below = Range(0, 1, includes_low=False)
+    assert [open_below.holds(x) for x in (0.0, 1e-300, 0.5, 1.0, float("nan"))] == [False, True, True, False, False]
+    assert (f"{open_below}", f"{Range(0, 1)}", f"{Range(2, includes_low=False)}") == ("in (0, 1)", "in [0, 1)", "> 2")
+    closed = Range(1, includes_high=True)  # a tmax of infinity: the first soft step is a hard one
+    assert [closed.holds(x) for x in (0.5, 1.0, 1e300, float("inf"), float("nan"))] == [False, True, True, True, False]
+    assert (f"{closed}", f"{Range(0, 1, includes_high=True)}") == (">= 1", "in [0, 1]")
+
+
+def test_the_length_of_the_hosts_run_counts_where_nothing_else_gives_it() -> None:
+    def total(steps: int | None, **given: object) -> object:
+        values = {each.name: each.default for each in registry.SOFTSIGNUM.hyperparameters}
+        return registry.SOFTSIGNUM.complete({**values, **given}, steps)["total_steps"]
+
+    assert (total(50), total(50, total_steps=20), total(50, sign_iters=2, transition_iters=3)) == (50, 20, None)
+    assert total(None, soft_start=1.0) is None
+    with pytest.raises(S3Error, match="the length of the run is not known"):
+        total(None)
+    with pytest.raises(S3Error, match="sign_iters is 60 and total_steps 50: no soft step is left"):
+        total(50, sign_iters=60)
+    assert registry.S3.complete({"p": 2.0}, 50) == {"p": 2.0}
+
+
+def test_the_iterations_of_a_run_in_samples() -> None:
+    config = importlib.import_module("s3_megatron.engines.megatron.config")
+    known = {"train_iters": None, "train_samples": 103, "global_batch_size": 10, "rampup_batch_size": None}
+    assert config._iterations(argparse.Namespace(**known)) == 10
+    assert config._iterations(argparse.Namespace(**{**known, "train_iters": 7, "train_samples": None})) == 7
+    for other in (
+        {"rampup_batch_size": ["2", "2", "10"]},
+        {"step_batch_size_schedule": "0:2 50:10"},
+        {"train_samples": None},
+    ):
+        assert config._iterations(argparse.Namespace(**{**known, **other})) is None

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from s3_megatron.errors import S3Error
-from s3_megatron.optim.softmuon import MOMENTUM, SoftMuon
+from s3_megatron.optim.softmuon import SoftMuon
 from s3_megatron.optim.softmuon_reference import softmuon_reference_step
+from s3_megatron.optim.state import EXP_AVG
 from s3_megatron.optim.temperature import Schedule
 
 LR, DECAY = 0.05, 0.1
@@ -121,7 +122,7 @@ def test_singular_values_of_every_piece_count_for_the_temperature():
         [{"params": [fused], "qkv_split_shapes": (2, 1, 1)}, {"params": [stack]}], sign_iters=0, transition_iters=4
     )
     train(optimizer, [0])
-    m, n = optimizer.state[fused][MOMENTUM], optimizer.state[stack][MOMENTUM]
+    m, n = optimizer.state[fused][EXP_AVG], optimizer.state[stack][EXP_AVG]
     parts = [m[[0, 1, 4, 5]], m[[2, 6]], m[[3, 7]], n[0], n[1]]
     values = torch.cat([torch.linalg.svdvals(part) for part in parts])
     assert optimizer.schedule.mu == pytest.approx(values.median().item(), rel=1e-6)
@@ -145,7 +146,7 @@ def test_a_small_temperature_is_momentum_sgd():
     )
     before = x.detach().clone()
     train(optimizer, [0], size=5e-3)
-    m = optimizer.state[x][MOMENTUM]
+    m = optimizer.state[x][EXP_AVG]
     assert torch.linalg.svdvals(m)[0] < 1.2e-3
     moved = (before.double() * (1 - DECAY) - x.detach()) / 1.5**0.5
     torch.testing.assert_close(moved, m.double(), rtol=0, atol=1e-6)
@@ -182,14 +183,14 @@ def test_a_gradient_that_is_not_finite_leaves_the_whole_matrix(bad, soft):
     groups = [{"params": [x, y]}, {"params": [fused], "qkv_split_shapes": (2, 1, 1)}]
     optimizer = SoftMuon(groups, LR, weight_decay=DECAY, sign_iters=0 if soft else 99, transition_iters=9)
     train(optimizer, range(2))
-    before = {p: (p.detach().clone(), optimizer.state[p][MOMENTUM].clone()) for p in (x, y, fused)}
+    before = {p: (p.detach().clone(), optimizer.state[p][EXP_AVG].clone()) for p in (x, y, fused)}
     for p in (x, y, fused):
         p.grad = torch.randn_like(p)
     x.grad[2, 3] = y.grad[1, 0, 0] = fused.grad[7, 1] = bad
     optimizer.step()
     for p in (x, fused):
-        assert torch.equal(p, before[p][0]) and torch.equal(optimizer.state[p][MOMENTUM], before[p][1])
-    assert torch.equal(y[1], before[y][0][1]) and torch.equal(optimizer.state[y][MOMENTUM][1], before[y][1][1])
+        assert torch.equal(p, before[p][0]) and torch.equal(optimizer.state[p][EXP_AVG], before[p][1])
+    assert torch.equal(y[1], before[y][0][1]) and torch.equal(optimizer.state[y][EXP_AVG][1], before[y][1][1])
     assert not torch.equal(y[0], before[y][0][0])
     train(optimizer, range(3, 5))
     assert all(p.isfinite().all() and not torch.equal(p, before[p][0]) for p in (x, y, fused))
@@ -211,7 +212,7 @@ def test_a_state_that_is_not_finite_is_one_line_where_the_soft_phase_begins():
     x = matrices([(6, 4)])[0]
     optimizer = SoftMuon([x], LR, sign_iters=1, transition_iters=4)
     train(optimizer, [0])
-    optimizer.state[x][MOMENTUM][0, 0] = math.nan
+    optimizer.state[x][EXP_AVG][0, 0] = math.nan
     with pytest.raises(S3Error, match="an m is not finite: the soft phase cannot begin") as caught:
         train(optimizer, [1])
     assert "\n" not in str(caught.value)
@@ -245,7 +246,7 @@ def test_saving_and_loading_in_both_phases_changes_no_bit(tmp_path, saved_at, dt
     resumed.load_state_dict(loaded["optimizer"])
     train(resumed, range(saved_at, 10))
     assert same(whole, params)
-    assert all(state[MOMENTUM].dtype == torch.float32 for state in resumed.state.values())
+    assert all(state[EXP_AVG].dtype == torch.float32 for state in resumed.state.values())
     twin = copy.deepcopy(straight)
     assert twin.tau == straight.tau and straight.tau < 1e9
 
@@ -256,7 +257,7 @@ def test_another_length_at_a_resume_counts_in_the_hard_phase_and_not_in_the_soft
     train(optimizer, range(2))
     longer = SoftMuon(matrices(), LR, total_steps=20, soft_start=0.4)
     longer.load_state_dict(optimizer.state_dict())
-    assert (longer.param_groups[0]["sign_iters"], longer.param_groups[0]["step"]) == (8, 2)
+    assert (longer.param_groups[0]["sign_iters"], longer.param_groups[0]["steps_taken"]) == (8, 2)
     train(optimizer, range(2, 6))
     longer.load_state_dict(optimizer.state_dict())
     assert longer.tau == optimizer.tau
@@ -276,7 +277,7 @@ def test_weights_of_half_and_double_precision():
     double = matrices(dtype=torch.float64)
     optimizer = SoftMuon(double, LR, weight_decay=DECAY, soft_start=1)
     train(optimizer, range(2))
-    assert all(state[MOMENTUM].dtype == torch.float64 for state in optimizer.state.values())
+    assert all(state[EXP_AVG].dtype == torch.float64 for state in optimizer.state.values())
 
 
 def test_maximize_turns_the_step_around_and_a_tensor_rate_is_a_rate():

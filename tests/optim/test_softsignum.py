@@ -139,7 +139,7 @@ def test_a_closure_is_called_once_with_gradients_and_its_loss_returned() -> None
 
     before = x.detach().clone()
     assert optimizer.step(closure).item() == before.square().sum().item() and seen == [True]
-    assert optimizer.step() is None and optimizer.param_groups[0]["step"] == 2
+    assert optimizer.step() is None and optimizer.param_groups[0]["steps_taken"] == 2
 
 
 def test_weights_without_a_gradient_do_not_move_and_count_as_zeros() -> None:
@@ -175,11 +175,11 @@ def test_steps_at_rate_0_do_not_count() -> None:
             group["lr"] = lr
         x.grad = torch.zeros(5)
         optimizer.step()
-    assert [group["step"] for group in optimizer.param_groups] == [0, 0]
+    assert [group["steps_taken"] for group in optimizer.param_groups] == [0, 0]
     assert optimizer.schedule is None and optimizer.tau == 1e9
     optimizer.param_groups[1]["lr"] = 0.1
     optimizer.step()
-    assert [group["step"] for group in optimizer.param_groups] == [1, 1]
+    assert [group["steps_taken"] for group in optimizer.param_groups] == [1, 1]
 
 
 def test_training_is_deterministic_and_a_soft_end_is_lower_than_a_hard_one() -> None:
@@ -218,7 +218,7 @@ def test_a_step_waits_for_no_gpu() -> None:
             with never_waiting():
                 optimizer.step()
                 for group in optimizer.param_groups:
-                    group.update(step=6, soft_mu=1e-4, soft_sigma=1e-4, soft_first=4, soft_length=4)
+                    group.update(steps_taken=6, soft_mu=1e-4, soft_sigma=1e-4, soft_first=4, soft_length=4)
                 assert 1 < optimizer.tau < 1e9
                 optimizer.step()
 

@@ -21,7 +21,7 @@ from s3_megatron.optim import EXP_AVG, S3, SoftSignum
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BRAIN = torch.bfloat16
-KEYS = ("step", "soft_mu", "soft_sigma", "soft_first", "soft_length", "soft_map", "eps", "sign_iters")
+KEYS = ("steps_taken", "soft_mu", "soft_sigma", "soft_first", "soft_length", "soft_map", "eps", "sign_iters")
 RUN: dict[str, Any] = {"total_steps": 10, "soft_start": 0.5}
 
 
@@ -166,7 +166,7 @@ def test_before_the_soft_phase_a_new_length_counts() -> None:
         assert loaded.param_groups[1]["soft_first"] == -1
         train(others, loaded, range(first, total))
         for group in loaded.param_groups:
-            assert (group["soft_first"], group["soft_length"]) == (first, length) and group["step"] == total
+            assert (group["soft_first"], group["soft_length"]) == (first, length) and group["steps_taken"] == total
     # So do eps and tmax.
     loaded = build(parameters(), eps=1e-3, tmax=20.0)
     loaded.load_state_dict(through_a_file(optimizer.state_dict()))
@@ -219,7 +219,7 @@ def test_a_state_that_came_past_load_state_dict_is_looked_at() -> None:
     optimizer = build(params)
     train(params, optimizer, range(2))
     optimizer.state[params[0]]["exp_avg_sq"] = torch.ones(3, 5)
-    with pytest.raises(S3Error, match="has exp_avg, exp_avg_sq: SoftSignum's is exp_avg"):
+    with pytest.raises(S3Error, match="has exp_avg, exp_avg_sq: SoftSignum's are exp_avg"):
         optimizer.step()
     del optimizer.state[params[0]]["exp_avg_sq"], optimizer.param_groups[1]["softsignum_state"]
     with pytest.raises(S3Error, match="not written by SoftSignum"):
@@ -265,7 +265,7 @@ def test_values_of_a_group_are_checked_and_the_runs_own_are_no_groups() -> None:
     for bad, message in (
         ({"beta": 2.0}, "beta is 2.0"),
         ({"soft_start": 0.25}, "a param group has soft_start: that is the whole run's"),
-        ({"step": 3, "tmax": 20.0}, "has step, tmax"),
+        ({"steps_taken": 3, "tmax": 20.0}, "has steps_taken, tmax"),
     ):
         with pytest.raises(S3Error, match=message):
             optimizer.add_param_group({"params": [x], **bad})
@@ -298,6 +298,15 @@ def test_a_negative_temperature_and_a_sparse_gradient_are_refused() -> None:
     embedding = nn.Embedding(10, 3, sparse=True)
     before = embedding.weight.detach().clone()
     embedding(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(S3Error, match="sparse=False"):
+    with pytest.raises(S3Error, match=r"the step takes dense tensors, .* sparse=False"):
         SoftSignum(embedding.parameters(), soft_start=1).step()
     assert torch.equal(embedding.weight, before)
+
+
+def test_an_infinite_tmax_makes_the_first_soft_step_hard() -> None:
+    params = parameters()
+    optimizer = build(params, tmax=INF)
+    train(params, optimizer, range(5))
+    assert optimizer.tau == INF
+    train(params, optimizer, range(5, 7))
+    assert 1 < optimizer.tau < INF

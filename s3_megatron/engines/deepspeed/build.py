@@ -16,10 +16,11 @@ import deepspeed.runtime.zero.stage_1_and_2 as stage_1_and_2
 import torch
 from deepspeed.utils import log_dist
 
-from s3_megatron.engines.deepspeed import checkpoint, gradients, loss_scale, stepping
+from s3_megatron.engines.deepspeed import checkpoint, gradients, loss_scale, stepping, temperature
 from s3_megatron.engines.deepspeed.layout import is_flat
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import EngineOptimizer, registry
+from s3_megatron.optim.relaxed import RelaxedOptimizer
 from s3_megatron.optim.spec import FROM_ADAM, OVERRIDE, Spec
 from s3_megatron.optim.state import written_by
 from s3_megatron.swap import SymbolSwap
@@ -73,7 +74,7 @@ def make(spec: Spec, params: Any, settings: dict[str, Any], *, bf16_states: bool
     """
     kind: Any = spec.load()
     # Its own arguments, without those that DeepSpeed gives or that do nothing under it.
-    own = {*inspect.signature(kind).parameters} - {"params", "capturable"}
+    own = {*inspect.signature(kind).parameters} - {"params", "capturable", "process_group"}
     switches = {spec.field(switch) for switch in spec.switches}
     unknown = sorted(set(settings) - own - switches)
     if unknown:
@@ -157,6 +158,8 @@ def configure_optimizer(original: Callable[..., None]) -> Callable[..., None]:
         gradients.take_every_micro_batch(self.optimizer, self.param_names)
         if self.fp16_enabled():
             loss_scale.grow_after_the_step(self.optimizer)
+        if isinstance(optimizer, RelaxedOptimizer):
+            temperature.take_over_all_ranks(self)
         stepping.start(self)
 
     return _configure_optimizer

@@ -11,6 +11,7 @@ from s3_megatron.engines.deepspeed.layout import masters
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels.op import choose
 from s3_megatron.optim import S3, EngineOptimizer
+from s3_megatron.optim.relaxed import RelaxedOptimizer
 from s3_megatron.watch import statistics
 
 _ATTRIBUTE = "s3_activity"  # of the engine
@@ -123,6 +124,8 @@ def take_model_step(original: Callable[..., None]) -> Callable[..., None]:
         original(self, *args, **kwargs)
         if mine.moved:
             mine.steps += 1
+        if self.was_step_applied() and isinstance(self.basic_optimizer, RelaxedOptimizer):
+            self.basic_optimizer.end_step()
         # Without a wrapper, in float32 at stage 0, unused parameters have no gradient.
         wanted = 1 if isinstance(self.optimizer, EngineOptimizer) else mine.elements
         if self.was_step_applied() and mine.moved < wanted and not _has_gradscaler(self):

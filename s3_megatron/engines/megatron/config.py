@@ -137,9 +137,22 @@ def validate(original: Callable[..., Any]) -> Callable[..., Any]:
         if getattr(args, spec.field(FROM_ADAM), False):
             args.override_opt_param_scheduler = True
         with _by_adams_name(args):
-            return original(args, *rest, **kwargs)
+            validated = original(args, *rest, **kwargs)
+        spec.complete(own_values(spec, args), _iterations(args))  # or refuse, before anything is built
+        return validated
 
     return validate_args
+
+
+def _iterations(args: argparse.Namespace) -> int | None:
+    """Give the iterations of the run, also of one in --train-samples; None where the batch size grows.
+
+    As ``update_train_iters`` of megatron.training.training (0.17.1 to 0.19.2), which the host calls later.
+    """
+    if args.train_iters:
+        return int(args.train_iters)
+    grows = args.rampup_batch_size is not None or getattr(args, "step_batch_size_schedule", None) is not None
+    return None if grows or not args.train_samples else int(args.train_samples // args.global_batch_size)
 
 
 def own_values(spec: Spec, settings: argparse.Namespace | OptimizerConfig) -> dict[str, Any]:
@@ -179,6 +192,8 @@ def make_config(original: Callable[..., Any]) -> Callable[..., Any]:
         stock = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
         names = (*(each.name for each in spec.hyperparameters), *spec.switches)
         own = {spec.field(name): getattr(args, spec.field(name)) for name in names}
+        complete = spec.complete(own_values(spec, args), _iterations(args))
+        own |= {spec.field(name): value for name, value in complete.items()}
         return config_class(spec)(**{**stock, **own, "optimizer": spec.name}), overrides
 
     return get_megatron_optimizer_config

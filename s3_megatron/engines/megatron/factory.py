@@ -15,8 +15,10 @@ from s3_megatron.engines.megatron import single_pass, watch
 from s3_megatron.engines.megatron.bare_ranks import STEP, save_without_state
 from s3_megatron.engines.megatron.checkpoint import guard_other, guard_own
 from s3_megatron.engines.megatron.config import SpecOptimizerConfig, own_values, refuse_unsupported
+from s3_megatron.engines.megatron.temperature import take_over_all_ranks
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import EngineOptimizer, registry
+from s3_megatron.optim.relaxed import RelaxedOptimizer
 from s3_megatron.optim.spec import NAMES, Spec
 from s3_megatron.swap import SymbolSwap
 
@@ -44,6 +46,8 @@ def make_optimizer(original: Callable[..., MegatronOptimizer]) -> Callable[..., 
                 optimizer = original(config, model_chunks, *args, **kwargs)
             for part in parts_of(optimizer):
                 _finish(part, config)
+            if issubclass(spec.load(), RelaxedOptimizer):
+                take_over_all_ranks(optimizer)
             _log_active(spec, optimizer, model_chunks)
         watch.observe_parts(parts_of(optimizer), model_chunks)
         return optimizer

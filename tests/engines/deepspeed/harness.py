@@ -251,3 +251,15 @@ def said() -> Iterator[list[str]]:
         yield lines
     finally:
         logger.removeHandler(handler)
+
+
+@contextmanager
+def float16_allowed() -> Iterator[None]:
+    """DeepSpeed (0.19.8) refuses float16 on a CPU without AVX512-FP16, where it is slow but right: lifted here."""
+    accelerator = type(deepspeed.accelerator.get_accelerator())
+    original = accelerator.is_fp16_supported
+    accelerator.is_fp16_supported = lambda self: True
+    try:
+        yield
+    finally:
+        accelerator.is_fp16_supported = original

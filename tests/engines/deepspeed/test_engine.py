@@ -10,7 +10,7 @@ from tests.engines.deepspeed.window import OLD
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-NAMES = ("worker.py", "features.py", "checkpoints.py", "toy.py", *(("limits.py",) if OLD else ()))
+NAMES = ("worker.py", "features.py", "checkpoints.py", "toy.py", "softsignum.py", *(("limits.py",) if OLD else ()))
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 CHECKS = [check for file in SOURCES for check in re.findall(r"^def (check_\w+)", file.read_text(), flags=re.MULTILINE)]
 UNIVERSAL = [check for check in CHECKS if "universal" in check]

@@ -5,8 +5,6 @@ A check is a function whose name starts with ``check_``, and one test there; tes
 
 import gc
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
@@ -19,7 +17,7 @@ from s3_megatron.engines.deepspeed.watch import part
 from s3_megatron.optim.settings import _warn_of_ignored
 from tests import checks
 from tests.checks import refuses
-from tests.engines.deepspeed import checkpoints, features, limits, toy
+from tests.engines.deepspeed import checkpoints, features, limits, softsignum, toy
 from tests.engines.deepspeed.harness import (
     ALONE,
     FLOAT32_ACCUMULATION,
@@ -30,24 +28,13 @@ from tests.engines.deepspeed.harness import (
     Run,
     compare,
     equal,
+    float16_allowed,
     gradients,
     groups,
     said,
     same,
 )
 from tests.engines.deepspeed.window import OLD, ZERO_OF_16_BIT
-
-
-@contextmanager
-def float16_allowed() -> Iterator[None]:
-    """DeepSpeed (0.19.8) refuses float16 on a CPU without AVX512-FP16, where it is slow but right: lifted here."""
-    accelerator = type(deepspeed.accelerator.get_accelerator())
-    original = accelerator.is_fp16_supported
-    accelerator.is_fp16_supported = lambda self: True
-    try:
-        yield
-    finally:
-        accelerator.is_fp16_supported = original
 
 
 def check_float32_at_every_stage_equals_the_unsharded_run() -> None:
@@ -286,7 +273,7 @@ def main(output: Path, folder: Path, names: list[str]) -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     # DeepSpeed collects garbage for every engine: a quarter of a second, unless it passes over what was imported.
     gc.freeze()
-    several = {**globals(), **vars(features), **vars(toy), **(vars(limits) if OLD else {})}
+    several = {**globals(), **vars(features), **vars(toy), **vars(softsignum), **(vars(limits) if OLD else {})}
     checks.run({**checks.named(several), **checkpoints.checks(folder)}, names, output)
     dist.destroy_process_group()
 

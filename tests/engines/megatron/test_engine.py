@@ -7,7 +7,7 @@ import pytest
 
 from tests import checks
 
-NAMES = ("worker.py", "passes.py", "resumes.py", "watching.py", "toy.py")
+NAMES = ("worker.py", "passes.py", "resumes.py", "watching.py", "toy.py", "softsignum.py")
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 CHECKS = [check for file in SOURCES for check in re.findall(r"^def (check_\w+)", file.read_text(), flags=re.MULTILINE)]
 

@@ -26,7 +26,7 @@ from s3_megatron.engines.megatron import S3OptimizerConfig, install, uninstall
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
 from tests import checks
 from tests.checks import refuses, shared_folder
-from tests.engines.megatron import passes, resumes, toy, watching
+from tests.engines.megatron import passes, resumes, softsignum, toy, watching
 from tests.engines.megatron.harness import (
     LR,
     Run,
@@ -276,7 +276,7 @@ def main(output: Path, names: list[str]) -> None:
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    files = (passes, resumes, watching, toy)
+    files = (passes, resumes, watching, toy, softsignum)
     checks.run(checks.named({**globals(), **{k: v for file in files for k, v in vars(file).items()}}), names, output)
     dist.destroy_process_group()
 

@@ -1,0 +1,208 @@
+"""Runs on ranks, from worker.py: SoftSignum on Megatron's optimizers, in both phases."""
+
+import sys
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.training import arguments, training
+from torch import Tensor
+
+from s3_megatron import rehearsal
+from s3_megatron.optim import EXP_AVG, SoftSignum, registry
+from s3_megatron.optim.pooled_median import median_and_deviation
+from tests.checks import refuses, shared_folder
+from tests.engines.megatron import harness as on
+from tests.engines.megatron.gpt import flags
+
+STEPS, HARD = 8, 4
+LENGTH = {"total_steps": STEPS, "soft_start": 0.5}
+
+
+def started(
+    *extra: str, steps: int = STEPS, soft_start: str = "0.5", precision: str | None = None, **run: Any
+) -> on.Run:
+    """A run of the configuration that Megatron makes of its own command line."""
+    registry.add(registry.SOFTSIGNUM)
+    given = ("--lr", f"{on.LR}", "--weight-decay", f"{on.DECAY}", "--clip-grad", "0")
+    given += ("--softsignum-soft-start", soft_start, *extra)
+    line = flags(iterations=steps, optimizer="softsignum", precision=precision, extra=given)
+    with patch.object(sys, "argv", rehearsal.add_flags(["softsignum", *line])):
+        arguments.validate_args(args := arguments.parse_args())
+    config, _ = training.get_megatron_optimizer_config(args)
+    config.use_distributed_optimizer = run.get("sharded", True)
+    made = on.Run(make=lambda _, *rest: on.get_megatron_optimizer(config, *rest), **run)
+    on.set_decay(made)
+    return made
+
+
+def inner(run: on.Run) -> SoftSignum:
+    assert type(run.part.optimizer) is SoftSignum
+    return run.part.optimizer
+
+
+def everything(run: on.Run) -> tuple[list[Tensor], tuple[Any, ...]]:
+    groups = inner(run).param_groups
+    return [*run.inner_tensors(), *run.weights().values()], (
+        inner(run).schedule,
+        inner(run).tau,
+        *taken(run),
+        groups[0]["lr"],
+    )
+
+
+def taken(run: on.Run) -> tuple[int, ...]:
+    return tuple(group["steps_taken"] for group in inner(run).param_groups)
+
+
+def reference_of(run: on.Run) -> tuple[SoftSignum, dict[str, Tensor]]:
+    s3, copies = on.unsharded(run)
+    groups = [{key: group[key] for key in ("params", "weight_decay")} for group in s3.param_groups]
+    return SoftSignum(groups, lr=on.LR, **LENGTH), copies
+
+
+def check_softsignum_trains_and_resumes() -> None:
+    """As the unsharded run; saved in either phase, the run that goes on is the uninterrupted one to the bit.
+
+    With weight decay. The temperatures are equal to the bit, too: what is summed up over ranks is whole numbers.
+    """
+    on.since(19, "distributed optimizer with one state tensor")
+    for kind in ("dp_reshardable", "fully_reshardable"):
+        run, resumed = started(), []
+        reference, copies = reference_of(run)
+        for step in range(STEPS):
+            if step in (2, HARD, HARD + 1, HARD + 2):
+                on.save(run, folder := shared_folder(), kind)
+                resumed.append(started())
+                resumed[-1].net.load_state_dict(run.net.state_dict())
+                on.load(resumed[-1], folder, kind)
+                on.set_decay(resumed[-1])
+            assert all(each.step(on.gradients(run.net, step)) for each in (run, *resumed))
+            on.step_reference(reference, copies, on.gradients(run.net, step))
+            assert inner(run).tau == reference.tau, step
+        tensors, numbers = everything(run)
+        assert numbers[0] == reference.schedule and (numbers[0].first, numbers[0].length) == (HARD, STEPS - HARD)
+        for other in resumed:
+            theirs, found = everything(other)
+            assert found == numbers
+            assert all(torch.equal(a, b) for a, b in zip(tensors, theirs, strict=True)), kind
+        for name, weight in run.weights().items():  # 8 ULP of float32, of the weight or of the longest step
+            torch.testing.assert_close(weight, copies[name].data, rtol=1e-6, atol=1e-6 * on.LR)
+
+
+def check_softsignum_goes_by_the_length_that_the_run_has_now() -> None:
+    """Saved at step 2 of 8, resumed as one of 12: soft from step 6. In the soft phase the schedule goes on; other
+    hyperparameters of the state are refused."""
+    on.since(19, "distributed optimizer with one state tensor")
+    run = started()
+    for step in range(HARD + 2):
+        if step == 2:
+            on.save(run, hard := shared_folder(), "fully_reshardable")
+        run.step(on.gradients(run.net, step))
+    on.save(run, soft := shared_folder(), "fully_reshardable")
+    longer = started(steps=12)
+    on.load(longer, hard, "fully_reshardable")
+    assert all((group["sign_iters"], group["steps_taken"]) == (6, 2) for group in inner(longer).param_groups)
+    on.load(longer := started(steps=12), soft, "fully_reshardable")
+    assert (inner(longer).schedule, inner(longer).tau) == (inner(run).schedule, inner(run).tau)
+    for other in (("--softsignum-beta", "0.8"), ("--softsignum-nesterov",)):
+        refuses(
+            lambda o=other: on.load(started(*o), soft, "fully_reshardable"), "--softsignum-override-hyperparameters"
+        )
+    on.load(started("--softsignum-beta", "0.8", "--softsignum-override-hyperparameters"), soft, "fully_reshardable")
+
+
+def check_softsignums_bad_flags_are_refused() -> None:
+    for bad, said in (
+        (("--softsignum-eps", "0"), "--softsignum-eps is 0.0"),
+        (("--softsignum-tmax", "0.5"), "--softsignum-tmax is 0.5"),
+        (("--softsignum-transition-iters", "3"), "transition_iters is 3 without sign_iters"),
+        (("--softsignum-sign-iters", "8"), "no soft step is left"),
+        (("--softsignum-total-steps", "0"), "total_steps is 0"),
+    ):
+        refuses(lambda b=bad: started(*b), said)
+    refuses(lambda: started(soft_start="1.5"), "soft_start is 1.5")
+
+
+def check_softsignum_skips_an_overflow_and_its_schedule_does_not_advance() -> None:
+    """In fp16, an inf on one rank, at the step that would begin the soft phase, and in it; without the distributed
+    optimizer, too."""
+    on.since(19, "distributed optimizer with one state tensor")
+    scale = ("--initial-loss-scale", "1024", "--hysteresis", "1")
+    for sharded in (True, False):
+        run = started(*scale, precision="fp16", dtype=torch.float16, sharded=sharded)
+        for step in range(STEPS):
+            if step in (HARD, HARD + 1):
+                before, numbers = everything(run)
+                bad = on.gradients(run.net, 2)
+                if dist.get_rank() == 0:
+                    bad["linear.weight"][3, 4] = float("inf")
+                assert not run.step(bad)
+                after, found = everything(run)
+                assert found == numbers and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+            assert run.step(on.gradients(run.net, 2))
+        assert {*taken(run)} == {STEPS} and inner(run).schedule.first == HARD
+
+
+def check_softsignum_counts_a_step_at_rate_0_and_ranks_that_hold_nothing() -> None:
+    """A warm-up of Megatron's begins at rate 0, and the run would have had a soft step less than it asked for."""
+    on.since(19, "distributed optimizer with one state tensor")
+    run = started(net=on.Single())
+    for step in range(STEPS):
+        for group in inner(run).param_groups:
+            group["lr"] = on.LR * min(step, 1)
+        assert run.step(on.gradients(run.net, step))
+    assert {*taken(run)} == {STEPS} and inner(run).schedule.first == HARD and inner(run).schedule.mu != 0
+    schedules = [None] * dist.get_world_size()
+    dist.all_gather_object(schedules, inner(run).schedule)
+    assert len({*schedules}) == 1
+
+
+def check_softsignum_counts_what_tensor_parallel_ranks_share_once() -> None:
+    """The linear's weight is another one on every tensor-parallel rank, the rest is on all of them; all ranks are
+    tensor-parallel. And one weight is marked as the copy that another pipeline stage has."""
+    on.since(19, "distributed optimizer with one state tensor")
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
+    try:
+        net = on.Net()
+        for name, param in net.named_parameters():
+            param.tensor_model_parallel, param.partition_dim, param.partition_stride = name == "linear.weight", 0, 1
+            param.shared = name == "embedding.weight"
+        run = started(net=net)
+        for step in range(HARD + 1):
+            grads = on.gradients(run.net, step)
+            grads["linear.weight"] *= 1 + dist.get_rank()
+            assert run.step(grads)
+        mine = {}
+        names = {param: name for name, param in net.named_parameters()}
+        for model, main in zip(
+            [p for group in run.part.model_fp32_groups for p in group],
+            [p for group in run.part.shard_fp32_groups for p in group],
+            strict=True,
+        ):
+            mine[names[model]] = inner(run).state[main][EXP_AVG].clone()
+        everywhere: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everywhere, mine)
+        rest = [m for name, m in mine.items() if name not in ("linear.weight", "embedding.weight")]
+        expected = median_and_deviation([*(each["linear.weight"] for each in everywhere), *rest])
+        assert len(rest) == 4 and inner(run).schedule[:2] == expected
+    finally:
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel()
+
+
+def check_softsignum_refuses_several_optimizers_a_rank() -> None:
+    """A weight of an expert makes an optimizer of its own, whose median would be another; hard steps need none."""
+    on.since(19, "distributed optimizer with one state tensor")
+
+    def with_expert(soft_start: str) -> on.Run:
+        net = on.Net()
+        net.linear.weight.allreduce = False
+        return started(soft_start=soft_start, net=net)
+
+    refuses(lambda: with_expert("0.5"), "2 optimizers a rank", "soft_start 1")
+    run = with_expert("1")
+    assert len(run.optimizer.chained_optimizers) == 2
