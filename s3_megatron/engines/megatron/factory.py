@@ -46,8 +46,8 @@ def make_optimizer(original: Callable[..., MegatronOptimizer]) -> Callable[..., 
                 optimizer = original(config, model_chunks, *args, **kwargs)
             for part in parts_of(optimizer):
                 _finish(part, config)
-            if issubclass(spec.load(), RelaxedOptimizer):
-                take_over_all_ranks(optimizer)
+            if issubclass(kind := spec.load(), RelaxedOptimizer):
+                take_over_all_ranks(optimizer, kind)
             _log_active(spec, optimizer, model_chunks)
         watch.observe_parts(parts_of(optimizer), model_chunks)
         return optimizer

@@ -10,14 +10,21 @@ from torch import Tensor
 
 from s3_megatron.errors import S3Error
 from s3_megatron.optim.relaxed import RelaxedOptimizer
+from s3_megatron.optim.softsignum import SoftSignum
 
 
-def take_over_all_ranks(optimizer: MegatronOptimizer) -> None:
+def take_over_all_ranks(optimizer: MegatronOptimizer, kind: type[RelaxedOptimizer]) -> None:
     """Give the relaxed optimizer in ``optimizer`` its ranks, and what it counts; the ranks talk.
 
     Raises:
-        S3Error: on all ranks, where one of them has several such optimizers, or none.
+        S3Error: on all ranks, where the optimizer takes whole matrices, or one of them has several such optimizers or
+            none.
     """
+    if not issubclass(kind, SoftSignum):
+        raise S3Error(
+            f"{kind.spec.title} takes whole matrices, which the distributed optimizer cuts: use it in plain PyTorch or "
+            "FSDP2"
+        )
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     # Over these Megatron adds up the gradient's norm, which has every coordinate once, too. A stub has them as well.
     group = parts[0].get_grad_stats_parallel_group()

@@ -11,7 +11,8 @@ from megatron.training import arguments, training
 from torch import Tensor
 
 from s3_megatron import rehearsal
-from s3_megatron.optim import EXP_AVG, SoftSignum, registry
+from s3_megatron.engines.megatron.temperature import take_over_all_ranks
+from s3_megatron.optim import EXP_AVG, SoftMuon, SoftSignum, registry
 from s3_megatron.optim.pooled_median import median_and_deviation
 from tests.checks import refuses, shared_folder
 from tests.engines.megatron import harness as on
@@ -115,14 +116,14 @@ def check_softsignum_goes_by_the_length_that_the_run_has_now() -> None:
 
 
 def check_softsignums_bad_flags_are_refused() -> None:
-    for bad, said in (
+    for bad, message in (
         (("--softsignum-eps", "0"), "--softsignum-eps is 0.0"),
         (("--softsignum-tmax", "0.5"), "--softsignum-tmax is 0.5"),
         (("--softsignum-transition-iters", "3"), "transition_iters is 3 without sign_iters"),
         (("--softsignum-sign-iters", "8"), "no soft step is left"),
         (("--softsignum-total-steps", "0"), "total_steps is 0"),
     ):
-        refuses(lambda b=bad: started(*b), said)
+        refuses(lambda b=bad: started(*b), message)
     refuses(lambda: started(soft_start="1.5"), "soft_start is 1.5")
 
 
@@ -206,3 +207,4 @@ def check_softsignum_refuses_several_optimizers_a_rank() -> None:
     refuses(lambda: with_expert("0.5"), "2 optimizers a rank", "soft_start 1")
     run = with_expert("1")
     assert len(run.optimizer.chained_optimizers) == 2
+    refuses(lambda: take_over_all_ranks(run.optimizer, SoftMuon), "SoftMuon takes whole matrices")
