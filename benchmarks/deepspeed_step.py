@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from s3_megatron.bench import builds
 from s3_megatron.engines.deepspeed import activity, register, use_gloo
 from s3_megatron.optim import S3
 
@@ -141,6 +142,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="29513")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    builds.prepare("cpu_adam")
     register()
     if DEVICE == "cpu":
         use_gloo()

@@ -1,16 +1,13 @@
 """The optimizers a step is measured for: S3 in its forms, and the Adams people come from."""
 
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 
+from s3_megatron.bench import builds
 from s3_megatron.optim import S3
 
 S3_BY_DEFAULT, ADAMW = "S3 p=3", "AdamW, torch fused"
@@ -87,7 +84,7 @@ def _others(device: str) -> Iterator[tuple[str, int, float, Callable[[], Make]]]
 
 
 def _deepspeed_cpu() -> Make:
-    _prepare_build("cpu_adam")
+    builds.prepare("cpu_adam")
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     DeepSpeedCPUAdam([torch.nn.Parameter(torch.zeros(1))])
@@ -95,23 +92,11 @@ def _deepspeed_cpu() -> Make:
 
 
 def _deepspeed_gpu() -> Make:
-    _prepare_build("fused_adam")
+    builds.prepare("fused_adam")
     from deepspeed.ops.adam import FusedAdam
 
     FusedAdam([torch.nn.Parameter(torch.zeros(1, device="cuda"))])
     return partial(FusedAdam, adam_w_mode=True)
-
-
-def _prepare_build(name: str) -> None:
-    """Find ninja, by which DeepSpeed compiles itself; raise where torch's builder would wait for ever.
-
-    Ninja may stand beside this Python and not on the PATH. A builder that was killed leaves its lock behind (torch
-    2.13, ``torch.utils.file_baton``).
-    """
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    lock = Path(cpp_extension._get_build_directory(name, False), "lock")
-    if lock.exists():
-        raise RuntimeError(f"{lock} is held by another build of it, or left by one that was killed: then remove it")
 
 
 def _bitsandbytes() -> Make:
