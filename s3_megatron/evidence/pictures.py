@@ -40,8 +40,9 @@ def draw(found: Findings, folder: Path) -> list[str]:
 def _rates(found: Findings, figure: Figure) -> bool:
     drawn = {}
     for setup in found.experiment.setups:
-        runs = {name: by for name in found.experiment.contenders if len(by := found.by_rate(name, setup)) > 1}
-        if runs:
+        runs = {name: by for name in found.experiment.contenders if (by := found.by_rate(name, setup))}
+        # One with a single rate is a point: while tuning goes on, the best settings may have no other.
+        if any(len(by) > 1 for by in runs.values()):
             drawn[setup] = runs
     if not drawn:
         return False
