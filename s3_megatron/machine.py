@@ -29,6 +29,11 @@ def speak_utf8() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def is_first_rank() -> bool:
+    """Whether this is the rank that logs for all, or a process alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def cores() -> int:
     """Count the cores that this process may use: by its affinity, which macOS does not have, and its groups' quota."""
     affinity = getattr(os, "sched_getaffinity", None)

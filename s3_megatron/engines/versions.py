@@ -2,11 +2,11 @@
 
 import functools
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from s3_megatron.errors import S3Error
+from s3_megatron.machine import is_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def check(window: Window, version: str) -> None:
     for start, why in window.broken.items():
         if version == start or version.startswith(f"{start}."):
             raise S3Error(f"{window.host} {version} does not work with S3: {why}; {known}: install one of those")
-    if version not in window.tested and os.environ.get("RANK", "0") == "0":
+    if version not in window.tested and is_first_rank():
         _warn(f"{window.host} {version} was never run with S3: {known}; compare a short run on one of those with yours")
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any, ClassVar
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
+from s3_megatron.machine import is_first_rank
 from s3_megatron.optim.spec import LR, Spec
 from s3_megatron.optim.state import accept, check_entry, check_groups
 
@@ -62,13 +62,17 @@ class EngineOptimizer(torch.optim.Optimizer):
         """Add parameters with their own hyperparameters."""
         self.check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
+        added = self.param_groups[-1]
+        for param in added["params"]:
             if not param.is_floating_point():
                 self.param_groups.pop()
                 raise S3Error(
                     f"{self.spec.title} cannot train a parameter of dtype {param.dtype}: it takes real floating-point "
                     "parameters; view a complex parameter as real (torch.view_as_real) or leave it out"
                 )
+        if added.get("rounding_seed") is not None:
+            # Groups must not share their noise.
+            added["rounding_seed"] += (len(self.param_groups) - 1) << 40
 
     def allocate_state(self) -> None:
         """Allocate zero state for every parameter that has none; ``step`` does so where there is a gradient.
@@ -158,6 +162,14 @@ class EngineOptimizer(torch.optim.Optimizer):
                     entries[param][name] = source[name].to(device=param.device, dtype=dtype)
 
 
+def check_rounding(state_dtype: torch.dtype, rounding_seed: int | None) -> None:
+    """Raise S3Error for a dtype that states cannot have, or noise for states that are not rounded."""
+    if state_dtype not in (torch.float32, torch.bfloat16):
+        raise S3Error(f"state_dtype is {state_dtype}: it must be torch.float32 or torch.bfloat16")
+    if rounding_seed is not None and state_dtype != torch.bfloat16:
+        raise S3Error("rounding_seed is for state_dtype=torch.bfloat16: float32 states are not rounded")
+
+
 def check_hyperparameters(spec: Spec, group: dict[str, Any]) -> None:
     """Raise S3Error for a value out of range."""
     lr = group["lr"]
@@ -174,7 +186,7 @@ def check_hyperparameters(spec: Spec, group: dict[str, Any]) -> None:
 
 def warn_of_change(what: str) -> bool:
     """Log, on rank 0 and each text once, that the saved hyperparameters count; returns that ours do not."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         _warn(f"{what}: the saved values count; write others into param_groups after loading, if they are meant")
     return False
 

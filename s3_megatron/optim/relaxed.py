@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, overload
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from s3_megatron.errors import S3Error
+from s3_megatron.machine import is_first_rank
 from s3_megatron.optim.engine_optimizer import EngineOptimizer
 from s3_megatron.optim.state import check_groups
 from s3_megatron.optim.temperature import Schedule, phases
@@ -121,6 +121,13 @@ class RelaxedOptimizer(EngineOptimizer):
             )
 
     @property
+    def ranks(self) -> dist.ProcessGroup | None:
+        """The ranks that the temperature is taken over; None: this process alone."""
+        if self.process_group is None and dist.is_available() and dist.is_initialized():
+            return dist.group.WORLD
+        return self.process_group
+
+    @property
     def schedule(self) -> Schedule | None:
         """What every temperature follows from; None before the soft phase."""
         run = self.param_groups[0]
@@ -208,7 +215,7 @@ class RelaxedOptimizer(EngineOptimizer):
 
 def log_on_first_rank(level: int, line: str) -> None:
     """Log a line once a job."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         logger.log(level, line)
 
 

@@ -13,7 +13,7 @@ from s3_megatron.kernels.examine import Columns
 from s3_megatron.kernels.metadata import Memory
 from s3_megatron.kernels.op import IMPLEMENTATIONS, Implementation, step_
 from s3_megatron.optim import registry
-from s3_megatron.optim.engine_optimizer import EngineOptimizer
+from s3_megatron.optim.engine_optimizer import EngineOptimizer, check_rounding
 from s3_megatron.optim.lookup import Lookup
 from s3_megatron.optim.placement import localize
 from s3_megatron.optim.settings import check_step, names_what_it_takes, report_ignored
@@ -77,10 +77,7 @@ class S3(EngineOptimizer):
     ) -> None:
         if implementation not in IMPLEMENTATIONS:
             raise S3Error(f"implementation is {implementation!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
-        if state_dtype not in (torch.float32, torch.bfloat16):
-            raise S3Error(f"state_dtype is {state_dtype}: it must be torch.float32 or torch.bfloat16")
-        if rounding_seed is not None and state_dtype != torch.bfloat16:
-            raise S3Error("rounding_seed is for state_dtype=torch.bfloat16: float32 states are not rounded")
+        check_rounding(state_dtype, rounding_seed)
         self.implementation = implementation
         self.state_dtype = state_dtype
         self.capturable = capturable
@@ -103,11 +100,7 @@ class S3(EngineOptimizer):
             group["betas"] = (beta, beta)
         super().add_param_group(group)
         report_ignored(group)
-        added = self.param_groups[-1]
-        if added["rounding_seed"] is not None:
-            # Groups must not share their noise.
-            added["rounding_seed"] += (len(self.param_groups) - 1) << 40
-        self._keep_on_device(added, {})
+        self._keep_on_device(self.param_groups[-1], {})
 
     @overload
     def step(self, closure: None = None) -> None: ...

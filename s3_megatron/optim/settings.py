@@ -3,7 +3,6 @@
 import functools
 import inspect
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
+from s3_megatron.machine import is_first_rank
 from s3_megatron.optim import registry
 from s3_megatron.optim.spec import LR, WEIGHT_DECAY, Range
 
@@ -68,7 +68,7 @@ def report_ignored(group: dict[str, Any]) -> None:
 
 @functools.cache
 def _warn_of_ignored(names: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         logger.warning(
             f"S3 ignores {names} in a param group: a group of S3's has {', '.join(_OF_GROUPS)}; implementation, "
             "state_dtype and capturable are the whole optimizer's"
@@ -113,7 +113,7 @@ _has_warned = False
 def _warn_of_two_betas(beta1: float, beta2: float) -> None:
     """Log once a process, on rank 0, that the bound does not hold."""
     global _has_warned
-    if not _has_warned and os.environ.get("RANK", "0") == "0":
+    if not _has_warned and is_first_rank():
         logger.warning(
             f"S3 steps with two betas, {beta1:g} and {beta2:g}: |update| <= 1 holds for one alone (Theorem 2), and a "
             "weight can move by more than lr. If this was not meant, keep what wrote them from S3's param groups: "

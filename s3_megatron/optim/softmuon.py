@@ -201,9 +201,7 @@ class SoftMuon(RelaxedOptimizer):
 
     def measure(self) -> tuple[float, float]:
         """Return median and median absolute deviation of the singular values of m over the model; keep the largest."""
-        ranks = self.process_group
-        if ranks is None and dist.is_available() and dist.is_initialized():
-            ranks = dist.group.WORLD
+        ranks = self.ranks
         all_params = [param for group in self.param_groups for param in group["params"]]
         has_dtensors = any(isinstance(param, DTensor) for param in all_params)
         device = all_params[0].device if all_params else _device()

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from s3_megatron.errors import S3Error
 from s3_megatron.kernels.softsignum import softsignum_step_
 from s3_megatron.optim import registry
+from s3_megatron.optim.engine_optimizer import check_rounding
 from s3_megatron.optim.placement import localize
 from s3_megatron.optim.pooled_median import median_and_deviation
 from s3_megatron.optim.relaxed import RelaxedOptimizer
@@ -82,10 +82,7 @@ class SoftSignum(RelaxedOptimizer):
         rounding_seed: int | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if state_dtype not in (torch.float32, torch.bfloat16):
-            raise S3Error(f"state_dtype is {state_dtype}: it must be torch.float32 or torch.bfloat16")
-        if rounding_seed is not None and state_dtype != torch.bfloat16:
-            raise S3Error("rounding_seed is for state_dtype=torch.bfloat16: a float32 state is not rounded")
+        check_rounding(state_dtype, rounding_seed)
         self.state_dtype = state_dtype
         super().__init__(
             params,
@@ -106,17 +103,9 @@ class SoftSignum(RelaxedOptimizer):
             tmax=tmax,
         )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with their own hyperparameters; the phases are the whole run's."""
-        super().add_param_group(param_group)
-        added = self.param_groups[-1]
-        if added["rounding_seed"] is not None:
-            # Groups must not share their noise.
-            added["rounding_seed"] += (len(self.param_groups) - 1) << 40
-
     def step_group(self, group: dict[str, Any], tau: float) -> None:
         """Move a group's parameters that have a gradient, by the temperature ``tau``; infinity is a hard step."""
-        # Nor do steps share it.
+        # Steps must not share their noise, as groups do not.
         seed = None if group["rounding_seed"] is None else group["rounding_seed"] + group["steps_taken"]
         parts: dict[torch.device, list[list[Tensor]]] = {}
         for param in group["params"]:
@@ -144,9 +133,7 @@ class SoftSignum(RelaxedOptimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         # A weight that got no gradient yet has an m of 0, whether or not an engine has allocated it.
         ms = {param: self.state_of(param)[EXP_AVG] for param in params if param.requires_grad or self.state.get(param)}
-        group = self.process_group
-        if group is None and dist.is_available() and dist.is_initialized():
-            group = dist.group.WORLD
+        group = self.ranks
         mixed = any(isinstance(m, DTensor) for m in ms.values())
         return median_and_deviation([self._counted(param, m, group, mixed) for param, m in ms.items()], group)
 

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import importlib
 import logging
-import os
 import queue
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from s3_megatron.errors import S3Error
+from s3_megatron.machine import is_first_rank
 from s3_megatron.rehearsal import products
 from s3_megatron.rehearsal.cuda import BOUND_BY_NAME, STAND_INS, CudaIsCpu
 from s3_megatron.swap import SymbolSwap
@@ -58,7 +58,7 @@ def activate() -> None:
             stack.callback(products.compute_in_float32(dtypes))
         _prepare_megatron(stack)
         _undo = stack.pop_all()
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         print(
             "REHEARSAL on CPU: torch.cuda is replaced and ranks talk over gloo; speeds mean nothing\n"
             f"REHEARSAL {products.describe(dtypes)}",

@@ -1,10 +1,10 @@
 """The Megatron flags that a rehearsal needs."""
 
 import itertools
-import os
 import sys
 
 from s3_megatron.errors import S3Error
+from s3_megatron.machine import is_first_rank
 
 # What megatron-core 0.19.2 cannot do without on a CPU, found by leaving each out.
 _NEEDED = {
@@ -43,6 +43,6 @@ def add_flags(argv: list[str]) -> list[str]:
             "--async-save cannot be rehearsed: checkpoints are written by the ranks themselves; drop the flag"
         )
     added = [part for flag, value in _NEEDED.items() if flag not in given for part in (flag, value) if part]
-    if added and os.environ.get("RANK", "0") == "0":
+    if added and is_first_rank():
         print(f"REHEARSAL adds: {' '.join(added)}", file=sys.stderr)
     return [*argv, *added]

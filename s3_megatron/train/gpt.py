@@ -25,6 +25,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from s3_megatron.checkpoints import lease
 from s3_megatron.errors import S3Error
+from s3_megatron.machine import is_first_rank
 from s3_megatron.run_folder import of_this_job
 from s3_megatron.train import loading, mistakes, requests
 from s3_megatron.train.data import check_data
@@ -124,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
 @contextmanager
 def _alone_in(folder: str | None) -> Iterator[None]:
     """Hold ``folder``, where this run saves, on rank 0; in a job the node agent does."""
-    if folder is None or of_this_job() is not None or os.environ.get("RANK", "0") != "0":
+    if folder is None or of_this_job() is not None or not is_first_rank():
         yield
         return
     with lease.held(Path(folder), _end):

@@ -2,13 +2,13 @@
 
 import functools
 import logging
-import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from s3_megatron.engines.imports import AfterImport
+from s3_megatron.machine import is_first_rank
 from s3_megatron.optim import registry
 from s3_megatron.swap import SymbolSwap
 
@@ -60,7 +60,7 @@ def fill_match(original: Callable[..., None]) -> Callable[..., None]:
         elif self.is_auto(_BETAS):
             params, name = self.find_config_node(_BETAS)
             del params[name]
-            if os.environ.get("RANK", "0") == "0":
+            if is_first_rank():
                 logger.warning(
                     f'"auto" for the betas of {spec.title} is its own default: the Trainer has those of Adam'
                 )
