@@ -71,7 +71,8 @@ class _Search:
         for name, some in changed.items():
             tried = [default, *(configuration for configuration in some if configuration in self.tried)]
             best = min(tried, key=self.losses.__getitem__)  # of equals the default
-            together[name] = json.loads(best[1]).get(name, together.get(name))
+            if best != default:
+                together[name] = json.loads(best[1])[name]
         self.sweep([(rate, dumps(together))])
         rate, settings = self.best
         powers = [odd / 2**level for level in range(8) for odd in range(1, 2**level + 1, 2)]

@@ -299,6 +299,19 @@ class TestTuning:
         assert [rate for rate, *_ in rounds[3]] == [4e-3, 1e-3, 2.828e-3, 1.414e-3, 2.378e-3]
         assert len(rounds) == 4 and found.best[0] == 2.378e-3 and not found.at_edge
 
+    def test_wide_tuning_leaves_a_setting_out_whose_default_is_best(self):
+        """table2's s3 sweeps nesterov and does not set it: the run of the best values together had "nesterov": null."""
+        sweep, tried = {"beta": [0.9], "nesterov": [False]}, {}
+
+        def loss(rate, beta, nesterov=True):
+            assert nesterov is not None
+            return abs(math.log(rate / 3e-3)) + beta + 0.1 * (not nesterov)
+
+        entry = experiments.Entry("s3", sweep=sweep, rates=simulated.RATES, settings={"beta": 0.95})
+        while not (found := plan.tune(entry, Tuning(0, 20, True), 2.0, tried)).best:
+            tried |= {c: loss(c[0], **json.loads(c[1])) for c in found.wanted}
+        assert json.loads(found.best[1]) == {"beta": 0.9}
+
     def test_wide_tuning_takes_fewer_rounds(self):
         """A round is a stack on a GPU, and a stack of one takes nearly as long as one of many."""
         rounds = []
