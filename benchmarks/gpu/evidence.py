@@ -87,8 +87,8 @@ def _prepare(scratch: Path) -> None:
     from benchmarks.gpu import texts
 
     if texts.FILE.exists():
-        texts.unpack(texts.FILE, scratch)
         os.environ["XDG_CACHE_HOME"] = str(scratch)
+        texts.unpack(texts.FILE)
 
 
 def _run(out: Path, scratch: Path, args: argparse.Namespace, deadline: float) -> None:

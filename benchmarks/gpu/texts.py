@@ -30,12 +30,11 @@ def main() -> None:
     print(f"{', '.join(text.PACKAGES)}: {size / 2**20:.1f} MiB, in {FILE.name}")
 
 
-def unpack(file: Path, cache: Path) -> None:
-    """Lay the texts out where they are looked for, with ``cache`` as XDG_CACHE_HOME."""
-    folder = cache / "s3-megatron" / "text"
-    folder.mkdir(parents=True, exist_ok=True)
+def unpack(file: Path) -> None:
+    """Lay the texts out where they are looked for."""
+    text.folder().mkdir(parents=True, exist_ok=True)
     with tarfile.open(file) as tar:
-        tar.extractall(folder, filter="data")
+        tar.extractall(text.folder(), filter="data")
 
 
 if __name__ == "__main__":

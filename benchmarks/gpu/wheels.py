@@ -19,7 +19,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".whl"
 MOST_BYTES = 25 * 10**6
-TAG = "cp312"
 # By the name that Python imports them by. What such a machine has by itself is not carried.
 CARRIED = {
     "filelock": "filelock",

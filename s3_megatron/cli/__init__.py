@@ -142,7 +142,7 @@ def compare(
         typer.Option(metavar="DIR", help="Where cells.jsonl is.", show_default="runs/evidence/EXPERIMENT"),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Runs at once on a CPU.", show_default="one a core")
+        int | None, typer.Option(metavar="N", min=1, help="Runs at once.", show_default="one a core")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it takes here; train nothing.")] = False,
     report: Annotated[

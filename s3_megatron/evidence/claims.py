@@ -3,6 +3,7 @@
 docs/evidence.md has the table that it prints. Of the records in benchmarks/records, an experiment's latest counts.
 """
 
+import itertools
 import lzma
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +12,9 @@ from pathlib import Path
 
 from s3_megatron.errors import S3Error
 from s3_megatron.evidence import experiments, horizons
-from s3_megatron.evidence.cells import check_head, read_lines
-from s3_megatron.evidence.findings import Findings
+from s3_megatron.evidence.findings import Findings, Row, parse
 from s3_megatron.evidence.record import CELLS
+from s3_megatron.evidence.statistics import SAME, Paired
 from s3_megatron.evidence.tables import table
 
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "records"
@@ -38,6 +39,18 @@ class Claim:
 def outcome(holds: bool, figures: str) -> str:
     """Write an outcome with the figures that it follows from."""
     return f"{'reproduced' if holds else 'not reproduced'}: {figures}"
+
+
+def gained(pairs: Mapping[str, Paired], where: str) -> str:
+    """Write an outcome that holds where every difference is above 0 by its 95% interval."""
+    figures = ", ".join(f"{what} {pair.mean:+.4f} ({pair.low:.4f} to {pair.high:.4f})" for what, pair in pairs.items())
+    return outcome(all(pair.low > 0 for pair in pairs.values()), f"nats gained {where} {figures}")
+
+
+def whole(found: Findings, *names: str) -> dict[str, list[Row]] | None:
+    """Contenders' final rows over all setups; None where one lacks a run."""
+    rows = {name: [row for setup in found.experiment.setups for row in found.final(name, setup)] for name in names}
+    return rows if all(row.is_whole for some in rows.values() for row in some) else None
 
 
 def lower_than_rivals(found: Findings) -> str | None:
@@ -65,23 +78,17 @@ def half_the_steps(found: Findings) -> str | None:
 def each_part_helps(found: Findings) -> str | None:
     """Down the rows of Table 4, each is lower than the one before by a 95% interval above 0."""
     (setup,) = found.experiment.setups
-    ours = [name for name in found.experiment.contenders if name in found.experiment.paper]
-    full = found.experiment.reference
-    plain = next((name for name in ours if "no-nesterov" in name), "")
-    ahead = next((name for name in ours if "p2" in name and name != plain), "")
-    steps = [("adamw", plain, "one beta"), (plain, ahead, "Nesterov"), (ahead, full, "p 3")]
-    pairs = [(what, found.paired(before, after, setup)) for before, after, what in steps]
-    if any(found.best(name, setup) is None for name in ("adamw", plain, ahead, full)):
+    steps = ("adamw", "s3-p2-beta0.95-no-nesterov", "s3-p2-beta0.95-nesterov", found.experiment.reference)
+    if whole(found, *steps) is None:
         return None
-    figures = ", ".join(f"{what} {pair.mean:+.4f} ({pair.low:.4f} to {pair.high:.4f})" for what, pair in pairs)
-    return outcome(all(pair.low > 0 for _, pair in pairs), f"nats gained by {figures}")
+    parts = zip(("one beta", "Nesterov", "p 3"), itertools.pairwise(steps), strict=True)
+    return gained({part: found.paired(before, after, setup) for part, (before, after) in parts}, "by")
 
 
 def clipping_helps(found: Findings) -> str | None:
     """AdamW with a clipped update has fewer spikes over all rates, and diverges no more often."""
-    (setup,) = found.experiment.setups
-    rows = {name: found.final(name, setup) for name in ("adamw", "adamw-clipped")}
-    if any(len(row.results) < row.wanted for some in rows.values() for row in some):
+    rows = whole(found, "adamw", "adamw-clipped")
+    if rows is None:
         return None
     spikes, diverged = (
         {n: sum(getattr(row, what) for row in some) for n, some in rows.items()} for what in ("spikes", "diverged")
@@ -96,12 +103,10 @@ def clipping_helps(found: Findings) -> str | None:
 
 def one_beta_ends_spikes(found: Findings) -> str | None:
     """AdamW has spikes or diverges somewhere, and with one beta it does nowhere, at the same rates and setups."""
-    counts = {"adamw": 0, "adamw-999": 0, "adamw-one-beta": 0}
-    for name in counts:
-        for row in [row for setup in found.experiment.setups for row in found.final(name, setup)]:
-            if len(row.results) < row.wanted:
-                return None
-            counts[name] += row.spikes + row.diverged
+    rows = whole(found, "adamw", "adamw-999", "adamw-one-beta")
+    if rows is None:
+        return None
+    counts = {name: sum(row.spikes + row.diverged for row in some) for name, some in rows.items()}
     if not any(counts.values()):
         return NO_SPIKES
     figures = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -110,17 +115,17 @@ def one_beta_ends_spikes(found: Findings) -> str | None:
 
 def stands_larger_rates(found: Findings) -> str | None:
     """S3's range of good rates is wider than that of AdamW with either betas, in every setup."""
+    names = ("s3", "adamw", "adamw-999")
+    if whole(found, *names) is None:
+        return None
     widths = {}
-    for setup in found.experiment.setups:
-        for name in ("s3", "adamw", "adamw-999"):
-            rows = found.final(name, setup)
-            if any(len(row.results) < row.wanted for row in rows):
-                return None
-            width = found.width(name, setup)
-            widths[setup, name] = width.high / width.low
+    for setup, name in itertools.product(found.experiment.setups, names):
+        width = found.width(name, setup)
+        assert width is not None
+        widths[setup, name] = width.high / width.low
     holds = all(widths[s, "s3"] > max(widths[s, "adamw"], widths[s, "adamw-999"]) for s in found.experiment.setups)
     figures = "; ".join(
-        f"{setup}: " + ", ".join(f"{name} x{widths[setup, name]:.3g}" for name in ("s3", "adamw", "adamw-999"))
+        f"{setup}: " + ", ".join(f"{name} x{widths[setup, name]:.3g}" for name in names)
         for setup in found.experiment.setups
     )
     return outcome(holds, f"rates within .05 nats of the best span {figures}")
@@ -147,22 +152,16 @@ def a_soft_end_lowers(hard: str) -> Callable[[Findings], str | None]:
         softs = [name for name in found.experiment.contenders if name.startswith(f"soft{hard}-")]
         seeds = len(found.experiment.seeds)
         pairs = {
-            (setup, soft.removeprefix(f"soft{hard}-")): found.paired(hard, soft, setup)
-            for setup in found.experiment.setups
-            for soft in softs
+            f"{soft.removeprefix(f'soft{hard}-')} at {setup}": found.paired(hard, soft, setup)
+            for setup, soft in itertools.product(found.experiment.setups, softs)
         }
         if any(pair.pairs < seeds for pair in pairs.values()):
             return None
-        figures = ", ".join(
-            f"{share} at {setup} {pair.mean:+.4f} ({pair.low:.4f} to {pair.high:.4f})"
-            for (setup, share), pair in pairs.items()
-        )
-        return outcome(all(pair.low > 0 for pair in pairs.values()), f"nats gained with a hard share of {figures}")
+        return gained(pairs, "with a hard share of")
 
     return look
 
 
-SAME = "no difference shown"
 CLAIMS = [
     Claim(
         "S3's final loss is lower than AdamW's, NAdam's, Lion's and Adan's",
@@ -211,9 +210,7 @@ def load(records: Path) -> dict[str, tuple[str, Findings]]:
             data = lzma.decompress((folder / CELLS).read_bytes())
         except (OSError, lzma.LZMAError, EOFError) as error:
             raise S3Error(f"{folder / CELLS} cannot be read: {error}; take it from the history again") from None
-        head, *results = read_lines(folder / CELLS, data) or [{}]
-        check_head(folder / CELLS, head, {"experiment": asked.name, "rules": asked.sha256[:16]}, "remove the record")
-        found[name] = folder.name, Findings(asked, results)
+        found[name] = folder.name, parse(folder / CELLS, data, asked, "remove the record")[1]
     return found
 
 

@@ -85,10 +85,6 @@ def _s3(weights: Weights, rate: float, decay: float, **settings: Any) -> list[to
     return [S3(groups(weights, decay), lr=rate, **_tuples(settings))]
 
 
-def _softsignum(weights: Weights, rate: float, decay: float, **settings: Any) -> list[torch.optim.Optimizer]:
-    return [SoftSignum(groups(weights, decay), lr=rate, **settings)]
-
-
 def _schedule_free(weights: Weights, rate: float, decay: float, **settings: Any) -> list[torch.optim.Optimizer]:
     try:
         from schedulefree import AdamWScheduleFree
@@ -152,7 +148,7 @@ CONTENDERS = {
     "signum": Contender(_library("SignSGD"), ("momentum",)),
     # Its temperature is over all that an optimizer moves, so a member has one of its own.
     "softsignum": Contender(
-        _softsignum, ("beta", "nesterov", "soft_start", "eps", "tmax"), stacked=False, takes_length=True
+        _torch(SoftSignum), ("beta", "nesterov", "soft_start", "eps", "tmax"), stacked=False, takes_length=True
     ),
     "adan": Contender(_library("Adan", weight_decouple=True), ("betas",)),
     "ademamix": Contender(_library("AdEMAMix", weight_decouple=True), ("betas", "alpha", "t_alpha_beta3")),

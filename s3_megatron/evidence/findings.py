@@ -1,7 +1,6 @@
 """What an experiment's finished cells show, as figures; report.py writes them, pictures.py draws them."""
 
 import itertools
-import json
 import math
 import statistics as plain
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +11,7 @@ from s3_megatron.errors import S3Error
 from s3_megatron.evidence import statistics
 from s3_megatron.evidence.cells import Cell, Result, check_head, read_lines
 from s3_megatron.evidence.experiments import Experiment
-from s3_megatron.evidence.plan import Plan, loss_of
+from s3_megatron.evidence.plan import Plan, dumps, loss_of
 from s3_megatron.evidence.statistics import Paired, Width
 
 FAR = 0.3  # nats
@@ -48,8 +47,13 @@ class Row:
 
     @property
     def mean(self) -> float:
-        """The mean final loss of the seeds there are."""
-        return plain.fmean(self.losses.values())
+        """The mean final loss of the seeds there are; NaN where there is none."""
+        return plain.fmean(self.losses.values()) if self.results else math.nan
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every seed has been run."""
+        return len(self.results) == self.wanted
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,8 @@ class Findings:
         self.total = sum(self.plan.total().values())
 
     def _cell(self, result: Result) -> Cell:
-        settings = json.dumps(result["settings"], sort_keys=True)
-        return self.plan.cell(result["contender"], result["setup"], (result["rate"], settings), result["seed"])
+        configuration = result["rate"], dumps(result["settings"])
+        return self.plan.cell(result["contender"], result["setup"], configuration, result["seed"])
 
     def _refuse_unequal_starts(self) -> None:
         seen: dict[tuple[str, int], Result] = {}
@@ -119,9 +123,8 @@ class Findings:
         for name, setup in self.plan.pairs():
             if self.experiment.tuning:
                 tried = [r for r in self._of(name, setup) if r["seed"] == self.experiment.tuning.seed]
-                for result in sorted(tried, key=lambda r: (json.dumps(r["settings"], sort_keys=True), r["rate"])):
-                    settings = json.dumps(result["settings"], sort_keys=True)
-                    yield Row(name, setup, result["rate"], settings, True, 1, [result])
+                for result in sorted(tried, key=lambda r: (dumps(r["settings"]), r["rate"])):
+                    yield Row(name, setup, result["rate"], dumps(result["settings"]), True, 1, [result])
             for (rate, settings), cells in (self.plan.final(name, setup, self.results) or {}).items():
                 found = [self.results[cell.key] for cell in cells if cell.key in self.results]
                 yield Row(name, setup, rate, settings, False, len(cells), found)
@@ -140,7 +143,11 @@ class Findings:
 
     def at_edge(self, name: str, setup: str) -> bool:
         """Whether a contender's best rate is at the edge of those tried."""
-        return self.plan.tuned(name, setup, self.results).at_edge
+        if self.experiment.tuning:
+            return self.plan.tuned(name, setup, self.results).at_edge
+        rates = sorted(row.rate for row in self.final(name, setup))
+        best = self.best(name, setup)
+        return best is not None and len(rates) > 1 and best.rate in (rates[0], rates[-1])
 
     def ranking(self, setup: str) -> list[Ranked]:
         """Compare every rival with the reference, at best configurations; empty without tuning."""
@@ -157,7 +164,7 @@ class Findings:
         rows = self.final(name, setup)
         if self.experiment.tuning:
             return next(iter(rows), None)
-        return min((row for row in rows if len(row.results) == row.wanted), key=lambda row: row.mean, default=None)
+        return min((row for row in rows if row.is_whole), key=lambda row: row.mean, default=None)
 
     def paired(self, name: str, other: str, setup: str) -> Paired:
         """Compare two contenders' best rows over the seeds that both have; positive differences speak for ``other``."""
@@ -191,10 +198,10 @@ class Findings:
             rows = [row for row in rows if row.settings == settings]
         return {row.rate: row.results for row in sorted(rows, key=lambda row: row.rate)}
 
-    def width(self, name: str, setup: str) -> Width:
-        """The range of rates that are as good as a contender's best, over by_rate's runs; there must be some."""
-        runs = self.by_rate(name, setup)
-        return statistics.width({rate: plain.fmean(map(final_loss, some)) for rate, some in runs.items()})
+    def width(self, name: str, setup: str) -> Width | None:
+        """The range of rates that are as good as a contender's best, over by_rate's runs; None without any."""
+        losses = {rate: plain.fmean(map(final_loss, some)) for rate, some in self.by_rate(name, setup).items()}
+        return statistics.width(losses) if losses else None
 
     def recoveries(self) -> list[Recovery]:
         """Compare each kicked run that is finished with its twin that was not."""
@@ -249,7 +256,15 @@ def read(path: Path, experiment: Experiment) -> tuple[Mapping[str, str], Finding
         raise S3Error(
             f"{path} cannot be read: {error.strerror or error}; it is written by s3-megatron compare"
         ) from None
-    head, *results = read_lines(path, data[: data.rfind(b"\n") + 1]) or [{}]
-    ours = {"experiment": experiment.name, "rules": experiment.sha256[:16]}
-    check_head(path, head, ours, "name its experiment")
+    return parse(path, data[: data.rfind(b"\n") + 1], experiment, "name its experiment")
+
+
+def parse(path: Path, data: bytes, experiment: Experiment, otherwise: str) -> tuple[Mapping[str, str], Findings]:
+    """Read the content of a cells file, and its first line apart.
+
+    Raises:
+        S3Error: it is another experiment's; ``otherwise`` is what to do then.
+    """
+    head, *results = read_lines(path, data) or [{}]
+    check_head(path, head, {"experiment": experiment.name, "rules": experiment.sha256[:16]}, otherwise)
     return head, Findings(experiment, results)

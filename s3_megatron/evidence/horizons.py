@@ -26,7 +26,6 @@ class Ratio:
     """A rival against the reference of one length, over the seeds that all their lengths have."""
 
     rival: str
-    setup: str
     steps: int
     seeds: int
     gap: float  # the rival's mean loss minus the reference's, at this length
@@ -66,7 +65,7 @@ def ratios(found: Findings) -> Iterator[Ratio]:
         ours, theirs = ([row.losses for row in some if row] for some in rows)
         curves = {s: dict(zip(steps, (losses[s] for losses in theirs), strict=True)) for s in seeds}
         curve = {length: fmean(curves[s][length] for s in seeds) for length in steps}
-        for setup, length, losses in zip(setups, steps, ours, strict=True):
+        for length, losses in zip(steps, ours, strict=True):
             mean = fmean(losses[s] for s in seeds)
             each = [reached(curves[s], losses[s]) for s in seeds]
-            yield Ratio(rival, setup, length, len(seeds), curve[length] - mean, reached(curve, mean), each)
+            yield Ratio(rival, length, len(seeds), curve[length] - mean, reached(curve, mean), each)

@@ -80,10 +80,10 @@ def _differences(found: Findings, figure: Figure) -> bool:
     if not ranked:
         return False
     axes, reference = figure.subplots(), found.experiment.reference
-    ours = found.final(reference, setup)[0].losses
     for place, r in enumerate(ranked):
-        theirs = found.final(r.contender, setup)[0].losses
-        points = [theirs[seed] - ours[seed] for seed in theirs if seed in ours]
+        theirs, ours = found.best(r.contender, setup), found.best(reference, setup)
+        assert theirs is not None and ours is not None
+        points = [loss - ours.losses[seed] for seed, loss in theirs.losses.items() if seed in ours.losses]
         style = _style(found, r.contender)
         axes.plot(points, [place] * len(points), "o", color=style["color"], alpha=0.35, markersize=5)
         axes.plot([r.paired.low, r.paired.high], [place, place], color=style["color"], linewidth=2.5)

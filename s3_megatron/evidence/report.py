@@ -31,7 +31,7 @@ def render(head: Mapping[str, str], found: Findings, pictures: Sequence[str] = (
     experiment = found.experiment
     parts = [f"# {experiment.title}", state(found), "\n".join(origin(head, found))]
     for setup in experiment.setups:
-        title = f" ({setup})" if len(experiment.setups) > 1 else ""
+        title = _at(found, setup)
         parts += list(suspects(found, setup))
         if experiment.tuning:
             parts += [f"## Best configurations{title}", tables.best(found, setup)]
@@ -108,10 +108,6 @@ def not_run(found: Findings) -> Iterable[str]:
         final = [row for row in rows if not row.tuning]
         if not final:
             parts.append("no final run can start before")
-        parts += [
-            f"{len(row.results)} of {row.wanted} seeds at rate {row.rate:g}"
-            for row in final
-            if len(row.results) < row.wanted
-        ]
+        parts += [f"{len(row.results)} of {row.wanted} seeds at rate {row.rate:g}" for row in final if not row.is_whole]
         if parts:
             yield f"- {name}{_at(found, setup)}: {', '.join(parts)}"

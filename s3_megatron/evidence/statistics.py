@@ -11,6 +11,7 @@ ALPHA = 0.01
 # Nats. Tuning goes by single runs, so two equal optimizers get different rates by luck, and then losses.
 MARGIN = 0.01
 CONFIDENCE = 0.95
+SAME = "no difference shown"
 WITHIN = 0.05  # nats over the best, for the width of a range of rates
 
 
@@ -65,7 +66,7 @@ def holm(values: Sequence[float]) -> list[float]:
 def verdict(mean: float, adjusted: float) -> str:
     """Rank the reference against a rival from their mean difference and its adjusted p-value."""
     if not adjusted < ALPHA:
-        return "no difference shown"
+        return SAME
     return "better" if mean > 0 else "worse"
 
 

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable
-from statistics import fmean, median
+from statistics import median
 
 from s3_megatron.evidence import findings, statistics
 from s3_megatron.evidence.cells import Result
@@ -20,13 +20,12 @@ def best(found: Findings, setup: str) -> str:
     """The table of each contender's best configuration over the final seeds."""
     rows = []
     for name in found.experiment.contenders:
-        row = next(iter(found.final(name, setup)), None)
-        if row is None:
+        if (row := found.best(name, setup)) is None:
             rows.append([name, "is being tuned", *[NOTHING] * 6, *_paper(found, name)])
             continue
         losses = list(row.losses.values())
         edge = " (at the edge of the rates tried)" if found.at_edge(name, setup) else ""
-        figures = [_figure(fmean(losses) if losses else math.nan), _figure(statistics.deviation(losses))]
+        figures = [_figure(row.mean), _figure(statistics.deviation(losses))]
         counts = [f"{len(losses)} of {row.wanted}", *figures, str(row.spikes), str(row.diverged)]
         rows.append([name, f"{row.rate:g}{edge}", _settings(row.settings), *counts, *_paper(found, name)])
     headings = ["contender", "rate", "settings", "seeds", "mean", "std", "spikes", "diverged"]
@@ -46,8 +45,7 @@ def best_of_rates(found: Findings, setup: str) -> str:
             rows.append([name, *[NOTHING] * 8, *_paper(found, name)])
             continue
         losses = list(row.losses.values())
-        rates = sorted(other.rate for other in found.final(name, setup))
-        edge = " (at the edge)" if len(rates) > 1 and row.rate in (rates[0], rates[-1]) else ""
+        edge = " (at the edge)" if found.at_edge(name, setup) else ""
         paired = found.paired(name, found.experiment.reference, setup)
         test = [NOTHING] * 3
         if name != found.experiment.reference:
@@ -97,7 +95,7 @@ def by_rate(found: Findings, setup: str) -> str:
             continue
         losses = list(row.losses.values())
         kind = "tuning" if row.tuning else "final"
-        figures = [_figure(fmean(losses)), _figure(statistics.deviation(losses))]
+        figures = [_figure(row.mean), _figure(statistics.deviation(losses))]
         counts = [f"{row.spikes / len(losses):.2f}", f"{row.diverged} of {len(losses)}"]
         rows.append([row.contender, _settings(row.settings), f"{row.rate:g}", kind, *figures, *counts])
     return table(["contender", "settings", "rate", "runs", "mean", "std", "spikes a run", "diverged"], rows)
@@ -107,8 +105,7 @@ def widths(found: Findings, setup: str) -> str:
     """The table of the rates that are as good as the best."""
     rows = []
     for name in found.experiment.contenders:
-        if found.by_rate(name, setup):
-            w = found.width(name, setup)
+        if w := found.width(name, setup):
             low, high = "<= " * w.open_low + f"{w.low:g}", ">= " * w.open_high + f"{w.high:g}"
             rows.append([name, low, high, ">= " * (w.open_low or w.open_high) + f"{w.high / w.low:.3g}"])
     which = "at the best settings, by the tuning seed" if found.experiment.tuning else "over the seeds there are"

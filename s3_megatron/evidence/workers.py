@@ -1,4 +1,4 @@
-"""The processes that train stacks: one a core on a CPU, one a GPU; they end with the program that started them."""
+"""The processes that train stacks: they end with the program that started them."""
 
 import multiprocessing
 import os

@@ -13,7 +13,6 @@ import sys
 import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,9 +23,8 @@ from rich.console import Console
 
 from s3_megatron import cli, evidence
 from s3_megatron.errors import S3Error
-from s3_megatron.evidence import compare, experiments, plan, quick
+from s3_megatron.evidence import compare, experiments, quick
 from s3_megatron.evidence.cells import CellsFile
-from s3_megatron.evidence.experiments import Tuning
 from s3_megatron.evidence.plan import Plan
 from s3_megatron.evidence.workers import Workers
 from tests.evidence import simulated
@@ -235,102 +233,6 @@ class TestDeadline:
         cells = Plan(simulated.experiment(), "").ready({})[:2]
         pool._deadline, pool._free, pool._running = SimpleNamespace(value=0.0), [], {future: (0, cells)}
         assert pool.finished(1.0) == [(cells, None)] and pool.free == 1
-
-
-def test_stacks_keep_the_order_of_value_and_no_two_kinds_meet():
-    asked = simulated.experiment()
-    cells = Plan(asked, simulated.TEXT).ready({})
-    other = [replace(cell, optimizer="adamw") for cell in cells[:3]]
-    some = list(compare.stacks([*cells, *other], 5))
-    assert cells[0] in some[0] and [len(stack) for stack in some] == [5, 5, 5, 1, 3]
-    assert all(len({compare.kind(cell) for cell in stack}) == 1 for stack in some)
-
-
-class TestTuning:
-    """The rule of tuning in docs/evidence.md."""
-
-    def tune(self, loss, runs=8, wide=False, **entry):
-        """Run it to its end; returns what was tried, in order, and what it found."""
-        given = {"optimizer": "s3", "rates": simulated.RATES, "settings": {"beta": 0.95}, **entry}
-        tried, self.rounds = {}, 0
-        while True:
-            found = plan.tune(experiments.Entry(**given), Tuning(0, runs, wide), 2.0, tried)
-            self.rounds += 1
-            if found.best:
-                return list(tried), found
-            tried |= {c: loss(c[0], json.loads(c[1])["beta"]) for c in found.wanted}
-
-    @pytest.mark.parametrize("best", [1e-4, 1.3e-3, 3e-3, 0.1])
-    @pytest.mark.parametrize("runs", [4, 5, 8, 20])
-    @pytest.mark.parametrize("wide", [False, True])
-    def test_the_budget_is_spent_to_the_last_run_and_the_best_is_inside_or_marked(self, best, runs, wide):
-
-        tried, found = self.tune(lambda rate, beta: abs(math.log(rate / best)), runs, wide)
-        assert len(tried) == len(set(tried)) == runs
-        rates = sorted(rate for rate, settings in tried if settings == found.best[1])
-        assert found.at_edge == (found.best[0] in (rates[0], rates[-1]))
-        if runs == 20:
-            assert not found.at_edge and abs(math.log(found.best[0] / best)) < 0.1  # a fourth root of 2 at most
-
-    def test_settings_are_tried_at_the_best_rate_in_the_files_order(self):
-
-        tried, found = self.tune(
-            lambda rate, beta: abs(math.log(rate / 4e-3)) + abs(beta - 0.9), sweep={"beta": [0.98, 0.9]}
-        )
-        assert [(rate, json.loads(s)["beta"]) for rate, s in tried[4:6]] == [(4e-3, 0.98), (4e-3, 0.9)]
-        assert found.best == (4e-3, '{"beta": 0.9}')
-
-    def test_wide_tuning_tries_all_values_at_once_then_the_best_together_then_rates(self):
-        """Four rounds in all where the best rate is inside; the best values of two settings are run together."""
-        given = {"rates": [1e-3, 2e-3, 4e-3, 8e-3], "settings": {"beta": 0.95, "p": 3}}
-        sweep, tried, rounds = {"beta": [0.9, 0.98], "p": [2, 1]}, {}, []
-
-        def loss(rate, beta, p):
-            return abs(math.log(rate / 2.5e-3)) + {0.9: 0, 0.95: 0.1, 0.98: 0.2}[beta] + {2: 0, 3: 0.1, 1: 0.3}[p]
-
-        while not (
-            found := plan.tune(experiments.Entry("s3", sweep=sweep, **given), Tuning(0, 14, True), 2.0, tried)
-        ).best:
-            rounds.append([(c[0], *json.loads(c[1]).values()) for c in found.wanted])
-            tried |= {c: loss(c[0], **json.loads(c[1])) for c in found.wanted}
-        assert rounds[0] == [(rate, 0.95, 3) for rate in given["rates"]]
-        assert rounds[1] == [(2e-3, 0.9, 3), (2e-3, 0.98, 3), (2e-3, 0.95, 2), (2e-3, 0.95, 1)]
-        assert rounds[2] == [(2e-3, 0.9, 2)]
-        assert [rate for rate, *_ in rounds[3]] == [4e-3, 1e-3, 2.828e-3, 1.414e-3, 2.378e-3]
-        assert len(rounds) == 4 and found.best[0] == 2.378e-3 and not found.at_edge
-
-    def test_wide_tuning_leaves_a_setting_out_whose_default_is_best(self):
-        """table2's s3 sweeps nesterov and does not set it: the run of the best values together had "nesterov": null."""
-        sweep, tried = {"beta": [0.9], "nesterov": [False]}, {}
-
-        def loss(rate, beta, nesterov=True):
-            assert nesterov is not None
-            return abs(math.log(rate / 3e-3)) + beta + 0.1 * (not nesterov)
-
-        entry = experiments.Entry("s3", sweep=sweep, rates=simulated.RATES, settings={"beta": 0.95})
-        while not (found := plan.tune(entry, Tuning(0, 20, True), 2.0, tried)).best:
-            tried |= {c: loss(c[0], **json.loads(c[1])) for c in found.wanted}
-        assert json.loads(found.best[1]) == {"beta": 0.9}
-
-    def test_wide_tuning_takes_fewer_rounds(self):
-        """A round is a stack on a GPU, and a stack of one takes nearly as long as one of many."""
-        rounds = []
-        for wide in (False, True):
-            self.tune(lambda rate, beta: abs(math.log(rate / 3e-3)) + beta, 24, wide, sweep={"beta": [0.9, 0.98]})
-            rounds.append(self.rounds)
-        assert rounds[1] <= 5 < 8 < rounds[0]
-
-    def test_what_diverged_is_the_worst(self):
-
-        _, found = self.tune(lambda rate, beta: math.inf if rate > 3e-3 else 2 - rate)
-        assert found.best[0] < 4e-3 and not found.at_edge
-
-
-@pytest.mark.parametrize("path", sorted(experiments.CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_experiment_can_be_planned_and_is_in_the_page_of_rules(path):
-    asked = experiments.load(path.stem)
-    assert Plan(asked, simulated.TEXT).ready({})
-    assert f"`{path.stem}`" in (Path(__file__).parents[2] / "docs/evidence.md").read_text()
 
 
 class TestRefusals:

@@ -63,6 +63,13 @@ def in_process(corpus, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_can_be_planned_and_is_in_the_page_of_rules(name):
+    asked = experiments.load(name)
+    assert Plan(asked, simulated.TEXT).ready({})
+    assert f"`{name}`" in (Path(__file__).parents[2] / "docs/evidence.md").read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_dry_run_of_every_experiment(name, in_process, capsys, monkeypatch, tmp_path):
     """The budget is printed, each kind of stack is trained for some steps with its settings, and nothing is written."""
     monkeypatch.chdir(tmp_path)
