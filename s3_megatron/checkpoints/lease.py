@@ -42,7 +42,8 @@ def held(folder: Path, lost: Callable[[str], None]) -> Iterator[None]:
     try:
         from filelock import LeaseCompromise, SoftFileLease
     except ImportError:  # NVIDIA's container pins an older one
-        with _taken(FileLock(folder / "lock", timeout=2), folder) as lock:
+        lock = FileLock(folder / "lock", timeout=2)
+        with _taken(lock, folder):
             if lock.is_locked:
                 print(
                     "filelock before 3.30 has no leases: a second run in this folder is noticed on this machine, and "
@@ -70,7 +71,7 @@ def held(folder: Path, lost: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _taken(lock: "BaseFileLock", folder: Path) -> Iterator["BaseFileLock"]:
+def _taken(lock: "BaseFileLock", folder: Path) -> Iterator[None]:
     """Hold ``folder`` by ``lock``: a lease, or a lock of the kernel, which a process that ends gives back.
 
     Raises:
@@ -93,7 +94,7 @@ def _taken(lock: "BaseFileLock", folder: Path) -> Iterator["BaseFileLock"]:
     try:
         words = (_start(), platform.node(), str(os.getpid()), time.strftime("%F %T"))
         write_file(folder / HOLDER, f"{' '.join(words)}\n".encode())
-        yield lock
+        yield
     finally:
         lock.release()
 
@@ -112,8 +113,10 @@ def _is_of_an_earlier_start(folder: Path) -> bool:
 
 
 def _words(folder: Path) -> list[str]:
-    path = folder / HOLDER
-    return path.read_text(encoding="utf-8").split() if path.exists() else []
+    try:
+        return (folder / HOLDER).read_text(encoding="utf-8").split()
+    except OSError:  # none yet; or what it is held by cannot be read, nor then be taken
+        return []
 
 
 def _holder(folder: Path) -> str:

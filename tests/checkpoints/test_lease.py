@@ -1,5 +1,6 @@
 """One run at a time in a folder."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -82,6 +83,20 @@ def test_who_has_lost_the_folder_hears_of_it(tmp_path: Path, monkeypatch: pytest
 
 
 # Names are looked up when they are first asked for.
+def test_a_holders_name_that_cannot_be_read_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was read before anything refuses in one line: a stale file handle ended the node's agent in a traceback."""
+
+    def stale(*_: object, **__: object) -> str:  # root may read everything, and no file system here goes stale
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    (tmp_path / "holder").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", stale)
+        with held(tmp_path, print):
+            pass
+    assert (tmp_path / "holder").read_text()
+
+
 WITHOUT_LEASES = """
 import filelock
 vars(filelock).pop("SoftFileLease", None)
