@@ -9,6 +9,7 @@ import subprocess
 from typing import Any
 
 from benchmarks.gpu.runner import write_numbers
+from s3_megatron.errors import first_line
 
 LEAST_CAPABILITY = (8, 0)
 
@@ -26,7 +27,8 @@ def look() -> dict[str, Any]:
         free, total = torch.cuda.mem_get_info()
         torch.ones(1, device="cuda").add_(1).item()
     except RuntimeError as error:  # of another architecture than torch is built for, or in use by another alone
-        return found | {"name": properties.name, "obstacle": f"{properties.name} does not run torch: {_line(error)}"}
+        obstacle = f"{properties.name} does not run torch: {first_line(error)}"
+        return found | {"name": properties.name, "obstacle": obstacle}
     found |= {
         "name": properties.name,
         "capability": f"{capability[0]}.{capability[1]}",
@@ -47,12 +49,8 @@ def _no_gpu(torch: Any) -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return f"nvidia-smi is here, and torch {torch.__version__} has no GPU: {_line(error)}"
+        return f"nvidia-smi is here, and torch {torch.__version__} has no GPU: {first_line(error)}"
     return f"nvidia-smi is here, and torch {torch.__version__} sees no GPU: look at CUDA_VISIBLE_DEVICES"
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _driver() -> str | None:

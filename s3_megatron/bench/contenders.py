@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from s3_megatron.bench import builds
+from s3_megatron.errors import first_line
 from s3_megatron.optim import S3
 
 S3_BY_DEFAULT, ADAMW = "S3 p=3", "AdamW, torch fused"
@@ -60,13 +61,8 @@ def contenders(device: str) -> tuple[list[Contender], list[str]]:
         try:
             found.append(Contender(name, partial(find(), lr=1e-4, weight_decay=0.1), bytes_, some, most))
         except Exception as error:  # a package that is missing, or does not build here
-            missing.append(f"{name}: {reason(error)}")
+            missing.append(f"{name}: {first_line(error)}")
     return found, missing
-
-
-def reason(error: Exception) -> str:
-    """An error in one line: its first, or its kind where it has no text."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _others(device: str) -> Iterator[tuple[str, int, float, Callable[[], Make]]]:

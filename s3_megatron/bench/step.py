@@ -12,8 +12,9 @@ from rich.table import Table
 
 from s3_megatron import machine
 from s3_megatron.bench import host, timing
-from s3_megatron.bench.contenders import ADAMW, S3_BY_DEFAULT, Contender, contenders, reason
+from s3_megatron.bench.contenders import ADAMW, S3_BY_DEFAULT, Contender, contenders
 from s3_megatron.bench.timing import WARM_UP, Times
+from s3_megatron.errors import first_line
 from s3_megatron.kernels.cpu import library
 
 SHARDS = 1000
@@ -139,7 +140,7 @@ def _times(
         except Exception as error:  # of memory, or of a kernel that does not fit this GPU; a rival may raise anything
             if contender.name.startswith("S3") and not isinstance(error, RuntimeError):
                 raise
-            missing.append(f"{contender.name}, {len(params):,} tensors: {reason(error)}")
+            missing.append(f"{contender.name}, {len(params):,} tensors: {first_line(error)}")
         else:
             racing[contender.name] = optimizer
     times: dict[str, list[Times]] = {name: [] for name in racing}

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import sys
-from typing import Any
 
 from s3_megatron.errors import S3Error
 
@@ -33,7 +32,7 @@ def check(entry: str, argv: list[str], rehearse: bool, left_out: list[str]) -> N
     else:
         from s3_megatron.train import gpt
 
-        _configure(gpt.parse())
+        gpt.configure(gpt.parse())
 
 
 def _stand_in_for_cuda() -> bool:
@@ -49,13 +48,6 @@ def _stand_in_for_cuda() -> bool:
     return True
 
 
-def _configure(args: Any) -> None:
-    """Make the configurations of model and loop, whose own checks come next in a run."""
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-
-    pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-
-
 def _parse_deepspeed() -> None:
     from s3_megatron.train import gpt
     from s3_megatron.train.deepspeed_config import DeepSpeedFlags
@@ -63,7 +55,7 @@ def _parse_deepspeed() -> None:
     flags = DeepSpeedFlags(sys.argv[1:])
     args = gpt.parse(flags.add, flags.check)
     config = flags.complete(args)
-    _configure(args)
+    gpt.configure(args)
     from deepspeed.runtime.config import DeepSpeedConfig
 
     # Without a process group it takes the world for one rank; complete() has made the three sizes agree.

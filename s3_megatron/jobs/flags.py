@@ -70,14 +70,12 @@ def optimizer(chosen: OwnOptimizer | AdamW, min_lr_ratio: float) -> dict[str, An
         return {"optimizer": "adam", **rates, "adam_beta1": chosen.beta1, "adam_beta2": chosen.beta2}
     spec = registry.find(chosen.name)
     assert spec is not None, "the recipe's schema is made of the Specs"
-    values = spec.chosen({each.name: getattr(chosen, each.name) for each in spec.hyperparameters})
-    own: dict[str, Any] = {}
-    for each in spec.hyperparameters:
-        if each.kind is bool and each.name in values:
-            # Its flag is for the other value than the default.
-            own[spec.field(f"no_{each.name}" if each.default else each.name)] = values[each.name] != each.default
-        elif each.name in values:
-            own[spec.field(each.name)] = values[each.name]
+    values = spec.chosen(dict(chosen))
+    own = {
+        spec.field(each.switch): values[each.name] != each.default if each.kind is bool else values[each.name]
+        for each in spec.hyperparameters
+        if each.name in values
+    }
     return {"optimizer": spec.name, **rates, **own}
 
 

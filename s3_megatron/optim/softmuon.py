@@ -66,6 +66,7 @@ class SoftMuon(RelaxedOptimizer):
 
     spec: ClassVar[Spec] = registry.SOFTMUON
     soft_map = "algebraic"
+    takes_whole_matrices = True
     # The model's largest Frobenius norm and singular value, where the soft phase began.
     of_the_run = (*OF_THE_RUN, "soft_norm", "soft_largest")
 

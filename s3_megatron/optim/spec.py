@@ -78,6 +78,11 @@ class Hyperparameter:
         object.__setattr__(self, "key", self.key or self.name)
 
     @property
+    def switch(self) -> str:
+        """What its flag is called: that of a bool is for the other value than the default."""
+        return f"no_{self.name}" if self.kind is bool and self.default else self.name
+
+    @property
     def described(self) -> str:
         """The help with its range."""
         clause, semicolon, rest = self.help.partition(";")
@@ -178,6 +183,11 @@ class Spec:
     def switches(self) -> tuple[str, ...]:
         """Those of FROM_ADAM and OVERRIDE that it has."""
         return (OVERRIDE,) if self.from_adam is None else (FROM_ADAM, OVERRIDE)
+
+    @property
+    def switch_fields(self) -> tuple[str, ...]:
+        """The switches as arguments and fields."""
+        return tuple(map(self.field, self.switches))
 
     def load(self) -> "type[EngineOptimizer]":
         """Import the class."""

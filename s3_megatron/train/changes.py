@@ -45,7 +45,7 @@ def compare(saved: Mapping[str, Any]) -> None:
             it is loaded, and our optimizers' hyperparameters with their state.
     """
     args = get_args()
-    beside = (*_BESIDE, *(spec.field(switch) for spec in registry.specs() for switch in spec.switches))
+    beside = (*_BESIDE, *(field for spec in registry.specs() for field in spec.switch_fields))
     changed = {
         name: f"--{name.replace('_', '-')} {saved[name]}, here {value}"
         for name, value in settings(args).items()

@@ -17,12 +17,12 @@ from megatron.core.num_microbatches_calculator import update_num_microbatches
 from megatron.training import get_args, print_rank_0
 from megatron.training.checkpointing import get_checkpoint_tracker_filename, get_rng_state
 
-from s3_megatron.checkpoints.whole import ABOUT_DEEPSPEED
+from s3_megatron.checkpoints.whole import ABOUT_DEEPSPEED, DEEPSPEED_POINTER
 from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
 from s3_megatron.train import changes, loading
 
-LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"  # DeepSpeed's names; each holds a checkpoint's folder
+LATEST_UNIVERSAL = "latest_universal"  # as DEEPSPEED_POINTER, of a universal checkpoint
 _STATE = "s3_megatron"  # our key among DeepSpeed's
 _COUNTERS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
 # What a checkpoint fits: this model, on as many ranks.
@@ -44,7 +44,7 @@ def save(
     """
     args, engine = get_args(), model[0].engine
     folder, tag = Path(args.save), f"iter_{iteration:07d}"
-    before = _latest(folder, LATEST)
+    before = _latest(folder, DEEPSPEED_POINTER)
     if dist.get_rank() == 0 and tag != before:
         shutil.rmtree(folder / tag, ignore_errors=True)  # what a kill left there, perhaps by more ranks
     state = {
@@ -60,7 +60,7 @@ def save(
     if dist.get_rank() == 0:  # every rank has written: save_checkpoint ends with a barrier
         files = {path.name: path.stat().st_size for path in (folder / tag).glob("*_states.pt")}
         write_file(folder / tag / ABOUT_DEEPSPEED, json.dumps(_about(engine) | {"files": files}, indent=2).encode())
-        write_file(folder / LATEST, tag.encode())
+        write_file(folder / DEEPSPEED_POINTER, tag.encode())
         _prune(folder, before, tag, args.save_retain_interval)
     dist.barrier()
     print_rank_0(f"  saved checkpoint {folder / tag}")
@@ -85,7 +85,7 @@ def load(engine: Any, opt_param_scheduler: Any) -> tuple[int, float]:
     if args.load is None:
         return 0, 0
     folder, universal = Path(args.load), engine.load_universal_checkpoint()
-    name = LATEST_UNIVERSAL if universal else LATEST
+    name = LATEST_UNIVERSAL if universal else DEEPSPEED_POINTER
     tag = _latest(folder, name) if args.ckpt_step is None else f"iter_{args.ckpt_step:07d}"
     if tag is None:
         if Path(get_checkpoint_tracker_filename(args.load)).exists():
@@ -96,7 +96,7 @@ def load(engine: Any, opt_param_scheduler: Any) -> tuple[int, float]:
         return 0, 0
     if not universal:
         _check(folder / tag, engine)
-    elif (newer := _latest(folder, LATEST)) is not None and _iteration(newer) > _iteration(tag):
+    elif (newer := _latest(folder, DEEPSPEED_POINTER)) is not None and _iteration(newer) > _iteration(tag):
         raise S3Error(
             f"--load {folder} has {newer}, which is newer than the universal {tag}: take checkpoint.load_universal "
             "out of the DeepSpeed configuration, which is for the first start on other ranks only"

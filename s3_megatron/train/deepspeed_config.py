@@ -3,7 +3,7 @@
 import argparse
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ class DeepSpeedFlags:
         kind = self.file.get("optimizer", {}).get("type")
         if kind is None:
             return None
-        name = _names().get(kind.lower())
+        spec = registry.find(kind)
+        name = _STOCK.get(kind.lower()) if spec is None else spec.name
         if name is None:
             known = ", ".join(f'"{spec.title}"' for spec in registry.specs())
             raise S3Error(f'{self.path} has optimizer type {kind!r}: this script trains with {known} or "AdamW"')
@@ -102,7 +103,7 @@ class DeepSpeedFlags:
         """
         if self.path is None:
             raise S3Error("--deepspeed-config FILE is missing: configs/deepspeed/ has one for each ZeRO stage")
-        if args.optimizer not in _names().values():
+        if registry.find(args.optimizer) is None and args.optimizer not in _STOCK.values():
             known = ", ".join(spec.name for spec in registry.specs())
             raise S3Error(f"--optimizer {args.optimizer} does not work with DeepSpeed here: give {known} or adam")
         for name, default in self._defaults.items():
@@ -164,24 +165,21 @@ def _wanted(args: argparse.Namespace) -> dict[str, tuple[Any, str]]:
             wanted["optimizer.params.torch_adam"] = (True, "optimizer")
     else:
         values = {each.name: getattr(args, spec.field(each.name)) for each in spec.hyperparameters}
-        kept = {*spec.chosen(values), *(spec.field(switch) for switch in spec.switches)}
-        flags = {key: flag for key, flag in _own(spec).items() if key.rpartition(".")[2] in kept}
-        wanted |= {key: (getattr(args, flag), flag) for key, flag in flags.items()}
+        wanted |= {key: (getattr(args, flag), flag) for key, flag in _params(spec, spec.chosen(values)).items()}
     return wanted
-
-
-def _names() -> dict[str, str]:
-    """Megatron's name for each of DeepSpeed's types, in small letters, that can be had here."""
-    return {**{spec.name: spec.name for spec in registry.specs()}, **_STOCK}
 
 
 def _own(spec: Spec | None) -> dict[str, str]:
     """Which flag's value a param of the optimizer has; None stands for Adam."""
     if spec is None:
         return _ADAM
-    fields = {each.name: spec.field(each.name) for each in spec.hyperparameters}
-    fields |= {spec.field(switch): spec.field(switch) for switch in spec.switches}
-    return {f"optimizer.params.{name}": field for name, field in fields.items()}
+    return _params(spec, [each.name for each in spec.hyperparameters])
+
+
+def _params(spec: Spec, names: Iterable[str]) -> dict[str, str]:
+    """Which flag's value the params ``names`` of ``spec`` have, and its switches."""
+    flags = {name: spec.field(name) for name in names} | {field: field for field in spec.switch_fields}
+    return {f"optimizer.params.{name}": flag for name, flag in flags.items()}
 
 
 def _read(path: Path) -> Config:

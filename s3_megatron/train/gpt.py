@@ -24,12 +24,12 @@ from megatron.training.checkpointing import get_checkpoint_tracker_filename
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from s3_megatron.checkpoints import lease
+from s3_megatron.checkpoints.whole import DEEPSPEED_POINTER
 from s3_megatron.errors import S3Error
 from s3_megatron.machine import is_first_rank
 from s3_megatron.run_folder import of_this_job
 from s3_megatron.train import loading, mistakes, requests
 from s3_megatron.train.data import check_data
-from s3_megatron.train.deepspeed_checkpoint import LATEST
 
 try:
     from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
@@ -65,7 +65,7 @@ def train() -> None:
     """
     args = parse()
     megatrons = args.load is not None and Path(get_checkpoint_tracker_filename(args.load)).exists()
-    if args.load is not None and not megatrons and (Path(args.load) / LATEST).exists():
+    if args.load is not None and not megatrons and (Path(args.load) / DEEPSPEED_POINTER).exists():
         raise S3Error(
             f"--load {args.load} holds DeepSpeed's checkpoints, and training would start from random weights: go on "
             "with s3_megatron.train.pretrain_gpt_deepspeed"
@@ -115,9 +115,14 @@ def _refusals() -> Iterator[None]:
         raise S3Error(f"Megatron refuses the flags: {text}") from error
 
 
+def configure(args: argparse.Namespace) -> Any:
+    """Make the configurations of model and loop, whose own checks come with it."""
+    return pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+
+
 def run(args: argparse.Namespace) -> None:
     """Pretrain as ``args``, which Megatron has as its global ones, say."""
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    config = configure(args)
     with _alone_in(args.save), requests.obeyed(), loading.watches_megatron():
         pretrain(config, build_datasets, ModelType.encoder_or_decoder, forward_step)
 

@@ -75,7 +75,7 @@ def make(spec: Spec, params: Any, settings: dict[str, Any], *, bf16_states: bool
     kind: Any = spec.load()
     # Its own arguments, without those that DeepSpeed gives or that do nothing under it.
     own = {*inspect.signature(kind).parameters} - {"params", "capturable", "process_group"}
-    switches = {spec.field(switch) for switch in spec.switches}
+    switches = {*spec.switch_fields}
     unknown = sorted(set(settings) - own - switches)
     if unknown:
         # betas is for ablations, and whoever comes from Adam has a pair that does not fit: beta is what to see here.

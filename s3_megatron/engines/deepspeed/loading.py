@@ -60,7 +60,7 @@ def _log_changes(saved: dict[str, Any], ours: dict[str, Any]) -> None:
     ]
     if changes:
         log_dist(
-            f"S3 goes on from a checkpoint of another DeepSpeed configuration: {'; '.join(changes)}",
+            f"this run goes on from a checkpoint of another DeepSpeed configuration: {'; '.join(changes)}",
             ranks=[0],
             level=logging.WARNING,
         )
@@ -70,7 +70,7 @@ def _compared_with_the_state() -> list[str]:
     """List the keys that are compared, group by group, where the optimizer's state is loaded."""
     names = ["weight_decay"]
     for spec in registry.specs():
-        names += [each.name for each in spec.hyperparameters] + [spec.field(switch) for switch in spec.switches]
+        names += [*(each.name for each in spec.hyperparameters if each.defines_state), *spec.switch_fields]
     return [f"optimizer.params.{name}" for name in names]
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from s3_megatron.engines.deepspeed.layout import is_flat
 from s3_megatron.errors import S3Error
 from s3_megatron.optim.relaxed import RelaxedOptimizer
-from s3_megatron.optim.softsignum import SoftSignum
 
 
 def take_over_all_ranks(engine: Any) -> None:
@@ -24,7 +23,7 @@ def take_over_all_ranks(engine: Any) -> None:
     """
     optimizer: RelaxedOptimizer = engine.basic_optimizer
     wrapper, title = engine.optimizer, optimizer.spec.title
-    if not isinstance(optimizer, SoftSignum):
+    if optimizer.takes_whole_matrices:
         raise S3Error(f"{title} takes whole matrices, which ZeRO flattens and cuts: use it in plain PyTorch or FSDP2")
     if not is_flat(wrapper) or not hasattr(wrapper, "single_partition_of_fp32_groups"):
         raise S3Error(

@@ -31,7 +31,7 @@ def config_class(spec: Spec) -> type[SpecOptimizerConfig]:
     for each in spec.hyperparameters:
         kind: Any = each.kind
         own.append((spec.field(each.name), tuple[kind, kind] | None if each.count > 1 else kind, each.default))
-    own += [(spec.field(switch), bool, False) for switch in spec.switches]
+    own += [(field, bool, False) for field in spec.switch_fields]
     namespace = {"spec": spec, "__doc__": f"OptimizerConfig with {spec.title}'s hyperparameters."}
     made: type[SpecOptimizerConfig] = dataclasses.make_dataclass(
         f"{spec.title}Config", own, bases=(SpecOptimizerConfig,), namespace=namespace, module=__name__
@@ -97,7 +97,7 @@ def _add_own(group: Any, spec: Spec) -> None:
         default = "none" if each.default is None else f"{each.default:g}"
         text = f"{each.described[0].upper()}{each.described[1:]}. Default: {default}."
         if each.kind is bool:
-            flag = spec.flag(f"no_{each.name}" if each.default else each.name)
+            flag = spec.flag(each.switch)
             negation = f"Do not {each.help}" if each.default else each.help.capitalize()
             action = f"store_{not each.default}".lower()
             group.add_argument(flag, dest=spec.field(each.name), action=action, help=f"{negation}.")
@@ -190,8 +190,7 @@ def make_config(original: Callable[..., Any]) -> Callable[..., Any]:
         with _by_adams_name(args):
             config, overrides = original(args)
         stock = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
-        names = (*(each.name for each in spec.hyperparameters), *spec.switches)
-        own = {spec.field(name): getattr(args, spec.field(name)) for name in names}
+        own = {field: getattr(args, field) for field in spec.switch_fields}
         complete = spec.complete(own_values(spec, args), _iterations(args))
         own |= {spec.field(name): value for name, value in complete.items()}
         return config_class(spec)(**{**stock, **own, "optimizer": spec.name}), overrides

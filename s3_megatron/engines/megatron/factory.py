@@ -37,9 +37,10 @@ def make_optimizer(original: Callable[..., MegatronOptimizer]) -> Callable[..., 
                 guard_other(part)
         else:
             if not isinstance(config, SpecOptimizerConfig):
+                made = "S3OptimizerConfig" if spec is registry.S3 else f"config.config_class(<the Spec {spec.name}>)"
                 raise S3Error(
                     f"optimizer={spec.name!r} came in a plain OptimizerConfig: build it as s3_megatron.engines."
-                    f"megatron.{spec.title}OptimizerConfig, which has {spec.title}'s hyperparameters"
+                    f"megatron.{made}, which has {spec.title}'s hyperparameters"
                 )
             refuse_unsupported(config)
             with _adam_slot_builds(config):

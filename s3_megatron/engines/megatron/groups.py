@@ -64,7 +64,7 @@ def pair_rates(saved: list[Group], ours: list[Group]) -> list[Group]:
         old.update({key: new[key] for key in _RATES if key in new})
     if chosen == "checkpoint":
         return before
-    log_single_rank(logger, logging.WARNING, f"S3 goes on with this run's rates, not the checkpoint's: {changes}")
+    log_single_rank(logger, logging.WARNING, f"going on with this run's rates, not the checkpoint's: {changes}")
     return []
 
 

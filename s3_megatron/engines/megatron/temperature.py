@@ -10,7 +10,6 @@ from torch import Tensor
 
 from s3_megatron.errors import S3Error
 from s3_megatron.optim.relaxed import RelaxedOptimizer
-from s3_megatron.optim.softsignum import SoftSignum
 
 
 def take_over_all_ranks(optimizer: MegatronOptimizer, kind: type[RelaxedOptimizer]) -> None:
@@ -20,7 +19,7 @@ def take_over_all_ranks(optimizer: MegatronOptimizer, kind: type[RelaxedOptimize
         S3Error: on all ranks, where the optimizer takes whole matrices, or one of them has several such optimizers or
             none.
     """
-    if not issubclass(kind, SoftSignum):
+    if kind.takes_whole_matrices:
         raise S3Error(
             f"{kind.spec.title} takes whole matrices, which the distributed optimizer cuts: use it in plain PyTorch or "
             "FSDP2"

@@ -20,8 +20,6 @@ from s3_megatron.optim import registry
 
 # Seconds; a cold import of torch from a network disk takes a minute.
 PATIENCE = 180
-# DeepSpeed's types, in small letters, and ours.
-_OPTIMIZERS = {**{spec.name: spec.name for spec in registry.specs()}, "adam": "adamw", "adamw": "adamw"}
 
 
 def deepspeed(job: Job, run: Path) -> Iterator[Finding]:
@@ -57,10 +55,14 @@ def _file(job: Job) -> Iterator[Finding]:
             f"{path} has ZeRO stage 0, and precision is bf16: DeepSpeed cannot accumulate float32 gradients there",
             "deepspeed=zero1, or precision=fp32",
         )
-    if kind is not None and str(kind).lower() not in _OPTIMIZERS:
+    if kind is None:
+        return
+    spec = registry.find(kind)
+    name = {"adam": "adamw", "adamw": "adamw"}.get(str(kind).lower()) if spec is None else spec.name
+    if name is None:
         titles = ", ".join(spec.title for spec in registry.specs())
         yield Finding(ERROR, "deepspeed", f"{path} has optimizer type {kind!r}", f"write {titles} or AdamW")
-    elif kind is not None and _OPTIMIZERS[str(kind).lower()] != job.recipe.optimizer.name:
+    elif name != job.recipe.optimizer.name:
         yield Finding(
             WARNING,
             "deepspeed",

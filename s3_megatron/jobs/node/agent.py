@@ -32,7 +32,6 @@ class Agent:
         self._run = RunFolder(run)
         self._attempt = self._run.attempt(attempt)
         self._host = node_name()
-        self._heartbeat = self._run.watch / FILE_NAME
         self._failures = self._attempt.failures(self._host)
         self._start_seconds, self._hang_seconds = start_minutes * 60, hang_minutes * 60
         self._started = time.time()
@@ -87,8 +86,8 @@ class Agent:
 
     def _watch(self, command: Sequence[str]) -> int | None:
         """Start ``command`` and wait for its end; returns its exit code, or None where it hangs."""
-        watchdog = Watchdog(self._heartbeat, self._start_seconds, self._hang_seconds)
-        settings = {VARIABLE: os.fspath(self._run.path), "S3_FAILURES": os.fspath(self._failures)}
+        watchdog = Watchdog(self._run.watch / FILE_NAME, self._start_seconds, self._hang_seconds)
+        settings = {VARIABLE: os.fspath(self._run.path), verdict.FAILURES: os.fspath(self._failures)}
         try:
             # A session of its own: a Ctrl-C at the terminal is for this process, which then ends all others.
             child = subprocess.Popen(command, env={**os.environ, **settings}, start_new_session=True)
@@ -138,7 +137,7 @@ class Agent:
             error = self._error(f"no iteration was logged for too long: {self._attempt.hang} has the stacks")
         elif error is None:
             error = self._error(f"torchrun ended with exit code {code} and did not say why")
-        iteration = verdict.last_iteration(self._heartbeat.parent)
+        iteration = verdict.last_iteration(self._run.watch)
         done = Verdict(kind, exit_code, error, self._started, time.time(), iteration)
         done.write(self._attempt, self._host)
         if kind == "configuration" and error is not None:

@@ -49,16 +49,19 @@ def main() -> None:
     except ChildFailedError as failed:
         print(failed, file=sys.stderr, flush=True)
         failures = sorted((_describe(rank, failure) for rank, failure in failed.failures.items()), key=_began)
-        if path := os.environ.get("S3_FAILURES"):
-            write_file(Path(path), json.dumps(failures, indent=2).encode())
+        _write(failures)
         code = failures[0]["exitcode"]
         sys.exit(code if code in _PASSED_ON else 1)
     except Exception as error:  # torchrun's own, such as a rendezvous that does not come about
-        if path := os.environ.get("S3_FAILURES"):
-            write_file(Path(path), json.dumps([_own(error)], indent=2).encode())
+        _write([_own(error)])
         raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python gives up its handlers before its last second
+
+
+def _write(failures: list[dict[str, Any]]) -> None:
+    if path := os.environ.get(verdict.FAILURES):
+        write_file(Path(path), json.dumps(failures, indent=2).encode())
 
 
 def _own(error: Exception) -> dict[str, Any]:
