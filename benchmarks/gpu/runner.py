@@ -87,6 +87,8 @@ def run(
 
     for stage in sorted({step.stage for step in steps}):
         waiting, running = [step for step in steps if step.stage == stage], list[_Running]()
+        # Made before the processes: a signal may end this function inside of Popen, when no process is known yet.
+        marks = {step.name: f"{step.name}-{uuid.uuid4().hex}" for step in waiting}
         try:
             while waiting or running:
                 for step in list(waiting):
@@ -96,7 +98,7 @@ def run(
                     left = deadline - time.monotonic() - _GRACE_SECONDS
                     reason = obstacle(step) if left > 0 else "no time is left"
                     if reason is None:
-                        running.append(_start(step, folder, environment, left))
+                        running.append(_start(step, marks[step.name], folder, environment, left))
                     else:
                         add(Outcome(step, SKIPPED, reason=reason))
                 time.sleep(0.05)
@@ -104,12 +106,13 @@ def run(
                 running = [one for one in running if one not in over]
                 add(*_finish(over, folder))
         finally:
-            _end(running)
+            _end(set(marks.values()))
+            for one in running:
+                one.process.poll()
     return outcomes
 
 
-def _start(step: Step, folder: Path, environment: Mapping[str, str], left: float) -> _Running:
-    mark = f"{step.name}-{uuid.uuid4().hex}"
+def _start(step: Step, mark: str, folder: Path, environment: Mapping[str, str], left: float) -> _Running:
     own = {**environment, **step.environment, MARK: mark, NUMBERS: str(folder / f"{step.name}.json")}
     with (folder / f"{step.name}.log").open("wb") as log:
         log.write(f"$ {' '.join(step.command)}\n".encode())
@@ -126,7 +129,9 @@ def _finish(over: Sequence[_Running], folder: Path) -> list[Outcome]:
         return []
     codes = [one.process.poll() for one in over]
     taken = [time.monotonic() - one.started for one in over]
-    _end(over)
+    _end({one.mark for one in over})
+    for one in over:
+        one.process.poll()
     return [_outcome(one, code, seconds, folder) for one, code, seconds in zip(over, codes, taken, strict=True)]
 
 
@@ -158,11 +163,8 @@ def end_of(path: Path, most: int) -> bytes:
         return file.read(most)
 
 
-def _end(running: Sequence[_Running]) -> None:
+def _end(marks: set[str]) -> None:
     """End what is left of steps; torchrun gives every rank a session, so it is the environment that names the step."""
-    if not running:
-        return
-    marks = {one.mark for one in running}
     left = _marked(marks)
     for process in left:
         with contextlib.suppress(psutil.Error):
@@ -176,12 +178,15 @@ def _end(running: Sequence[_Running]) -> None:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(left, timeout=max(0.0, end - time.monotonic()))
-    for one in running:
-        one.process.poll()
 
 
 def _marked(marks: set[str]) -> list[psutil.Process]:
-    return [process for process in psutil.process_iter() if _mark(process) in marks]
+    """Those that live and have one of the marks. Looked for twice: in its exec a process has no environment for a moment."""
+    for _ in range(2):
+        if found := [process for process in psutil.process_iter() if _mark(process) in marks]:
+            return found
+        time.sleep(0.02)
+    return []
 
 
 def _mark(process: psutil.Process) -> str | None:
