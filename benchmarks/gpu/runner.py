@@ -181,7 +181,7 @@ def _end(marks: set[str]) -> None:
 
 
 def _marked(marks: set[str]) -> list[psutil.Process]:
-    """Those that live and have one of the marks; looked for twice, as none is there for a moment of a process's exec."""
+    """Those that live and have one of the marks; looked for twice, as a process in its exec has none."""
     for _ in range(2):
         if found := [process for process in psutil.process_iter() if _mark(process) in marks]:
             return found
