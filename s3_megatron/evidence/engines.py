@@ -1,0 +1,171 @@
+"""``python -m s3_megatron.evidence.engines FOLDER``: an experiment's runs once more, as jobs of Megatron's own engine.
+
+FOLDER is where ``s3-megatron compare engines --out FOLDER`` has put its cells. The jobs are ordinary ones, on this
+machine's CPUs, in FOLDER/jobs; run again, the command goes on where it was. What it prints stays in FOLDER/engines.md.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from s3_megatron import machine
+from s3_megatron.data.writer import bin_and_idx, new_dataset
+from s3_megatron.errors import S3Error
+from s3_megatron.evidence import experiments, findings, text
+from s3_megatron.evidence.cells import Cell
+from s3_megatron.evidence.experiments import Experiment
+from s3_megatron.evidence.text import Text
+from s3_megatron.files import write_file
+from s3_megatron.jobs import compose, runs, submit
+from s3_megatron.jobs.job import Job
+from s3_megatron.jobs.render import render
+from s3_megatron.watch.file import read_metrics
+
+type Losses = dict[str, list[float]]  # of each contender, in the order of the seeds
+
+
+def run(experiment: Experiment, folder: Path) -> str:
+    """Train what is missing, and return the page.
+
+    Raises:
+        S3Error: the stack's runs are not whole, a job fails, or its model is not the stack's.
+    """
+    _, found = findings.read(folder / "cells.jsonl", experiment)
+    rows = [row for name, setup in found.plan.pairs() for row in found.final(name, setup)]
+    if len(rows) != len(experiment.contenders) or not all(row.is_whole for row in rows):
+        raise S3Error(
+            f"{experiment.name} must have one setup and one rate a contender, and {folder} all of its runs: "
+            f"s3-megatron compare {experiment.name} --out {folder}"
+        )
+    corpus = text.load(experiment.text)
+    for name, part in (("train", corpus.train), ("validation", corpus.validation)):
+        write_tokens(folder / "data" / name, part)
+    jobs: Losses = {row.contender: [] for row in rows}
+    for seed in experiment.seeds:  # whole pairs first
+        for row in rows:
+            cell = found.plan.cell(row.contender, row.setup, (row.rate, row.settings), seed)
+            jobs[row.contender].append(train(cell, folder.resolve(), corpus))
+    return page(experiment, {row.contender: [row.losses[seed] for seed in experiment.seeds] for row in rows}, jobs)
+
+
+def write_tokens(prefix: Path, part: torch.Tensor) -> None:
+    """Write bytes as a dataset of Megatron's, a token a byte and a document a block, unless it is there."""
+    if bin_and_idx(prefix)[1].exists():
+        return
+    with new_dataset(prefix, 1 << 8 * part.itemsize) as builder:
+        for block in part.split(text.BLOCK):
+            builder.add_document(block.numpy(), [len(block)])
+
+
+def as_job(cell: Cell, folder: Path, validation: int) -> Job:
+    """The run of a cell as a recipe on this machine's CPUs, in float32; ``validation`` is that part's bytes.
+
+    Raises:
+        S3Error: the recipes have no such optimizer, or it is given what its section does not have.
+    """
+    setup = cell.setup
+    settings = json.loads(cell.settings)
+    if cell.optimizer == "adamw":
+        settings["beta1"], settings["beta2"] = settings.pop("betas")
+    values = {
+        "name": f"{cell.contender}-{cell.seed}",
+        "model.num_layers": setup.layers,
+        "model.hidden_size": setup.width,
+        "model.num_attention_heads": setup.heads,
+        "model.seq_length": setup.length,
+        "model.vocab_size": setup.model.vocabulary,
+        "data.mock": "false",
+        "data.train": "data/train",
+        "data.validation": "data/validation",
+        "data.tokenizer": "gpt2",  # the flags below have the last word
+        "schedule.global_batch_size": setup.batch,
+        "schedule.train_iters": setup.steps,
+        "schedule.lr_decay_style": setup.schedule,
+        "schedule.lr_warmup_iters": round(setup.warmup * setup.steps),
+        "schedule.min_lr_ratio": 0.0,
+        "schedule.clip_grad": setup.clip,
+        "schedule.seed": cell.seed,
+        "schedule.eval_interval": setup.steps,
+        "schedule.eval_iters": validation // (setup.length * setup.batch),
+        "precision": "fp32",
+        "checkpoint.save_interval": setup.steps,
+        "checkpoint.save_retain_interval": "null",
+        "optimizer": cell.optimizer,
+        "optimizer.lr": cell.rate,
+        "optimizer.weight_decay": setup.decay / cell.rate,
+        **{f"optimizer.{name}": value for name, value in settings.items()},
+        # NullTokenizer takes ids as they are, and adds one to the size that it is given (Megatron 0.19.2).
+        "flags": f'["--tokenizer-type", "NullTokenizer", "--vocab-size", "{setup.model.vocabulary - 1}"]',
+        "cluster.accelerator": "cpu",
+        "cluster.data_dir": folder,
+        "cluster.runs_dir": folder / "jobs",
+    }
+    return submit.here(compose.load("gpt2_tiny", "local", [f"{key}={value}" for key, value in values.items()]))
+
+
+def train(cell: Cell, folder: Path, corpus: Text) -> float:
+    """Run a cell as a job, if that has not finished yet, and return its last validation loss.
+
+    Raises:
+        S3Error: it failed, or the engine's model is not the stack's.
+    """
+    job = as_job(cell, folder, len(corpus.validation))
+    path = submit.folder(job, job.recipe.name)
+    if path.exists():
+        run = runs.find(str(path))
+        code = 0 if run.finished else submit.resume(run, print)
+    else:
+        run = runs.create(job, path, render(job, path))
+        code = submit.start(run)
+    if code:
+        raise S3Error(f"{path.name} has failed (exit code {code}): see {run.job_log}; run this again, and it resumes")
+    metrics = read_metrics(run.watch)
+    weights = metrics.optimizer.parameters if metrics.optimizer else 0
+    if weights != cell.setup.model.parameters():
+        raise S3Error(f"{path.name} has {weights} weights, and the stack's model {cell.setup.model.parameters()}")
+    return metrics.validation[cell.setup.steps].losses["lm_loss"]
+
+
+def page(experiment: Experiment, stack: Losses, jobs: Losses) -> str:
+    """Lay out both, and how far apart they are."""
+    what = f"Final validation loss, mean and standard deviation over {len(experiment.seeds)} seeds."
+    lines = [
+        f"# {experiment.title}",
+        f"{what} From a seed Megatron's engine draws other weights and another order than the stack.",
+        "| contender | rate | stack | Megatron's engine | apart | range of the stack's seeds |\n" + "| --- " * 6 + "|",
+    ]
+    for name, ours in stack.items():
+        theirs, reach = jobs[name], max(ours) - min(ours)
+        rate = experiment.contenders[name].rates[0]
+        apart = statistics.fmean(theirs) - statistics.fmean(ours)
+        lines[-1] += f"\n| {name} | {rate:g} | {_spread(ours)} | {_spread(theirs)} | {apart:+.4f} | {reach:.4f} |"
+    order, other = (sorted(losses, key=lambda name: statistics.fmean(losses[name])) for losses in (stack, jobs))
+    lines.append(f"Rank in the stack: {', '.join(order)}; in Megatron's engine: {', '.join(other)}.")
+    return "\n\n".join(lines) + "\n"
+
+
+def _spread(losses: list[float]) -> str:
+    return f"{statistics.fmean(losses):.4f}" + (f" +- {statistics.stdev(losses):.4f}" if len(losses) > 1 else "")
+
+
+def main() -> None:
+    """Read the arguments, run, and print the page; ends with 2 and one line on a mistake."""
+    machine.speak_utf8()
+    parser = argparse.ArgumentParser(prog="python -m s3_megatron.evidence.engines", description=__doc__)
+    parser.add_argument("folder", type=Path, help="where s3-megatron compare has put the stack's cells")
+    parser.add_argument("--experiment", default="engines", help="a name or a file (default: engines)")
+    args = parser.parse_args()
+    try:
+        written = run(experiments.load(args.experiment), args.folder)
+        write_file(args.folder / "engines.md", written.encode())
+    except S3Error as error:
+        sys.exit(f"error: {error}")
+    print(written)
+
+
+if __name__ == "__main__":
+    main()
