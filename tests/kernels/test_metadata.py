@@ -3,7 +3,9 @@
 import ctypes
 import gc
 import logging
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,3 +205,6 @@ def test_channels_last_is_moved_where_it_lies(columns_last: int) -> None:
 
 def test_the_structures_are_those_of_the_header() -> None:
     assert ctypes.sizeof(metadata._Torch) == 12 * 8 + 2 * 8 + 4 * 4
+    header = Path(cpu.__file__).with_name("metadata.h").read_text()
+    body = re.sub("//.*", "", header.split("struct S3Torch {")[1].split("};")[0])
+    assert re.findall(r"(\w+)(?=\)\(|[,;\[])", body) == [name for name, _ in metadata._Torch._fields_]
