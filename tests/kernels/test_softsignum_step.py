@@ -9,6 +9,7 @@ from torch import Tensor
 
 from s3_megatron.kernels.softsignum import softsignum_step_
 from s3_megatron.optim.softsignum_reference import softsignum_reference_step
+from tests.tensors import bits, random
 
 INF = math.inf
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -32,15 +33,6 @@ WALK = [
 def kernel(params: list[Tensor], grads: list[Tensor], ms: list[Tensor], **settings: Any) -> None:
     settings = {"lr": 0.1, "beta": 0.9, "tau": 5.0, "weight_decay": 0.1, "nesterov": False, **settings}
     softsignum_step_(params, grads, ms, **settings)
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.detach().clone().contiguous().view(-1).view(torch.uint8)
 
 
 @pytest.mark.parametrize(("setting", "row"), GOLDEN.items())

@@ -3,7 +3,6 @@
 The checks are in fsdp2.py, softsignum_ranks.py and softmuon_ranks.py.
 """
 
-import re
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,7 @@ from tests import checks
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 WORKERS = [Path(__file__).with_name(name) for name in ("fsdp2.py", "softsignum_ranks.py", "softmuon_ranks.py")]
-CHECKS = [
-    name for worker in WORKERS for name in re.findall(r"^def (check_\w+)", worker.read_text(), flags=re.MULTILINE)
-]
+CHECKS = checks.in_files(WORKERS)
 
 
 @pytest.fixture(scope="module")

@@ -211,9 +211,8 @@ def check_other_hyperparameters_are_refused(_: Path) -> None:
     run = Run(2, params={**changed, "s3_override_hyperparameters": True})
     load(run, folder)
     assert {(g["p"], g["betas"], g["nesterov"]) for g in run.s3.param_groups} == {(2.0, (0.9, 0.9), False)}
-    net = (
-        Net()
-    )  # an object has no configuration that could override: the checkpoint's values count, as in plain PyTorch
+    # An object has no configuration that could override: the checkpoint's values count, as in plain PyTorch.
+    net = Net()
     run = Run(2, net=net, client=S3(groups(net), lr=LR, p=2.0))
     load(run, folder)
     assert {group["p"] for group in run.s3.param_groups} == {3.0}

@@ -174,11 +174,11 @@ class Run:
 
 
 class Reference:
-    """A plain S3 over float32 copies."""
+    """A plain optimizer over float32 copies."""
 
-    def __init__(self, *, alone: bool = ALONE, **settings: Any) -> None:
+    def __init__(self, kind: type[torch.optim.Optimizer] = S3, *, alone: bool = ALONE, **settings: Any) -> None:
         self.net = Net()
-        self.optimizer = S3(groups(self.net, alone=alone), lr=LR, **{"weight_decay": DECAY, **settings})
+        self.optimizer = kind(groups(self.net, alone=alone), lr=LR, weight_decay=DECAY, **settings)
 
     def step(self, grads: dict[str, Tensor], clip: float = 0.0) -> None:
         for name, param in self.net.named_parameters():

@@ -273,8 +273,8 @@ def main(output: Path, folder: Path, names: list[str]) -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     # DeepSpeed collects garbage for every engine: a quarter of a second, unless it passes over what was imported.
     gc.freeze()
-    several = {**globals(), **vars(features), **vars(toy), **vars(softsignum), **(vars(limits) if OLD else {})}
-    checks.run({**checks.named(several), **checkpoints.checks(folder)}, names, output)
+    found = checks.named(sys.modules[__name__], checkpoints, features, toy, softsignum, *([limits] if OLD else []))
+    checks.run({**found, **checkpoints.checks(folder)}, names, output)
     dist.destroy_process_group()
 
 

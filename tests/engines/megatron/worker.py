@@ -276,8 +276,8 @@ def main(output: Path, names: list[str]) -> None:
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    files = (passes, resumes, watching, toy, softsignum)
-    checks.run(checks.named({**globals(), **{k: v for file in files for k, v in vars(file).items()}}), names, output)
+    found = checks.named(sys.modules[__name__], passes, resumes, watching, toy, softsignum)
+    checks.run(found, names, output)
     dist.destroy_process_group()
 
 
