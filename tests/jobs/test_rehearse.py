@@ -67,7 +67,7 @@ def test_a_rehearsal_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for part in (
         "layout.pipeline",
         "the same",
-        "seconds in all on this machine",
+        " in all on this machine: ",
         "SIGKILL to rank 1",
         "resumed from the checkpoint of iteration",
     ):

@@ -186,14 +186,14 @@ def test_an_outdated_library_is_not_taken_for_a_current_one(monkeypatch):
     assert build.fingerprint() != current
 
 
-@pytest.mark.parametrize("word", ["avx512", "avx2", "default", "AVX2", ""])
-def test_torchs_variable_limits_the_loops(word, monkeypatch, tmp_path):
-    """A word that torch does not know limits neither: torch warns of it, and goes on with all (2.13)."""
+@pytest.mark.parametrize("value", ["avx512", "avx2", "default", "AVX2", ""])
+def test_torchs_variable_limits_the_loops(value, monkeypatch, tmp_path):
+    """A value that torch does not have limits neither: torch warns of it, and goes on with all (2.13)."""
     everywhere, limited = library.loops(), {"avx2": ["AVX2", "portable"], "default": ["portable"]}
     copy = shutil.copy(library.load()._name, tmp_path / "step.so")  # loops are found once a loaded library
-    monkeypatch.setenv("ATEN_CPU_CAPABILITY", word)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", value)
     monkeypatch.setattr(library, "load", lambda: library._open(Path(copy)))
-    wanted = [name for name in everywhere if name in limited.get(word, everywhere)]
+    wanted = [name for name in everywhere if name in limited.get(value, everywhere)]
     assert library.loops() == wanted
     monkeypatch.delenv("ATEN_CPU_CAPABILITY")
     assert library.loops() == wanted, "the loop of an index changed while the process ran"

@@ -100,7 +100,7 @@ def test_a_column_has_one_dtype_and_all_one_device() -> None:
 
 
 def test_versions_are_counted_of_all_but_gradients() -> None:
-    """Autograd must know what was written: a backward through it raises."""
+    """Autograd must see what was written: a backward through it raises."""
     columns = [[torch.zeros(4), torch.zeros(3)] for _ in range(5)]
     before = [[x._version for x in column] for column in columns]
     assert metadata.read(columns, KINDS).count_up_versions()
@@ -188,8 +188,8 @@ def test_without_a_compiled_library_nothing_is_compiled_to_read(monkeypatch, tmp
 
 @pytest.mark.parametrize("columns_last", [4, 3])
 def test_channels_last_is_moved_where_it_lies(columns_last: int) -> None:
-    """Incident: such tensors were copied there and back each step. To the bit the contiguous ones' step, as an element
-    knows nothing but itself."""
+    """Incident: such tensors were copied there and back each step. To the bit the contiguous ones' step, as no
+    element depends on another."""
     torch.manual_seed(0)
     plain = [[torch.rand(2, 3, 4, 5)] for _ in range(4)]
     lists = [[x[0].clone()] for x in plain]

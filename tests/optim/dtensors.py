@@ -1,4 +1,4 @@
-"""What the checks on ranks ask of a DTensor."""
+"""A DTensor whole, and its replicas compared, for the checks on ranks."""
 
 import torch
 import torch.distributed as dist
@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 
 def whole(x: Tensor) -> Tensor:
-    """All of ``x``, detached, whether it is shared out or not."""
+    """All of ``x``, detached, whether it is distributed or not."""
     x = x.detach()
     return x.full_tensor() if isinstance(x, DTensor) else x
 

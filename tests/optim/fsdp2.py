@@ -316,7 +316,7 @@ def check_gradients_and_states_placed_otherwise_than_their_weight() -> None:
 
 def check_zero_redundancy_keeps_s3s_state_and_refuses_adams() -> None:
     """Incident: ZeroRedundancyOptimizer writes state and groups into the optimizer that it wraps, past load_state_dict:
-    Adam's state was taken for S3's in silence, with betas (0.9, 0.999) and v where r belongs."""
+    Adam's state was silently taken for S3's, with betas (0.9, 0.999) and v where r belongs."""
 
     def run(kind: type, state: dict[str, Any] | None = None) -> tuple[list[Tensor], dict[str, Any]]:
         torch.manual_seed(0)

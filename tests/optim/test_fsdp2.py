@@ -17,7 +17,7 @@ CHECKS = checks.in_files(WORKERS)
 
 @pytest.fixture(scope="module")
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str]]:
-    """What every selected check said, by number of ranks; the first two leave the checkpoint that the others load."""
+    """Every selected check's outcome by number of ranks; the first two leave the checkpoint that the others load."""
     folder = tmp_path_factory.mktemp("fsdp2")
     names = {2: checks.selected(request)} | {nproc: checks.selected(request, nproc=nproc) for nproc in (4, 1)}
     return {nproc: checks.launch("tests.optim.fsdp2", some, nproc, folder) for nproc, some in names.items()}

@@ -269,7 +269,7 @@ def test_without_statistics_none_are_kept():
 
 
 def test_meta_parameters_get_meta_state():
-    """A dry run without memory: shapes and dtypes are right, and no value is ever asked for."""
+    """A dry run without memory: shapes and dtypes are right, and no value is ever read."""
     x = torch.empty(1_000_000, 1_000_000, device="meta", dtype=torch.bfloat16, requires_grad=True)
     optimizer = S3([x], lr=torch.tensor(0.1, device="meta"), weight_decay=0.1)
     x.grad = torch.empty_like(x)

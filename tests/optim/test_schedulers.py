@@ -44,7 +44,7 @@ CYCLING = {
 
 @pytest.mark.parametrize("name", CYCLING)
 def test_a_scheduler_that_cycles_momentum_is_said_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It writes the first beta as Adam's momentum, 0.85 to 0.95: a weight moved by more than lr, in silence."""
+    """It writes the first beta as Adam's momentum, 0.85 to 0.95: a weight silently moved by more than lr."""
     optimizer, param = made(beta=0.99)
     scheduler = CYCLING[name](optimizer)
     assert largest_update(optimizer, param, scheduler.step) > 1
@@ -118,7 +118,7 @@ def test_a_beta_out_of_range_is_refused_in_the_step(betas: tuple[float, float]) 
 
 @pytest.mark.parametrize("p", [0.0, 0.5, float("nan"), float("inf")])
 def test_a_p_out_of_range_is_refused_in_the_step(p: float) -> None:
-    """Incident: with p of 0 or NaN written into a group no weight moved, and nothing was said."""
+    """Incident: with p of 0 or NaN written into a group no weight moved, and nothing was logged."""
     weight = torch.nn.Parameter(torch.ones(3))
     weight.grad = torch.ones(3)
     optimizer = S3([weight], weight_decay=0.1)
@@ -142,7 +142,7 @@ BAD_SIZES = [-1e-9, math.nan, math.inf, torch.tensor(-1.0), torch.tensor(math.na
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("bad", BAD_SIZES, ids=str)
 def test_a_rate_out_of_range_is_refused_in_the_step(bad: float | Tensor, compiled: bool) -> None:
-    """A schedule that ran below 0 moved every weight up the slope, in silence; AdamW takes it as well."""
+    """A schedule that ran below 0 silently moved every weight up the slope; AdamW takes it as well."""
     first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     optimizer = S3([{"params": [first]}, {"params": [second]}], lr=LR, weight_decay=DECAY)
     optimizer.param_groups[1]["lr"] = bad

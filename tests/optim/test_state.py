@@ -1,4 +1,4 @@
-"""S3's state: saved, loaded, copied, and told apart from Adam's."""
+"""S3's state: saved, loaded, copied, and distinguished from Adam's."""
 
 import copy
 import pickle
@@ -55,7 +55,7 @@ def test_saving_and_loading_in_the_middle_equals_no_interruption(dtype, lr):
 
 
 def test_other_hyperparameters_than_the_saved_ones_are_warned_of_once(caplog: pytest.LogCaptureFixture):
-    """Asked for 0.95 and 3, a run went on with 0.9 and 2, in silence; Megatron refuses that, and DeepSpeed."""
+    """Configured with 0.95 and 3, a run silently went on with 0.9 and 2; Megatron refuses that, and DeepSpeed."""
     params = parameters(torch.float32)
     source = S3(params, beta=0.9, p=2.25)
     train(params, source, range(1))

@@ -17,7 +17,7 @@ Results = dict[str, str]
 
 
 def launch(request: pytest.FixtureRequest, nproc: int, folder: Path) -> Results:
-    """What every selected check said, from one launch."""
+    """The outcome of every selected check, from one launch."""
     names = checks.selected(request, nproc=nproc)
     if nproc == 2 and any("universal" in name for name in checks.selected(request)):
         names += [UNIVERSAL[0]] if UNIVERSAL[0] not in names else []  # it writes the checkpoints that all others load

@@ -131,7 +131,7 @@ class Run:
         return part
 
     def step(self, gradients: dict[str, Tensor]) -> bool:
-        """Inject, reduce, step; tells whether the host took the step."""
+        """Inject, reduce, step; returns whether the host took the step."""
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         scale = self.optimizer.get_loss_scale()

@@ -125,7 +125,7 @@ def check_softsignum_skips_an_overflow_and_its_schedule_does_not_advance() -> No
 
 
 def check_softsignum_counts_a_step_at_rate_0_and_ranks_that_hold_nothing() -> None:
-    """A warm-up of Megatron's begins at rate 0, and the run would have had a soft step less than it asked for."""
+    """A warm-up of Megatron's begins at rate 0, and the run would have had one soft step less than configured."""
     on.since(19, "distributed optimizer with one state tensor")
     run = started(net=on.Single())
     for step in range(STEPS):

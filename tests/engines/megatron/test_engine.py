@@ -13,7 +13,7 @@ CHECKS = checks.in_files(SOURCES)
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n}-ranks")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What every selected check said, from one launch a world size."""
+    """The outcome of every selected check, from one launch for each world size."""
     names = sorted(checks.selected(request, results=request.param))
     return checks.launch("tests.engines.megatron.worker", names, request.param, tmp_path_factory.mktemp("worker"))
 

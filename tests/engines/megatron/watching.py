@@ -61,7 +61,7 @@ def check_an_optimizer_without_an_inner_one_is_not_observed() -> None:
 
 
 def check_two_optimizers_of_a_run_are_both_watched() -> None:
-    """A GAN, or the modules of a MIMO model: the second that was made took the place of the first, in silence. Each
+    """A GAN, or the modules of a MIMO model: the second that was made silently took the place of the first. Each
     line has both; the second is made after the first line, and the third on the last rank alone. Float32 weights of up
     to 4 and steps of LR: 1e-4 of a step is lost in the difference."""
     with watched("s3") as folder:

@@ -229,7 +229,7 @@ def check_the_legacy_format_is_converted_after_its_second_call() -> None:
 
 
 def _as_megatron_bridge(config: S3OptimizerConfig, chunks: list, overrides: None) -> MegatronOptimizer:
-    """What setup_optimizer of Megatron-Bridge 0.6.2 asks of a config; Bridge itself imports Transformer Engine, which
+    """What setup_optimizer of Megatron-Bridge 0.6.2 needs of a config; Bridge itself imports Transformer Engine, which
     needs a GPU. ``overrides`` is the harness's: Bridge makes its own."""
     config.finalize()
     groups = ProcessGroupCollection.use_mpu_process_groups()
