@@ -167,7 +167,7 @@ def check_softsignum_under_zero_redundancy_and_on_a_rank_without_parameters() ->
     assert all(map(torch.equal, run(True), run(False)))
 
 
-def check_an_engine_says_what_is_counted() -> None:
+def check_an_engine_chooses_what_is_counted() -> None:
     """A flat partition with padding, and a weight that every rank has, counted by the first: as one rank with both."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     generator = torch.Generator().manual_seed(3)

@@ -43,7 +43,7 @@ CYCLING = {
 
 
 @pytest.mark.parametrize("name", CYCLING)
-def test_a_scheduler_that_cycles_momentum_is_said_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_scheduler_that_cycles_momentum_is_logged_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """It writes the first beta as Adam's momentum, 0.85 to 0.95: a weight silently moved by more than lr."""
     optimizer, param = made(beta=0.99)
     scheduler = CYCLING[name](optimizer)
@@ -86,7 +86,7 @@ def test_decay_and_p_that_change_keep_the_bound(caplog: pytest.LogCaptureFixture
 
 
 @pytest.mark.parametrize("door", ["argument", "group", "checkpoint", "written"])
-def test_two_betas_are_said_whichever_way_they_come(door: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_two_betas_are_logged_whichever_way_they_come(door: str, caplog: pytest.LogCaptureFixture) -> None:
     optimizer, param = made(**({"betas": (0.9, 0.99)} if door == "argument" else {}))
     if door == "group":
         optimizer.add_param_group({"params": [other := torch.nn.Parameter(torch.ones(3))], "betas": (0.9, 0.99)})
@@ -99,7 +99,7 @@ def test_two_betas_are_said_whichever_way_they_come(door: str, caplog: pytest.Lo
     assert ["0.9 and 0.99" in line for line in caplog.messages if "S3 steps with two betas" in line] == [True]
 
 
-def test_one_rank_says_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_rank_logs_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("RANK", "1")
     largest_update(*made(betas=(0.9, 0.99)))
     assert caplog.messages == []
@@ -128,7 +128,7 @@ def test_a_p_out_of_range_is_refused_in_the_step(p: float) -> None:
     assert torch.equal(weight.detach(), torch.ones(3)) and not optimizer.state
 
 
-def test_a_compiled_step_says_it_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_compiled_step_logs_it_too(caplog: pytest.LogCaptureFixture) -> None:
     optimizer, param = made(betas=(0.9, 0.99))
     param.grad = torch.ones_like(param)
     with caplog.at_level(logging.WARNING, logger=settings.__name__):
