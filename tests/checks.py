@@ -1,12 +1,14 @@
 """Running many checks on ranks that are already there: one launch runs all that a session has selected."""
 
 import json
+import re
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 from unittest import SkipTest
 
@@ -71,9 +73,19 @@ def passed(outcome: str) -> None:
     assert outcome == "", outcome
 
 
-def named(namespace: Mapping[str, object]) -> dict[str, Callable[[], object]]:
-    """The functions of a module whose name starts with ``check_``."""
-    return {name: value for name, value in namespace.items() if name.startswith("check_") and callable(value)}
+def in_files(paths: Iterable[Path]) -> list[str]:
+    """The names of the checks that are defined in these files, which are not imported: that takes the ranks' host."""
+    return [name for path in paths for name in re.findall(r"^def (check_\w+)", path.read_text(), flags=re.MULTILINE)]
+
+
+def named(*modules: ModuleType) -> dict[str, Callable[[], object]]:
+    """The functions of these modules whose name starts with ``check_``; two of one name are refused."""
+    found: dict[str, Callable[[], object]] = {}
+    for module in modules:
+        for name, value in vars(module).items():
+            if name.startswith("check_") and callable(value):
+                assert found.setdefault(name, value) is value, f"{name} is defined twice"
+    return found
 
 
 def shared_folder() -> Path:

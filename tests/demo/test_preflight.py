@@ -25,9 +25,9 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
     monkeypatch.setattr(demo, "_demonstrate", lambda *_: pytest.fail("it has started"))
     with pytest.raises(SystemExit) as stop:
         demo.main()
-    message = capfd.readouterr()
-    assert stop.value.code == 2 and message.out == "" and message.err.count("\n") == 1, message
-    return message.err
+    captured = capfd.readouterr()
+    assert stop.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1, captured
+    return captured.err
 
 
 def test_an_engine_that_is_not_there(

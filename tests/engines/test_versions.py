@@ -1,4 +1,4 @@
-"""The window of versions: what is said of one that is not in it."""
+"""The window of versions: what is logged of one that is not in it."""
 
 import logging
 

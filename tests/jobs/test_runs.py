@@ -304,7 +304,7 @@ def test_commands_for_login_nodes_import_no_torch(command: str):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=dict(os.environ))
 
 
-def test_what_a_local_run_prints_is_message_and_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_what_a_local_run_prints_is_printed_and_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     run = make(tmp_path)
     for _ in range(2):
         run.script.write_text("echo trains; echo fails >&2; exit 3\n")

@@ -82,7 +82,7 @@ def test_a_rank_killed_while_compiling_is_not_waited_for(machine):
 
 
 @pytest.mark.slow
-def test_a_compiler_that_fails_leaves_nothing_and_says_why(machine):
+def test_a_compiler_that_fails_leaves_nothing_and_its_error_is_raised(machine):
     message, _ = start(machine, BROKEN="1").communicate(timeout=250)
     assert "error: something is not as it was" in message
     cache = Path(machine["S3_MEGATRON_CACHE"])
@@ -97,7 +97,7 @@ def test_a_cache_that_cannot_be_written_is_named(machine, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_a_home_it_is_said_what_to_set_and_a_named_cache_does(machine, tmp_path):
+def test_without_a_home_the_error_names_what_to_set_and_a_named_cache_works(machine, tmp_path):
     """A user id without a name and without HOME, as in containers: the first step was a RuntimeError, with
     S3_MEGATRON_CACHE set, too, where AdamW steps."""
     nameless = {"S3_MEGATRON_CACHE": "", "XDG_CACHE_HOME": "", "NAMELESS": "1"}
@@ -170,7 +170,7 @@ def test_flags_of_x86_are_not_passed_on_arm(monkeypatch):
 
 
 @pytest.mark.parametrize("named", ["", "/nowhere/g++"])
-def test_no_compiler_is_said_with_what_to_do(named, tmp_path, monkeypatch):
+def test_no_compiler_is_an_error_with_advice(named, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", named)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(build.BuildError, match="CXX" if not named else "did not start"):
@@ -186,14 +186,14 @@ def test_an_outdated_library_is_not_taken_for_a_current_one(monkeypatch):
     assert build.fingerprint() != current
 
 
-@pytest.mark.parametrize("word", ["avx512", "avx2", "default", "AVX2", ""])
-def test_torchs_variable_limits_the_loops(word, monkeypatch, tmp_path):
-    """A word that torch does not know limits neither: torch warns of it, and goes on with all (2.13)."""
+@pytest.mark.parametrize("value", ["avx512", "avx2", "default", "AVX2", ""])
+def test_torchs_variable_limits_the_loops(value, monkeypatch, tmp_path):
+    """A value that torch does not have limits neither: torch warns of it, and goes on with all (2.13)."""
     everywhere, limited = library.loops(), {"avx2": ["AVX2", "portable"], "default": ["portable"]}
     copy = shutil.copy(library.load()._name, tmp_path / "step.so")  # loops are found once a loaded library
-    monkeypatch.setenv("ATEN_CPU_CAPABILITY", word)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", value)
     monkeypatch.setattr(library, "load", lambda: library._open(Path(copy)))
-    wanted = [name for name in everywhere if name in limited.get(word, everywhere)]
+    wanted = [name for name in everywhere if name in limited.get(value, everywhere)]
     assert library.loops() == wanted
     monkeypatch.delenv("ATEN_CPU_CAPABILITY")
     assert library.loops() == wanted, "the loop of an index changed while the process ran"

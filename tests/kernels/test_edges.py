@@ -6,16 +6,12 @@ from torch import Tensor
 
 from s3_megatron.kernels import foreach
 from tests.kernels.kernels import KERNELS
+from tests.tensors import bits
 
 INF, NAN = float("inf"), float("nan")
 HYPER = {"lr": 0.1, "beta1": 0.95, "beta2": 0.95, "p": 3.0, "weight_decay": 0.1, "nesterov": True}
 SHRINK = 1 - 0.1 * 0.1  # what decay alone leaves of a weight
 POWERS = pytest.mark.parametrize("p", [1, 1.5, 2, 3, 8])
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The bytes, so that -0.0 differs from 0.0 and NaN equals itself."""
-    return tensor.detach().clone().contiguous().view(torch.uint8)
 
 
 @pytest.fixture(params=KERNELS)

@@ -3,7 +3,9 @@
 import ctypes
 import gc
 import logging
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,7 +100,7 @@ def test_a_column_has_one_dtype_and_all_one_device() -> None:
 
 
 def test_versions_are_counted_of_all_but_gradients() -> None:
-    """Autograd must know what was written: a backward through it raises."""
+    """Autograd must see what was written: a backward through it raises."""
     columns = [[torch.zeros(4), torch.zeros(3)] for _ in range(5)]
     before = [[x._version for x in column] for column in columns]
     assert metadata.read(columns, KINDS).count_up_versions()
@@ -186,8 +188,8 @@ def test_without_a_compiled_library_nothing_is_compiled_to_read(monkeypatch, tmp
 
 @pytest.mark.parametrize("columns_last", [4, 3])
 def test_channels_last_is_moved_where_it_lies(columns_last: int) -> None:
-    """Incident: such tensors were copied there and back each step. To the bit the contiguous ones' step, as an element
-    knows nothing but itself."""
+    """Incident: such tensors were copied there and back each step. To the bit the contiguous ones' step, as no
+    element depends on another."""
     torch.manual_seed(0)
     plain = [[torch.rand(2, 3, 4, 5)] for _ in range(4)]
     lists = [[x[0].clone()] for x in plain]
@@ -203,3 +205,6 @@ def test_channels_last_is_moved_where_it_lies(columns_last: int) -> None:
 
 def test_the_structures_are_those_of_the_header() -> None:
     assert ctypes.sizeof(metadata._Torch) == 12 * 8 + 2 * 8 + 4 * 4
+    header = Path(cpu.__file__).with_name("metadata.h").read_text()
+    body = re.sub("//.*", "", header.split("struct S3Torch {")[1].split("};")[0])
+    assert re.findall(r"(\w+)(?=\)\(|[,;\[])", body) == [name for name, _ in metadata._Torch._fields_]

@@ -94,7 +94,7 @@ def test_autograd_hears_of_a_step():
 
 
 @pytest.mark.parametrize("dtypes", [WIDE, WIDE | {torch.bfloat16}])
-def test_auto_takes_the_fast_kernel_and_says_so_once(dtypes, caplog):
+def test_auto_takes_the_fast_kernel_and_logs_it_once(dtypes, caplog):
     caplog.set_level(logging.INFO)
     assert [choose("auto", "cpu", dtypes) for _ in range(3)] == ["cpu"] * 3
     assert [record.getMessage() for record in caplog.records] == [
@@ -102,7 +102,7 @@ def test_auto_takes_the_fast_kernel_and_says_so_once(dtypes, caplog):
     ]
 
 
-def test_without_a_compiler_it_is_foreach_and_why_is_said(monkeypatch, caplog):
+def test_without_a_compiler_it_is_foreach_and_the_reason_is_logged(monkeypatch, caplog):
     monkeypatch.setattr(cpu, "unavailable", lambda: "no C++ compiler was found: install g++, or name one in CXX")
     assert choose("auto", "cpu", WIDE) == "foreach"
     (record,) = caplog.records
@@ -110,7 +110,7 @@ def test_without_a_compiler_it_is_foreach_and_why_is_said(monkeypatch, caplog):
     assert "no C++ compiler was found: install g++" in record.getMessage() and "foreach" in record.getMessage()
 
 
-def test_what_no_fast_kernel_takes_goes_to_foreach_without_a_word(caplog):
+def test_what_no_fast_kernel_takes_goes_silently_to_foreach(caplog):
     assert choose("auto", "meta", WIDE) == "foreach"
     assert choose("auto", "cpu", frozenset({torch.float64})) == "foreach"
     assert not caplog.records

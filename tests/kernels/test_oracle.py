@@ -111,7 +111,7 @@ def _assert_within(actual: Tensor, expected: Tensor, tolerance: Tensor) -> None:
 def test_scaling_all_gradients_by_a_power_of_two_changes_no_bit_of_a_weight(s3_step_, p, exponent):
     """Multiplying by 2^k is exact, so the same roundings happen at every scale: the float32 runs are one run.
 
-    An eps in the denominator, a power of g that leaves the range, or a floor on b would tell them apart.
+    An eps in the denominator, a power of g that leaves the range, or a floor on b would make them differ.
     """
     generator = torch.Generator().manual_seed(0)
     steps = torch.randn(5, 4097, generator=generator)

@@ -22,7 +22,7 @@ def columns(count: int = 3) -> list[list[Tensor]]:
 
 
 @pytest.fixture(params=["read by C++", "known to torch's guards", "one by one"], autouse=True)
-def way(request, monkeypatch) -> str:
+def way(request, monkeypatch) -> None:
     """How tensors are looked at: everything here holds without the library, and without torch's guards."""
     if request.param != "read by C++":
         monkeypatch.setattr(metadata, "_reader", lambda: None)
@@ -30,7 +30,6 @@ def way(request, monkeypatch) -> str:
         monkeypatch.setattr(guards, "TensorGuards", None)
     guards._known.clear()
     rows._apart.clear()
-    return request.param
 
 
 @pytest.fixture

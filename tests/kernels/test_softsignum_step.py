@@ -9,6 +9,7 @@ from torch import Tensor
 
 from s3_megatron.kernels.softsignum import softsignum_step_
 from s3_megatron.optim.softsignum_reference import softsignum_reference_step
+from tests.tensors import bits, random
 
 INF = math.inf
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -34,15 +35,6 @@ def kernel(params: list[Tensor], grads: list[Tensor], ms: list[Tensor], **settin
     softsignum_step_(params, grads, ms, **settings)
 
 
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.detach().clone().contiguous().view(-1).view(torch.uint8)
-
-
 @pytest.mark.parametrize(("setting", "row"), GOLDEN.items())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_golden_vectors(setting: tuple[float, float], row: str, dtype: torch.dtype) -> None:
@@ -65,13 +57,16 @@ def test_golden_vectors(setting: tuple[float, float], row: str, dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_golden_walk(dtype: torch.dtype) -> None:
-    """To 2e-15 they are printed; float32 to 2e-7, two roundings of a weight of 1."""
+    """To 2e-15 they are printed; float32 to 2e-7, two roundings of a weight of 1. The update is recovered from the
+    weight: the division by lr makes its roundings ten times larger."""
     x, m = torch.ones(3, dtype=dtype), torch.zeros(3, dtype=dtype)
-    for g, tau, its_m, _, its_x in WALK:
+    for g, tau, its_m, its_update, its_x in WALK:
+        before = x[0].item()
         kernel([x], [torch.full((3,), g, dtype=dtype)], [m], beta=0.95, tau=tau)
         tolerance = 2e-15 if dtype == torch.float64 else 2e-7
         assert m[0].item() == pytest.approx(its_m, abs=tolerance)
         assert x[0].item() == pytest.approx(its_x, abs=tolerance)
+        assert (before * (1 - 0.1 * 0.1) - x[0].item()) / 0.1 == pytest.approx(its_update, abs=10 * tolerance)
 
 
 SETTINGS = [

@@ -21,6 +21,7 @@ import pytest
 from s3_megatron.checkpoints.whole import newest
 from s3_megatron.data import inspect
 from s3_megatron.demo.engines import ENGINES
+from tests.terminal import lives
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE_PACKAGES = sysconfig.get_path("purelib")
@@ -198,7 +199,7 @@ def read(lines: Path) -> list[dict[str, Any]]:
 def stands_in(process: psutil.Process, folder: Path) -> bool:
     """Whether a process that has not ended has its working folder there."""
     try:
-        return Path(process.cwd()).is_relative_to(folder) and process.status() != psutil.STATUS_ZOMBIE
+        return lives(process) and Path(process.cwd()).is_relative_to(folder)
     except psutil.Error:
         return False
 

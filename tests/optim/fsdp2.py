@@ -38,6 +38,7 @@ from s3_megatron.watch.file import read_metrics
 from s3_megatron.watch.observer import Observer
 from tests import checks
 from tests.checks import refuses, shared_folder
+from tests.optim.dtensors import replicas_are_equal, whole
 
 STEPS = 10
 LR, DECAY = 3e-3, 0.1
@@ -93,11 +94,11 @@ class Run:
             self.optimizer.step()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights, m and r, whole."""
+        """Weights and states, whole."""
         for name, param in self.net.named_parameters():
-            state = self.optimizer.state[param]
-            for kind, tensor in (("x", param.detach()), ("m", state[EXP_AVG]), ("r", state[EXP_AVG_ROOT])):
-                yield f"{kind} of {name}", tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield f"weight of {name}", whole(param)
+            for kind in self.optimizer.spec.state_names:
+                yield f"{kind} of {name}", whole(self.optimizer.state[param][kind])
 
 
 def compare(one: Run, other: Run, tolerance: float = 1e-6) -> None:
@@ -111,21 +112,21 @@ def compare(one: Run, other: Run, tolerance: float = 1e-6) -> None:
 
 
 def check_sharded_equals_unsharded() -> None:
-    sharded, whole = make(True), make(False)
+    sharded, unsharded = make(True), make(False)
     before = dict(sharded.tensors()) if sharded.optimizer.state else {}
     assert not before, "no state before the first step"
-    for run in (sharded, whole):
+    for run in (sharded, unsharded):
         run.train(range(STEPS))
-    compare(sharded, whole)
+    compare(sharded, unsharded)
     moved = make(False).net.state_dict()
-    assert all(not torch.equal(moved[name], param) for name, param in whole.net.named_parameters())
+    assert all(not torch.equal(moved[name], param) for name, param in unsharded.net.named_parameters())
 
 
 def check_clipping_equals_the_unsharded_run() -> None:
-    sharded, whole = make(True), make(False)
-    for run in (sharded, whole):
+    sharded, unsharded = make(True), make(False)
+    for run in (sharded, unsharded):
         run.train(range(STEPS), clip=1e-3)
-    compare(sharded, whole)
+    compare(sharded, unsharded)
 
 
 def check_an_observer_has_the_sizes_of_all_ranks() -> None:
@@ -196,11 +197,11 @@ def check_loading_on_other_ranks() -> None:
         first = make(True)
         first.train(range(3))
         save(first, SHARED)
-    resumed, whole = make(True), make(False)
+    resumed, unsharded = make(True), make(False)
     load(resumed, SHARED)
     resumed.train(range(3, STEPS))
-    whole.train(range(STEPS))
-    compare(resumed, whole)
+    unsharded.train(range(STEPS))
+    compare(resumed, unsharded)
     assert all(group["betas"] == (0.95, 0.95) for group in resumed.optimizer.param_groups)
 
 
@@ -265,12 +266,12 @@ def check_torchs_plans_equal_the_unsharded_run() -> None:
     for plan, mesh in plans().items():
         for kind, settings in ((S3, {}), (S3, {"implementation": "foreach"}), (torch.optim.AdamW, {})):
             torch.manual_seed(0)
-            whole, part = Block(), Block()
-            part.load_state_dict(whole.state_dict())
+            alone, part = Block(), Block()
+            part.load_state_dict(alone.state_dict())
             share_out(part, plan, mesh)
             own = x.chunk(mesh["tp"].size(), 1)[mesh["tp"].get_local_rank()] if plan.startswith("TP") else x
             seen = set()
-            for model, data in ((whole, x), (part, own)):
+            for model, data in ((alone, x), (part, own)):
                 optimizer = kind(model.parameters(), lr=LR, weight_decay=DECAY, **settings)
                 for _ in range(5):
                     optimizer.zero_grad()
@@ -278,16 +279,11 @@ def check_torchs_plans_equal_the_unsharded_run() -> None:
                     seen |= {grad.placements for p in model.parameters() if isinstance(grad := p.grad, DTensor)}
                     optimizer.step()
             assert plan != "TP" or (Partial(),) in seen, seen
-            for (name, a), b in zip(part.named_parameters(), whole.parameters(), strict=True):
+            for (name, a), b in zip(part.named_parameters(), alone.parameters(), strict=True):
                 where = f"{plan}, {kind.__name__} {settings}: {name}"
-                full = a.full_tensor() if isinstance(a, DTensor) else a
-                torch.testing.assert_close(full, b, rtol=1e-6, atol=1e-6, msg=lambda m, w=where: f"{w}: {m}")
-                for dim in range(a.device_mesh.ndim if isinstance(a, DTensor) else 0):
-                    if a.placements[dim].is_replicate():
-                        mine = a.to_local().detach()
-                        others = [torch.empty_like(mine) for _ in range(a.device_mesh.size(dim))]
-                        dist.all_gather(others, mine, group=a.device_mesh.get_group(dim))
-                        assert all(torch.equal(mine, other) for other in others), f"{where}: replicas differ"
+                torch.testing.assert_close(whole(a), b, rtol=1e-6, atol=1e-6, msg=lambda m, w=where: f"{w}: {m}")
+                if isinstance(a, DTensor):
+                    replicas_are_equal(a, where)
 
 
 def check_gradients_and_states_placed_otherwise_than_their_weight() -> None:
@@ -298,11 +294,11 @@ def check_gradients_and_states_placed_otherwise_than_their_weight() -> None:
     for at, of_grad, of_state in itertools.product(ways[:3], ways, ways[:3]):
         torch.manual_seed(0)
         values = [torch.randn(7, 5), torch.randn(1, 3), torch.randn(5)]
-        whole = [nn.Parameter(x.clone()) for x in values]
+        plain = [nn.Parameter(x.clone()) for x in values]
         parts = [nn.Parameter(distribute_tensor(x, mesh, at)) for x in values[:2]] + [nn.Parameter(values[2].clone())]
-        optimizers = [S3(params, lr=LR, weight_decay=DECAY) for params in (whole, parts)]
+        optimizers = [S3(params, lr=LR, weight_decay=DECAY) for params in (plain, parts)]
         for step in range(3):
-            for p, q in zip(whole, parts, strict=True):
+            for p, q in zip(plain, parts, strict=True):
                 p.grad = torch.randn_like(p)
                 q.grad = distribute_tensor(p.grad, mesh, of_grad) if isinstance(q, DTensor) else p.grad.clone()
             for optimizer in optimizers:
@@ -311,8 +307,8 @@ def check_gradients_and_states_placed_otherwise_than_their_weight() -> None:
                 for entry in list(optimizers[1].state.values())[:2]:
                     for name, m in entry.items():
                         entry[name] = m.redistribute(placements=of_state)
-        for p, q in zip(whole, parts, strict=True):
-            torch.testing.assert_close(q.full_tensor() if isinstance(q, DTensor) else q, p, rtol=1e-6, atol=1e-8)
+        for p, q in zip(plain, parts, strict=True):
+            torch.testing.assert_close(whole(q), p, rtol=1e-6, atol=1e-8)
     pending = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
     pending.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()])
     refuses(lambda: S3([pending]).step(), "a sum still to be made")
@@ -320,7 +316,7 @@ def check_gradients_and_states_placed_otherwise_than_their_weight() -> None:
 
 def check_zero_redundancy_keeps_s3s_state_and_refuses_adams() -> None:
     """Incident: ZeroRedundancyOptimizer writes state and groups into the optimizer that it wraps, past load_state_dict:
-    Adam's state was taken for S3's in silence, with betas (0.9, 0.999) and v where r belongs."""
+    Adam's state was silently taken for S3's, with betas (0.9, 0.999) and v where r belongs."""
 
     def run(kind: type, state: dict[str, Any] | None = None) -> tuple[list[Tensor], dict[str, Any]]:
         torch.manual_seed(0)
@@ -394,6 +390,6 @@ if __name__ == "__main__":
     from tests.optim import softmuon_ranks, softsignum_ranks  # which import this module
 
     dist.init_process_group("gloo")
-    everything = globals() | vars(softsignum_ranks) | vars(softmuon_ranks)
-    checks.run(checks.named(everything), sys.argv[3:], Path(sys.argv[1]))
+    found = checks.named(sys.modules[__name__], softsignum_ranks, softmuon_ranks)
+    checks.run(found, sys.argv[3:], Path(sys.argv[1]))
     dist.destroy_process_group()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,6 +19,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from s3_megatron.optim.softmuon import SoftMuon
 from s3_megatron.optim.state import EXP_AVG
 from tests.checks import refuses
+from tests.optim.dtensors import replicas_are_equal, whole
+from tests.optim.fsdp2 import Run, load, save
 
 LR, DECAY, STEPS = 1e-2, 0.1, 8
 # Hard until step 3, soft until 9.
@@ -42,26 +43,23 @@ class Layers(nn.Module):
         return x
 
 
-def make(sharded: bool) -> tuple[nn.Module, SoftMuon]:
+def make(sharded: bool) -> Run:
     torch.manual_seed(1)
     net = Layers()
     if sharded:
         for layer in net.layers[:3]:
             fully_shard(layer)
         fully_shard(net)
-    return net, SoftMuon(net.parameters(), LR, **PHASES)
+    return Run(net, SoftMuon(net.parameters(), LR, **PHASES))
 
 
-def train(net: nn.Module, optimizer: SoftMuon, steps: range) -> None:
+def train(run: Run, steps: range) -> None:
     for step in steps:
         x = torch.randn(6, 7, generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        (1e3 * net(x)).square().mean().backward()  # so that singular values of 1e-8 do not leave tau at its highest
-        optimizer.step()
-
-
-def whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x.detach()
+        run.optimizer.zero_grad()
+        # So that singular values of 1e-8 do not leave tau at its highest.
+        (1e3 * run.net(x)).square().mean().backward()
+        run.optimizer.step()
 
 
 def compare(one: SoftMuon, other: SoftMuon, tolerance: float) -> None:
@@ -78,14 +76,14 @@ def compare(one: SoftMuon, other: SoftMuon, tolerance: float) -> None:
 def check_softmuon_sharded_equals_unsharded() -> None:
     sharded, plain = make(True), make(False)
     for run in (sharded, plain):
-        train(*run, range(STEPS))
-    compare(sharded[1], plain[1], 1e-6)
-    one, other = (optimizer.param_groups[0] for _, optimizer in (sharded, plain))
-    assert one["soft_first"] == 3 and 1 < sharded[1].tau < 1e8
+        train(run, range(STEPS))
+    compare(sharded.optimizer, plain.optimizer, 1e-6)
+    one, other = (run.optimizer.param_groups[0] for run in (sharded, plain))
+    assert one["soft_first"] == 3 and 1 < sharded.optimizer.tau < 1e8
     assert all(
         one[name] == other[name] for name in ("soft_mu", "soft_sigma", "soft_first", "soft_norm", "soft_largest")
     )
-    assert all(isinstance(state[EXP_AVG], DTensor) for state in sharded[1].state.values())
+    assert all(isinstance(state[EXP_AVG], DTensor) for state in sharded.optimizer.state.values())
 
 
 def check_softmuon_goes_on_from_a_checkpoint_in_both_phases() -> None:
@@ -93,27 +91,23 @@ def check_softmuon_goes_on_from_a_checkpoint_in_both_phases() -> None:
     for saved_at in (2, 6):
         folder = Path(sys.argv[2]) / f"softmuon-{saved_at}"
         straight = make(True)
-        train(*straight, range(saved_at))
+        train(straight, range(saved_at))
         if dist.get_world_size() == 2:
-            model, state = get_state_dict(*straight)
-            dcp.save({"model": model, "optimizer": state}, checkpoint_id=folder)
-        train(*straight, range(saved_at, STEPS))
-        net, optimizer = make(True)
-        model, state = get_state_dict(net, optimizer)
-        state = {"model": model, "optimizer": state}
-        dcp.load(state, checkpoint_id=folder)
-        set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        assert optimizer.param_groups[0]["steps_taken"] == saved_at
-        train(net, optimizer, range(saved_at, STEPS))
-        compare(straight[1], optimizer, 0.0 if dist.get_world_size() == 2 else 1e-6)
-        assert optimizer.tau == straight[1].tau < 1e8
+            save(straight, folder)
+        train(straight, range(saved_at, STEPS))
+        resumed = make(True)
+        load(resumed, folder)
+        assert resumed.optimizer.param_groups[0]["steps_taken"] == saved_at
+        train(resumed, range(saved_at, STEPS))
+        compare(straight.optimizer, resumed.optimizer, 0.0 if dist.get_world_size() == 2 else 1e-6)
+        assert resumed.optimizer.tau == straight.optimizer.tau < 1e8
 
 
 def check_softmuon_under_torchs_checkpoint_options() -> None:
     """torch's full_state_dict takes a tuple in a param group apart, and cannot load it where there is a None."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for names in (["full_state_dict"], ["flatten_optimizer_state_dict"], ["cpu_offload"]):
-        options = StateDictOptions(**dict.fromkeys(names, True))
+    for name in ("full_state_dict", "flatten_optimizer_state_dict", "cpu_offload"):
+        options = StateDictOptions(**{name: True})
         runs = []
         for _ in range(2):
             torch.manual_seed(1)
@@ -178,15 +172,9 @@ def check_softmuon_in_every_placement() -> None:
         assert one == other, (mesh, at, one, other)
         compare(optimizers[1], optimizers[0], 1e-6)
         for q in parts[:-1]:
-            for dim in range(mesh.ndim):
-                if q.placements[dim].is_replicate():
-                    mine = q.to_local().detach()
-                    others = [torch.empty_like(mine) for _ in range(mesh.size(dim))]
-                    dist.all_gather(others, mine, group=mesh.get_group(dim))
-                    assert all(torch.equal(mine, other) for other in others), (mesh, at)
-    half = init_device_mesh("cpu", (1,)) if ranks == 1 else flat
-    pending = nn.Parameter(DTensor.from_local(torch.ones(3, 3), half, [Partial()]))
-    pending.grad = DTensor.from_local(torch.ones(3, 3), half, [Partial()])
+            replicas_are_equal(q, (mesh, at))
+    pending = nn.Parameter(DTensor.from_local(torch.ones(3, 3), flat, [Partial()]))
+    pending.grad = DTensor.from_local(torch.ones(3, 3), flat, [Partial()])
     refuses(lambda: SoftMuon([pending], soft_start=1).step(), "a sum still to be made")
 
 

@@ -3,7 +3,6 @@
 The checks are in fsdp2.py, softsignum_ranks.py and softmuon_ranks.py.
 """
 
-import re
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,12 @@ from tests import checks
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 WORKERS = [Path(__file__).with_name(name) for name in ("fsdp2.py", "softsignum_ranks.py", "softmuon_ranks.py")]
-CHECKS = [
-    name for worker in WORKERS for name in re.findall(r"^def (check_\w+)", worker.read_text(), flags=re.MULTILINE)
-]
+CHECKS = checks.in_files(WORKERS)
 
 
 @pytest.fixture(scope="module")
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str]]:
-    """What every selected check said, by number of ranks; the first two leave the checkpoint that the others load."""
+    """Every selected check's outcome by number of ranks; the first two leave the checkpoint that the others load."""
     folder = tmp_path_factory.mktemp("fsdp2")
     names = {2: checks.selected(request)} | {nproc: checks.selected(request, nproc=nproc) for nproc in (4, 1)}
     return {nproc: checks.launch("tests.optim.fsdp2", some, nproc, folder) for nproc, some in names.items()}

@@ -39,7 +39,7 @@ def weight() -> torch.nn.Parameter:
     ids=lambda group: ",".join(group),
 )
 def test_what_is_ignored_is_named_once(group: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    """They passed in silence, where the same names are a TypeError as arguments."""
+    """They were silently accepted, where the same names are a TypeError as arguments."""
     optimizer = S3([{"params": [weight()], **group}, {"params": [weight()], **group}], weight_decay=0.1)
     optimizer.add_param_group({"params": [weight()], **group})
     S3([{"params": [weight()], **group}])
@@ -68,7 +68,7 @@ def test_one_rank_names_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
 
 
 def test_the_groups_of_another_optimizer_are_taken_but_for_what_they_ask(caplog: pytest.LogCaptureFixture) -> None:
-    """AdamW's groups have nine keys that S3's do not, and all but eps ask for nothing unless somebody set them."""
+    """AdamW's groups have nine keys that S3's do not, and all but eps have no effect unless they were set."""
     S3(torch.optim.AdamW([weight()], weight_decay=0.1).param_groups)
     S3(torch.optim.AdamW([weight()], weight_decay=0.1, amsgrad=True).param_groups)
     assert [line.partition(" in ")[0] for line in caplog.messages] == [

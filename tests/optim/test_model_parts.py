@@ -25,7 +25,7 @@ class Net(nn.Module):
         self.head = nn.Linear(8, 11, bias=False)
 
 
-def test_every_name_of_the_package_is_what_it_says_however_often_it_is_asked_for():
+def test_no_name_of_the_package_is_a_module_however_often_it_is_read():
     """Incident: a file called as its function took the function's place in the package, once it was imported."""
     for _ in range(2):
         assert [name for name in optim.__all__ if isinstance(getattr(optim, name), types.ModuleType)] == []

@@ -9,6 +9,7 @@ from torch.optim import lr_scheduler
 
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
 from s3_megatron.optim.reference import s3_reference_step
+from tests.tensors import bits
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -19,10 +20,6 @@ def parameter(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) ->
 def gradients(like: Tensor, steps: int, seed: int = 1) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(like.shape, dtype=torch.float64, generator=generator).to(like.dtype) for _ in range(steps)]
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().contiguous().view(-1).view(torch.uint8)
 
 
 class Oracle:
@@ -272,7 +269,7 @@ def test_without_statistics_none_are_kept():
 
 
 def test_meta_parameters_get_meta_state():
-    """A dry run without memory: shapes and dtypes are right, and no value is ever asked for."""
+    """A dry run without memory: shapes and dtypes are right, and no value is ever read."""
     x = torch.empty(1_000_000, 1_000_000, device="meta", dtype=torch.bfloat16, requires_grad=True)
     optimizer = S3([x], lr=torch.tensor(0.1, device="meta"), weight_decay=0.1)
     x.grad = torch.empty_like(x)

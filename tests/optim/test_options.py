@@ -103,7 +103,7 @@ def test_capturable_keeps_rate_and_seed_where_a_graph_reads_them():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"implementation": "fast"}, "auto, foreach, cpu, triton"),
         ({"state_dtype": torch.float16}, r"torch.float32 or torch.bfloat16"),
@@ -111,8 +111,8 @@ def test_capturable_keeps_rate_and_seed_where_a_graph_reads_them():
         ({"implementation": "triton"}, "the tensors are on cpu"),
     ],
 )
-def test_what_cannot_be_is_refused(options, said):
-    with pytest.raises(S3Error, match=said):
+def test_what_cannot_be_is_refused(options, message):
+    with pytest.raises(S3Error, match=message):
         trained(**options)
 
 

@@ -1,4 +1,4 @@
-"""What S3 does not take, and that the message says what was wrong and what is allowed."""
+"""What S3 does not take, and that the message names what was wrong and what is allowed."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from s3_megatron.errors import S3Error
 from s3_megatron.optim import S3
 
 NAN, INF = float("nan"), float("inf")
-BAD = [  # name, value, what the message must say of the value, and of the range
+BAD = [  # name, value, what the message must contain of the value, and of the range
     *[("lr", value, f"lr is {value}", "finite number >= 0") for value in (-1e-9, NAN, INF)],
     *[("lr", torch.tensor(value), f"lr is {value}", "finite number >= 0") for value in (-1.0, NAN)],
     *[("beta", value, f"beta is {value}", "[0, 1)") for value in (-0.1, 1, 1.0, 1.5, NAN)],
@@ -22,9 +22,9 @@ BAD = [  # name, value, what the message must say of the value, and of the range
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "said", "allowed"), BAD)
+@pytest.mark.parametrize(("name", "value", "given", "allowed"), BAD)
 @pytest.mark.parametrize("where", ["argument", "group", "later group"])
-def test_a_hyperparameter_out_of_range_names_the_value_and_the_range(name, value, said, allowed, where):
+def test_a_hyperparameter_out_of_range_names_the_value_and_the_range(name, value, given, allowed, where):
     param = torch.zeros(2, requires_grad=True)
     optimizer = S3([torch.zeros(1, requires_grad=True)])
     with pytest.raises(S3Error) as caught:
@@ -35,7 +35,7 @@ def test_a_hyperparameter_out_of_range_names_the_value_and_the_range(name, value
         else:
             optimizer.add_param_group({"params": [param], name: value})
     message = str(caught.value)
-    assert said in message and allowed in message and "\n" not in message
+    assert given in message and allowed in message and "\n" not in message
     assert len(optimizer.param_groups) == 1
 
 

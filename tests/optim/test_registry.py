@@ -64,20 +64,20 @@ BAD = [("p", 0.5, ">= 1"), ("beta", 1.0, "[0, 1)"), ("betas", (0.9, -0.1), "[0, 
 
 @pytest.mark.parametrize(("name", "value", "allowed"), BAD)
 def test_a_range_is_the_same_everywhere(name: str, value: object, allowed: str) -> None:
-    """Three lists of ranges said almost the same."""
+    """Three lists of ranges were almost the same."""
     from pydantic import ValidationError
 
     from s3_megatron.engines.deepspeed.build import make
     from s3_megatron.jobs.recipe import section
 
     weights, rates = [torch.nn.Parameter(torch.ones(3))], {"lr": 1.0, "weight_decay": 0.1}
-    for ask in (
+    for check in (
         lambda: S3(weights, **{name: value}),
         lambda: make(registry.S3, weights, {name: value}, bf16_states=False),
         lambda: registry.S3.check({name: value}, registry.S3.flag),
     ):
         with pytest.raises(S3Error) as refused:
-            ask()
+            check()
         assert name in str(refused.value) and allowed in str(refused.value) and "\n" not in str(refused.value)
     with pytest.raises(ValidationError):
         section(registry.S3).model_validate({"name": "s3", "lr": 1.0, "adamw": rates, name: value})
@@ -115,17 +115,17 @@ def test_a_name_in_use_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "state", "said"),
+    ("name", "state", "message"),
     [
-        ("adam", {EXP_AVG: "m"}, "none of the hosts' own"),  # it would have stood in for everybody's Adam
+        ("adam", {EXP_AVG: "m"}, "none of the hosts' own"),  # it would have replaced every user's Adam
         ("Soft-Sign", {EXP_AVG: "m"}, "small letters and digits"),
         ("other", {"momentum": "m"}, "has the state momentum: it must be exp_avg"),  # no checkpoint would have had it
         ("other", {EXP_AVG_ROOT: "r"}, "has the state exp_avg_sq"),
         ("other", {}, "the state .none."),
     ],
 )
-def test_a_spec_that_the_hosts_would_miss_is_refused(name: str, state: dict[str, str], said: str) -> None:
-    with pytest.raises(S3Error, match=said):
+def test_a_spec_that_the_hosts_would_miss_is_refused(name: str, state: dict[str, str], message: str) -> None:
+    with pytest.raises(S3Error, match=message):
         Spec(name, "tests.toy:Toy", "", state, ())
 
 
@@ -172,9 +172,9 @@ def test_a_configuration_is_pickled_and_compared() -> None:
 def test_what_differs_of_the_state_is_refused_overridden_or_left() -> None:
     ours = [{"betas": (0.95, 0.95), "p": 3.0, "nesterov": True}] * 2
     saved = [{"betas": [0.9, 0.9], "p": 3.0}, {"betas": [0.95, 0.95], "p": 2.0, "nesterov": True}]
-    said: list[str] = []
-    accept(saved, ours, registry.S3, lambda what: bool(said.append(what)))
-    assert said == [
+    refusals: list[str] = []
+    accept(saved, ours, registry.S3, lambda what: bool(refusals.append(what)))
+    assert refusals == [
         "the state was made by S3 with betas=(0.9, 0.9), p=2.0 and this run asks for betas=(0.95, 0.95), p=3.0"
     ]
     assert saved[0]["betas"] == [0.9, 0.9]
@@ -184,7 +184,7 @@ def test_what_differs_of_the_state_is_refused_overridden_or_left() -> None:
 
 
 def test_a_state_of_ours_is_no_adams() -> None:
-    """The marks alone told S3's state from Adam's: a converter that was asked for would have rooted r once more."""
+    """The marks alone distinguished S3's state from Adam's: the conversion's flag would have rooted r once more."""
     param = torch.nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
     s3, toy = S3([param], weight_decay=0.1), Toy([param], weight_decay=0.1)

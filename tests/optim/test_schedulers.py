@@ -43,8 +43,8 @@ CYCLING = {
 
 
 @pytest.mark.parametrize("name", CYCLING)
-def test_a_scheduler_that_cycles_momentum_is_said_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It writes the first beta as Adam's momentum, 0.85 to 0.95: a weight moved by more than lr, in silence."""
+def test_a_scheduler_that_cycles_momentum_is_logged_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It writes the first beta as Adam's momentum, 0.85 to 0.95: a weight silently moved by more than lr."""
     optimizer, param = made(beta=0.99)
     scheduler = CYCLING[name](optimizer)
     assert largest_update(optimizer, param, scheduler.step) > 1
@@ -86,7 +86,7 @@ def test_decay_and_p_that_change_keep_the_bound(caplog: pytest.LogCaptureFixture
 
 
 @pytest.mark.parametrize("door", ["argument", "group", "checkpoint", "written"])
-def test_two_betas_are_said_whichever_way_they_come(door: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_two_betas_are_logged_whichever_way_they_come(door: str, caplog: pytest.LogCaptureFixture) -> None:
     optimizer, param = made(**({"betas": (0.9, 0.99)} if door == "argument" else {}))
     if door == "group":
         optimizer.add_param_group({"params": [other := torch.nn.Parameter(torch.ones(3))], "betas": (0.9, 0.99)})
@@ -99,7 +99,7 @@ def test_two_betas_are_said_whichever_way_they_come(door: str, caplog: pytest.Lo
     assert ["0.9 and 0.99" in line for line in caplog.messages if "S3 steps with two betas" in line] == [True]
 
 
-def test_one_rank_says_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_rank_logs_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("RANK", "1")
     largest_update(*made(betas=(0.9, 0.99)))
     assert caplog.messages == []
@@ -118,7 +118,7 @@ def test_a_beta_out_of_range_is_refused_in_the_step(betas: tuple[float, float]) 
 
 @pytest.mark.parametrize("p", [0.0, 0.5, float("nan"), float("inf")])
 def test_a_p_out_of_range_is_refused_in_the_step(p: float) -> None:
-    """Incident: with p of 0 or NaN written into a group no weight moved, and nothing was said."""
+    """Incident: with p of 0 or NaN written into a group no weight moved, and nothing was logged."""
     weight = torch.nn.Parameter(torch.ones(3))
     weight.grad = torch.ones(3)
     optimizer = S3([weight], weight_decay=0.1)
@@ -128,7 +128,7 @@ def test_a_p_out_of_range_is_refused_in_the_step(p: float) -> None:
     assert torch.equal(weight.detach(), torch.ones(3)) and not optimizer.state
 
 
-def test_a_compiled_step_says_it_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_compiled_step_logs_it_too(caplog: pytest.LogCaptureFixture) -> None:
     optimizer, param = made(betas=(0.9, 0.99))
     param.grad = torch.ones_like(param)
     with caplog.at_level(logging.WARNING, logger=settings.__name__):
@@ -142,7 +142,7 @@ BAD_SIZES = [-1e-9, math.nan, math.inf, torch.tensor(-1.0), torch.tensor(math.na
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("bad", BAD_SIZES, ids=str)
 def test_a_rate_out_of_range_is_refused_in_the_step(bad: float | Tensor, compiled: bool) -> None:
-    """A schedule that ran below 0 moved every weight up the slope, in silence; AdamW takes it as well."""
+    """A schedule that ran below 0 silently moved every weight up the slope; AdamW takes it as well."""
     first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     optimizer = S3([{"params": [first]}, {"params": [second]}], lr=LR, weight_decay=DECAY)
     optimizer.param_groups[1]["lr"] = bad

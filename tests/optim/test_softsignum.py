@@ -12,18 +12,10 @@ from s3_megatron.errors import S3Error
 from s3_megatron.optim import EXP_AVG, SoftSignum
 from s3_megatron.optim.softsignum_reference import reference_temperature, softsignum_reference_step
 from tests.fake_gpu import fake_gpu, never_waiting
+from tests.tensors import bits, random
 
 INF, NAN = math.inf, float("nan")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.detach().clone().contiguous().view(-1).view(torch.uint8)
 
 
 @pytest.mark.parametrize("tau", [INF, 100.0])

@@ -1,7 +1,6 @@
 """SoftSignum's state: saved and loaded in both phases, copied, kept apart from others'; and what is refused."""
 
 import copy
-import io
 import logging
 import pickle
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import EXP_AVG, S3, SoftSignum
+from tests.tensors import through_a_file, train
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BRAIN = torch.bfloat16
@@ -35,26 +35,10 @@ def build(params: list[nn.Parameter], lr: float | Tensor = 0.1, **settings: Any)
     return SoftSignum(groups, lr=lr, weight_decay=0.1, **(RUN | settings))
 
 
-def train(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        for x in params:
-            x.grad = torch.randn(x.shape, generator=generator).to(x.dtype)
-        optimizer.step()
-
-
 def everything(params: list[nn.Parameter], optimizer: SoftSignum) -> tuple[bytes, list[Any]]:
     tensors = [t.detach() for x in params for t in (x, optimizer.state[x][EXP_AVG])]
     run = [[group[key] for key in KEYS] for group in optimizer.param_groups]
     return b"".join(t.clone().view(-1).view(torch.uint8).numpy().tobytes() for t in tensors), run
-
-
-def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """weights_only: whoever gets a checkpoint need not trust its pickle."""
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 # Hard, the step before the first soft one, the one behind it, soft, beyond the end.

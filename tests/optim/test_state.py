@@ -1,7 +1,6 @@
-"""S3's state: saved, loaded, copied, and told apart from Adam's."""
+"""S3's state: saved, loaded, copied, and distinguished from Adam's."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -11,6 +10,7 @@ from torch import Tensor
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3, from_adam_state, is_s3_state
 from s3_megatron.optim.reference import s3_reference_step
+from tests.tensors import through_a_file, train
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -24,14 +24,6 @@ def build(params: list[Tensor], lr: float | Tensor = 0.1) -> S3:
     return S3([{"params": params[:2]}, {"params": params[2:], "beta": 0.9, "p": 1.5}], lr=lr, weight_decay=0.1)
 
 
-def train(params: list[Tensor], optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        for x in params:
-            x.grad = torch.randn(x.shape, generator=generator).to(x.dtype)
-        optimizer.step()
-
-
 def bits(tensors: list[Tensor]) -> bytes:
     return b"".join(t.detach().clone().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in tensors)
 
@@ -39,14 +31,6 @@ def bits(tensors: list[Tensor]) -> bytes:
 def everything(params: list[Tensor], optimizer: torch.optim.Optimizer) -> bytes:
     states = [optimizer.state[x][name] for x in params for name in (EXP_AVG, EXP_AVG_ROOT)]
     return bits([*params, *states])
-
-
-def through_a_file(state_dict: dict) -> dict:
-    """weights_only: whoever gets a checkpoint need not trust its pickle."""
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
@@ -71,7 +55,7 @@ def test_saving_and_loading_in_the_middle_equals_no_interruption(dtype, lr):
 
 
 def test_other_hyperparameters_than_the_saved_ones_are_warned_of_once(caplog: pytest.LogCaptureFixture):
-    """Asked for 0.95 and 3, a run went on with 0.9 and 2, in silence; Megatron refuses that, and DeepSpeed."""
+    """Configured with 0.95 and 3, a run silently went on with 0.9 and 2; Megatron refuses that, and DeepSpeed."""
     params = parameters(torch.float32)
     source = S3(params, beta=0.9, p=2.25)
     train(params, source, range(1))

@@ -91,10 +91,10 @@ def refused() -> Iterator[tuple[str, Tensor, Tensor, str]]:
     yield "freed", freed, torch.ones(4), "longer than its storage"
 
 
-@pytest.mark.parametrize(("param", "grad", "said"), [case[1:] for case in refused()], ids=[c[0] for c in refused()])
+@pytest.mark.parametrize(("param", "grad", "message"), [case[1:] for case in refused()], ids=[c[0] for c in refused()])
 @pytest.mark.parametrize("implementation", ["auto", "foreach"])
-def test_what_nothing_can_move_is_refused_in_one_line(param, grad, said, implementation) -> None:
-    with pytest.raises(S3Error, match=said) as caught:
+def test_what_nothing_can_move_is_refused_in_one_line(param, grad, message, implementation) -> None:
+    with pytest.raises(S3Error, match=message) as caught:
         step(param, grad, implementation=implementation)
     assert "\n" not in str(caught.value)
 

@@ -1,5 +1,5 @@
 """An observer belongs to a run: plain PyTorch, several optimizers, and what others' sinks do. On ranks:
-tests/engines/megatron/resumes.py."""
+tests/engines/megatron/watching.py."""
 
 import gc
 import weakref

@@ -36,7 +36,7 @@ from tests.engines.deepspeed.harness import (
     equal,
     gradients,
     groups,
-    said,
+    logged,
     same,
 )
 from tests.engines.deepspeed.window import OLD, ZERO_OF_16_BIT
@@ -171,8 +171,8 @@ def check_an_adam_checkpoint_is_refused_or_converted(_: Path) -> None:
         close(other.weights(), converted.weights(), rtol=0.0, atol=BIT16[precision])
 
 
-def check_zero_3_loads_the_weights_that_are_asked_for(_: Path) -> None:
-    """load_module_only loaded nothing there, without a word, and AdamW advised it; load_optimizer_states=False took the
+def check_zero_3_loads_the_weights_that_are_requested(_: Path) -> None:
+    """load_module_only, which AdamW's message advised, silently loaded nothing; load_optimizer_states=False took the
     weights of the checkpoint that ``latest`` names, whatever the tag (DeepSpeed issue 8499)."""
     folder, run = shared_folder(), Run(3)
     train(run, 0, 1)
@@ -200,7 +200,7 @@ def check_zero_3_loads_the_weights_that_are_asked_for(_: Path) -> None:
 
 
 def check_other_hyperparameters_are_refused(_: Path) -> None:
-    """DeepSpeed went on with the checkpoint's p where the configuration asked for another, and logged one line;
+    """DeepSpeed went on with the checkpoint's p where the configuration had another, and logged one line;
     Megatron refused it. The decay is no part of the state: the checkpoint's goes on, with a line."""
     folder = shared_folder()
     save(Run(2), folder)
@@ -211,9 +211,8 @@ def check_other_hyperparameters_are_refused(_: Path) -> None:
     run = Run(2, params={**changed, "s3_override_hyperparameters": True})
     load(run, folder)
     assert {(g["p"], g["betas"], g["nesterov"]) for g in run.s3.param_groups} == {(2.0, (0.9, 0.9), False)}
-    net = (
-        Net()
-    )  # an object has no configuration that could override: the checkpoint's values count, as in plain PyTorch
+    # An object has no configuration that could override: the checkpoint's values count, as in plain PyTorch.
+    net = Net()
     run = Run(2, net=net, client=S3(groups(net), lr=LR, p=2.0))
     load(run, folder)
     assert {group["p"] for group in run.s3.param_groups} == {3.0}
@@ -228,7 +227,7 @@ def check_other_hyperparameters_are_refused(_: Path) -> None:
     assert any(f"checkpoint's weight_decay: [{DECAY}]" in line and "[0.5]" in line for line in lines), lines
 
 
-def check_another_configuration_is_said(_: Path) -> None:
+def check_another_configuration_is_logged(_: Path) -> None:
     """Another clipping, batch or schedule than the checkpoint's passed without a line: DeepSpeed saves it, and compares
     nothing. Of a configuration that was given as a path it saved the path alone."""
     folder, by_path = shared_folder(), shared_folder()
@@ -245,7 +244,7 @@ def check_another_configuration_is_said(_: Path) -> None:
     longer = {"type": "WarmupLR", "params": {"warmup_num_steps": 20}}
     for saved in (folder, by_path):
         for name, more in (("same", {"scheduler": warmup, "steps_per_print": 7}), ("other", {"scheduler": longer})):
-            with said() as all_lines:
+            with logged() as all_lines:
                 load(Run(2, clip=0.5 * (name == "other"), **more), saved)
             lines[f"{name} {saved}"] = [line for line in all_lines if "another DeepSpeed configuration" in line]
     # After the last collective: a rank that fails alone would leave the other waiting.
@@ -294,14 +293,14 @@ def spoil(net: Net) -> None:
 
 
 def check_universal_checkpoints_bring_what_is_not_trained(folder: Path) -> None:
-    """Frozen weights and buffers stayed as the new process had made them, without a word (AdamW's still do)."""
+    """Frozen weights and buffers silently stayed as the new process had made them (AdamW's still do)."""
     for name in UNIVERSAL:
         for kind, lacking in (("universal", False), ("lacking", True)):
             if lacking and name not in LACKING:
                 continue
             run = make(name, checkpoint={"load_universal": True})
             spoil(run.net)
-            with said() as lines:
+            with logged() as lines:
                 load(run, folder / name / kind)
             with deepspeed.zero.GatheredParameters([run.net.frozen]):
                 values = {*run.net.frozen.tolist(), *run.net.seen.tolist()}

@@ -34,7 +34,7 @@ from tests.engines.deepspeed.harness import (
     equal,
     gradients,
     groups,
-    said,
+    logged,
     same,
 )
 from tests.engines.deepspeed.window import OLD, ZERO_OF_16_BIT
@@ -79,7 +79,7 @@ def check_offload_equals_no_offload() -> None:
 def check_16_bit_masters_and_states() -> None:
     """A bfloat16 master is moved in float32 and rounded once a step: 2^-8 of the weight, STEPS_SHORT times."""
     if OLD:
-        raise SkipTest("DeepSpeed 0.17.6 knows neither bf16_master_weights_and_grads nor its states")
+        raise SkipTest("DeepSpeed 0.17.6 has neither bf16_master_weights_and_grads nor its states")
     both = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     cases = [
         (1, False, both, torch.bfloat16),
@@ -236,9 +236,9 @@ def check_a_gradient_is_used_once() -> None:
 
 
 def check_what_the_last_micro_batch_leaves_out_is_used() -> None:
-    """ZeRO 2 and 3 under offload lost the gradient of a parameter that only an earlier micro-batch reaches, in silence.
+    """ZeRO 2 and 3 under offload silently lost the gradient of a parameter that only an earlier micro-batch reaches.
 
-    AdamW, which runs as without S3, still loses it: where that fails, DeepSpeed has mended it. The sizes say that the
+    AdamW, which runs as without S3, still loses it: where that fails, DeepSpeed has fixed it. The sizes show that the
     norm counts it, too: clipped by the norm of the others alone, the gradient would be longer.
     """
     few = {name: grad for name, grad in gradients(0).items() if name != "linear"}
@@ -246,7 +246,7 @@ def check_what_the_last_micro_batch_leaves_out_is_used() -> None:
     for stage, precision in itertools.product((2, 3), ("fp32", "bf16")):
         for clip, kind in ((0.0, {}), (0.5, {}), (0.0, adam)):
             run, reference = Run(stage, precision, accumulate=2, clip=clip, offload=True, **kind), Reference()
-            with said() as lines:
+            with logged() as lines:
                 for grads in (gradients(0), few) * 2:
                     run.engine.backward(run.engine(grads))
                     run.engine.step()

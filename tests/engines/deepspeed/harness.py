@@ -125,7 +125,7 @@ class Run:
         return self.engine.optimizer
 
     def step(self, grads: dict[str, Tensor]) -> bool:
-        """One step of ``accumulate`` micro-batches; tells whether DeepSpeed applied it."""
+        """One step of ``accumulate`` micro-batches; returns whether DeepSpeed applied it."""
         for _ in range(self.accumulate):
             self.engine.backward(self.engine(grads))
             self.engine.step()
@@ -174,11 +174,11 @@ class Run:
 
 
 class Reference:
-    """A plain S3 over float32 copies."""
+    """A plain optimizer over float32 copies."""
 
-    def __init__(self, *, alone: bool = ALONE, **settings: Any) -> None:
+    def __init__(self, kind: type[torch.optim.Optimizer] = S3, *, alone: bool = ALONE, **settings: Any) -> None:
         self.net = Net()
-        self.optimizer = S3(groups(self.net, alone=alone), lr=LR, **{"weight_decay": DECAY, **settings})
+        self.optimizer = kind(groups(self.net, alone=alone), lr=LR, weight_decay=DECAY, **settings)
 
     def step(self, grads: dict[str, Tensor], clip: float = 0.0) -> None:
         for name, param in self.net.named_parameters():
@@ -234,15 +234,15 @@ def close(found: dict[str, Tensor], wanted: dict[str, Tensor], *, rtol: float, a
 
 
 def equal(found: list[Tensor], wanted: list[Tensor]) -> None:
-    """Bit for bit; ZeRO-3's alignment padding may hold NaN from memory that nobody wrote."""
+    """Bit for bit; ZeRO-3's alignment padding may hold NaN from uninitialized memory."""
     assert len(found) == len(wanted)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @contextmanager
-def said() -> Iterator[list[str]]:
-    """What DeepSpeed's logger says on this rank."""
+def logged() -> Iterator[list[str]]:
+    """The lines that DeepSpeed's logger gets on this rank."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())

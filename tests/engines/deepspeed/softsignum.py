@@ -32,9 +32,7 @@ def check_softsignum_trains_and_resumes() -> None:
     zero would have counted. The temperatures are equal to the bit.
     """
     for stage in (1, 2):
-        run, resumed = started(stage), []
-        reference = on.Reference()
-        reference.optimizer = SoftSignum(on.groups(reference.net), on.LR, weight_decay=on.DECAY, **PARAMS)
+        run, resumed, reference = started(stage), [], on.Reference(SoftSignum, **PARAMS)
         for step in range(STEPS):
             if step in (2, HARD + 1, HARD + 2):
                 save(run, folder := shared_folder())
@@ -72,8 +70,7 @@ def check_softsignum_counts_no_padding_and_every_step() -> None:
     """With padding between parameters, under offload, and in bfloat16; the first step at rate 0 is one of the run."""
     aligned = [] if OLD else [{"zero": {"parameter_alignment": True}}]
     for settings in (*aligned, {"offload": True}, {"stage": 2, "precision": "bf16"}):
-        run, reference = started(**settings), on.Reference()
-        reference.optimizer = SoftSignum(on.groups(reference.net), on.LR, weight_decay=on.DECAY, **PARAMS)
+        run, reference = started(**settings), on.Reference(SoftSignum, **PARAMS)
         for step in range(STEPS):
             for group in run.engine.basic_optimizer.param_groups:
                 group["lr"] = on.LR * min(step, 1)

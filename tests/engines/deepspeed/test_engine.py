@@ -1,6 +1,5 @@
 """S3 inside the real DeepSpeed on 2, 4 and 1 gloo ranks (what is checked is in the files below)."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,13 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 NAMES = ("worker.py", "features.py", "checkpoints.py", "toy.py", "softsignum.py", *(("limits.py",) if OLD else ()))
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
-CHECKS = [check for file in SOURCES for check in re.findall(r"^def (check_\w+)", file.read_text(), flags=re.MULTILINE)]
+CHECKS = checks.in_files(SOURCES)
 UNIVERSAL = [check for check in CHECKS if "universal" in check]
 Results = dict[str, str]
 
 
 def launch(request: pytest.FixtureRequest, nproc: int, folder: Path) -> Results:
-    """What every selected check said, from one launch."""
+    """The outcome of every selected check, from one launch."""
     names = checks.selected(request, nproc=nproc)
     if nproc == 2 and any("universal" in name for name in checks.selected(request)):
         names += [UNIVERSAL[0]] if UNIVERSAL[0] not in names else []  # it writes the checkpoints that all others load

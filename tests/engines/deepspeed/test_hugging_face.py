@@ -46,7 +46,7 @@ def test_accelerate_keeps_an_s3_object_under_offload(found: Found) -> None:
 
     With clipping the losses may differ: under offload DeepSpeed sums the gradients' norm in another order, and on a CPU
     with AVX2 alone the norm of the 16th step ended in other bits (4.1714873, 4.1714869), and so did 1,641 weights. This
-    test asked for equality to the bit there, too. 2e-6 is what another order of sums is allowed above.
+    test demanded equality to the bit there, too. 2e-6 is what another order of sums is allowed above.
     """
     assert found["accelerate object"] == found["accelerate config"]
     (losses, _), (clipped, _) = found["accelerate config"], found["accelerate config clipped"]

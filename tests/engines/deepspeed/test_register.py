@@ -131,7 +131,7 @@ def test_params_of_the_configuration_are_s3s_arguments() -> None:
 
 
 def test_accelerate_leaves_an_s3_object_alone_under_offload() -> None:
-    """It makes a DeepSpeedCPUAdam of every optimizer that it does not know (accelerate 1.15)."""
+    """It makes a DeepSpeedCPUAdam of every optimizer that it does not recognize (accelerate 1.15)."""
     from accelerate import accelerator
 
     register()
@@ -149,8 +149,8 @@ def test_s3_that_arrives_as_another_optimizer_stops_the_run() -> None:
         configure_optimizer(lambda *_: None)(engine, swapped, None)
 
 
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What DeepSpeed's logger says from here on."""
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines that DeepSpeed's logger gets from here on."""
     from deepspeed.utils import logger
 
     lines: list[str] = []
@@ -162,7 +162,7 @@ def test_auto_for_what_s3_has_is_its_default(monkeypatch: pytest.MonkeyPatch) ->
     """It reached S3 as four letters, and was refused as a pair of the wrong length."""
     from s3_megatron.engines.deepspeed.build import make
 
-    lines = said(monkeypatch)
+    lines = logged(monkeypatch)
     names = ("beta", "betas", "p", "nesterov", "maximize", "rounding_seed", "state_dtype", "implementation")
     names += ("s3_from_adam", "s3_override_hyperparameters")
     for name in names:

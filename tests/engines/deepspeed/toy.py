@@ -14,8 +14,7 @@ def check_a_toy_spec_trains_resumes_and_refuses() -> None:
     registry.add(Toy.spec)
     toy = {"optimizer": "Toy", "params": {"momentum": 0.8}}
     run, resumed, folder, of_s3 = on.Run(1, **toy), on.Run(1, **toy), shared_folder(), shared_folder()
-    reference = on.Reference()
-    reference.optimizer = torch.optim.SGD(on.groups(reference.net), on.LR, momentum=0.8, weight_decay=on.DECAY)
+    reference = on.Reference(torch.optim.SGD, momentum=0.8)
     for step in range(6):
         if step == 3:
             save(run, folder)

@@ -31,7 +31,7 @@ from tests.engines.deepspeed.harness import (
     float16_allowed,
     gradients,
     groups,
-    said,
+    logged,
     same,
 )
 from tests.engines.deepspeed.window import OLD, ZERO_OF_16_BIT
@@ -120,9 +120,9 @@ def check_a_nan_on_one_rank_skips_the_step_on_all() -> None:
         for stage in (1, 2, 3):
             for precision in ("fp32", "bf16", "fp16"):
                 if OLD and (precision == "fp32" or (precision == "bf16" and stage == 3)):
-                    continue  # 0.17.6 does not look there (limits.py), and in bfloat16 only when told to
-                asked = {"bf16": {"check_grad_overflow": True}} if OLD and precision == "bf16" else {}  # 0.19's default
-                run = Run(stage, precision, **asked)
+                    continue  # 0.17.6 does not check there (limits.py), and in bfloat16 only where configured
+                more = {"bf16": {"check_grad_overflow": True}} if OLD and precision == "bf16" else {}  # 0.19's default
+                run = Run(stage, precision, **more)
                 while not run.step(gradients(2)):  # until fp16's loss scale fits
                     pass
                 before, steps = run.everything(), activity(run.engine).steps
@@ -173,12 +173,12 @@ def check_what_s3_cannot_do_is_refused() -> None:
         refuses(lambda stage=stage, zero=zenflow: Run(stage, zero=zero), "has zenflow", "leave it out")
         del zenflow["zenflow"]
         compare(Run(stage, zero=zenflow))
-    if not OLD:  # which does not know the name
+    if not OLD:  # which does not have the key
         refuses(lambda: Run(3, zero={"offload_optimizer": {"device": "cpu", "super_offload": True}}), "super_offload")
 
 
 def check_the_first_line_says_what_s3_holds() -> None:
-    with said() as lines:
+    with logged() as lines:
         run = Run(2, "bf16", offload=True)
     (line,) = [line for line in lines if "S3 active" in line] or [""]
     if dist.get_rank() > 0:
@@ -273,8 +273,8 @@ def main(output: Path, folder: Path, names: list[str]) -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     # DeepSpeed collects garbage for every engine: a quarter of a second, unless it passes over what was imported.
     gc.freeze()
-    several = {**globals(), **vars(features), **vars(toy), **vars(softsignum), **(vars(limits) if OLD else {})}
-    checks.run({**checks.named(several), **checkpoints.checks(folder)}, names, output)
+    found = checks.named(sys.modules[__name__], checkpoints, features, toy, softsignum, *([limits] if OLD else []))
+    checks.run({**found, **checkpoints.checks(folder)}, names, output)  # whose checks take the folder
     dist.destroy_process_group()
 
 

@@ -5,9 +5,12 @@ exact (a sum of 2 or 4 equal numbers, divided by 2 or 4), so a sharded run may d
 own arithmetic alone, and the tolerance can be that of float32.
 """
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import SkipTest
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -26,9 +29,11 @@ from megatron.core.optimizer import (  # noqa: E402
 )
 from megatron.core.package_info import MAJOR, MINOR, __version__  # noqa: E402
 from megatron.core.transformer import MegatronModule, TransformerConfig  # noqa: E402
+from megatron.training import arguments, training  # noqa: E402
 
 from s3_megatron.engines.megatron import S3OptimizerConfig, install  # noqa: E402
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3  # noqa: E402
+from tests.engines.megatron.gpt import flags  # noqa: E402
 
 install()
 
@@ -126,7 +131,7 @@ class Run:
         return part
 
     def step(self, gradients: dict[str, Tensor]) -> bool:
-        """Inject, reduce, step; tells whether the host took the step."""
+        """Inject, reduce, step; returns whether the host took the step."""
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         scale = self.optimizer.get_loss_scale()
@@ -146,7 +151,7 @@ class Run:
         """Masters, m and r of this rank, copied."""
         inner = self.part.optimizer
         params = [param for group in inner.param_groups for param in group["params"]]
-        state = [inner.state[p][name] for p in params for name in (EXP_AVG, EXP_AVG_ROOT) if name in inner.state[p]]
+        state = [inner.state[p][name] for p in params for name in inner.spec.state_names]
         return [tensor.detach().clone() for tensor in [*params, *state]]
 
 
@@ -159,16 +164,35 @@ def gradients(net: nn.Module, step: int) -> dict[str, Tensor]:
     }
 
 
-def unsharded(run: Run) -> tuple[S3, dict[str, Tensor]]:
-    """A plain S3 over float32 copies of ``run``'s parameters, with Megatron's choice of what decays."""
+def by_flags(
+    optimizer: str, *extra: str, iterations: int, precision: str | None = None, sharded: bool = True, **run: Any
+) -> Run:
+    """A run of the configuration that Megatron makes of its own command line."""
+    given = ("--lr", f"{LR}", "--weight-decay", f"{DECAY}", "--clip-grad", "0", *extra)
+    line = flags(iterations=iterations, optimizer=optimizer, precision=precision, extra=given)
+    with patch.object(sys, "argv", rehearsal.add_flags([optimizer, *line])):
+        arguments.validate_args(args := arguments.parse_args())
+    config, _ = training.get_megatron_optimizer_config(args)
+    config.use_distributed_optimizer = sharded
+    made = Run(make=lambda _, *rest: get_megatron_optimizer(config, *rest), sharded=sharded, **run)
+    set_decay(made)
+    return made
+
+
+def unsharded(
+    run: Run, kind: type[torch.optim.Optimizer] = S3, **settings: Any
+) -> tuple[torch.optim.Optimizer, dict[str, Tensor]]:
+    """A plain optimizer over float32 copies of ``run``'s parameters, with Megatron's choice of what decays."""
     copies = {name: nn.Parameter(param.detach().float().clone()) for name, param in run.net.named_parameters()}
     decayed = [p for p in copies.values() if p.ndim > 1]
     others = [p for p in copies.values() if p.ndim == 1]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    return S3(groups, lr=LR, weight_decay=DECAY), copies
+    return kind(groups, lr=LR, weight_decay=DECAY, **settings), copies
 
 
-def step_reference(optimizer: S3, copies: dict[str, Tensor], grads: dict[str, Tensor], clip: float = 0.0) -> None:
+def step_reference(
+    optimizer: torch.optim.Optimizer, copies: dict[str, Tensor], grads: dict[str, Tensor], clip: float = 0.0
+) -> None:
     """One step of the unsharded run."""
     for name, param in copies.items():
         param.grad = grads[name].clone()
@@ -211,7 +235,7 @@ def compare(run: Run, *, clip: float = 0.0) -> None:
         torch.testing.assert_close(sharded, expected, rtol=1e-5, atol=0.0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def total(optimizer: S3, name: str) -> Tensor:
+def total(optimizer: torch.optim.Optimizer, name: str) -> Tensor:
     """Sum one state over all parameters of this rank, in float64."""
     tensors = [state[name].double().sum() for state in optimizer.state.values()]
     return torch.stack(tensors).sum() if tensors else torch.zeros((), dtype=torch.float64)

@@ -70,11 +70,11 @@ def counted() -> Iterator[dict[str, int]]:
 
 
 def in_step(merged: Run, apart: Run, *, steps: int = TWENTY, broken: dict[int, float] | None = None) -> None:
-    """Step both runs with the same gradients, and compare what they say at every step and hold at the end.
+    """Step both runs with the same gradients, and compare what they return at every step and hold at the end.
 
     ``broken`` puts one bad gradient, on one rank, into a step. The factor 1e-6 is 8 ULP of float32: the runs multiply
     the same numbers, the merged one by a product where the host multiplies twice. m's is of its largest element, since
-    m may cancel. m and r are compared because S3's weights hardly tell one factor of the gradients from another.
+    m may cancel. m and r are compared because S3's weights hardly depend on a factor of the gradients.
     """
     for step in range(steps):
         results = []
@@ -141,7 +141,7 @@ def check_single_pass_with_a_moving_loss_scale_and_overflows() -> None:
 
 
 def check_single_pass_without_a_loss_scale_meets_bad_gradients() -> None:
-    """bf16 has nobody who skips: the norm is NaN or inf, and nothing, or all but the bad coordinate, is clipped."""
+    """No step is skipped in bf16: the norm is NaN or inf, and nothing, or all but the bad coordinate, is clipped."""
     setting = {"dtype": torch.bfloat16, "clip_grad": 1.0}
     in_step(Run(**setting), separate(**setting), steps=5, broken={1: float("nan"), 3: float("inf")})
 

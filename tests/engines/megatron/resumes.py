@@ -25,7 +25,7 @@ KINDS = ("dp_reshardable", "fully_reshardable")
 
 @contextmanager
 def flags(*given: str) -> Iterator[None]:
-    """Megatron's global arguments, as far as a load asks for them."""
+    """Megatron's global arguments, as far as a load reads them."""
     global_vars._GLOBAL_ARGS = SimpleNamespace(**{name: name in given for name in (OVERRIDE, KEEP)}, watch_dir=None)
     try:
         yield
@@ -71,7 +71,7 @@ def _load_under_other_rates(**layout: Any) -> None:
         assert rates(second) == [expected, expected], f"{given}: {rates(second)}"
         for a, b in zip(first.inner_tensors(), second.inner_tensors(), strict=True):
             assert torch.equal(a, b), f"{layout} {given}"
-    assert rates(loaded(**new)) == [(LR / 4, LR / 8)] * 2, "in a loop of one's own: what it has asked for"
+    assert rates(loaded(**new)) == [(LR / 4, LR / 8)] * 2, "in a loop of one's own: the rates that it has set"
 
 
 def check_other_groups_are_refused_and_missing_ones_are_megatrons() -> None:
@@ -150,8 +150,8 @@ def check_guards_pass_through_what_they_do_not_know() -> None:
             assert len(seen) == 1 and seen[0] is state, f"{state}: {seen}"
 
 
-def check_what_a_guard_of_s3_passes_through_is_looked_at_by_s3_itself() -> None:
-    """Adam's state in a shape that the guard does not know must not become S3's: S3's own load looks at it."""
+def check_what_a_guard_of_s3_passes_through_is_checked_by_s3_itself() -> None:
+    """Adam's state in a shape that the guard does not recognize must not become S3's: S3's own load checks it."""
     run = Run(sharded=False)
     adam = Run(sharded=False, optimizer="adam")
     for made in (run, adam):

@@ -1,42 +1,25 @@
 """Runs on ranks, from worker.py: SoftSignum on Megatron's optimizers, in both phases."""
 
-import sys
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.training import arguments, training
 from torch import Tensor
 
-from s3_megatron import rehearsal
 from s3_megatron.engines.megatron.temperature import take_over_all_ranks
 from s3_megatron.optim import EXP_AVG, SoftMuon, SoftSignum, registry
 from s3_megatron.optim.pooled_median import median_and_deviation
 from tests.checks import refuses, shared_folder
 from tests.engines.megatron import harness as on
-from tests.engines.megatron.gpt import flags
 
 STEPS, HARD = 8, 4
 LENGTH = {"total_steps": STEPS, "soft_start": 0.5}
 
 
-def started(
-    *extra: str, steps: int = STEPS, soft_start: str = "0.5", precision: str | None = None, **run: Any
-) -> on.Run:
-    """A run of the configuration that Megatron makes of its own command line."""
+def started(*extra: str, steps: int = STEPS, soft_start: str = "0.5", **run: Any) -> on.Run:
     registry.add(registry.SOFTSIGNUM)
-    given = ("--lr", f"{on.LR}", "--weight-decay", f"{on.DECAY}", "--clip-grad", "0")
-    given += ("--softsignum-soft-start", soft_start, *extra)
-    line = flags(iterations=steps, optimizer="softsignum", precision=precision, extra=given)
-    with patch.object(sys, "argv", rehearsal.add_flags(["softsignum", *line])):
-        arguments.validate_args(args := arguments.parse_args())
-    config, _ = training.get_megatron_optimizer_config(args)
-    config.use_distributed_optimizer = run.get("sharded", True)
-    made = on.Run(make=lambda _, *rest: on.get_megatron_optimizer(config, *rest), **run)
-    on.set_decay(made)
-    return made
+    return on.by_flags("softsignum", "--softsignum-soft-start", soft_start, *extra, iterations=steps, **run)
 
 
 def inner(run: on.Run) -> SoftSignum:
@@ -58,12 +41,6 @@ def taken(run: on.Run) -> tuple[int, ...]:
     return tuple(group["steps_taken"] for group in inner(run).param_groups)
 
 
-def reference_of(run: on.Run) -> tuple[SoftSignum, dict[str, Tensor]]:
-    s3, copies = on.unsharded(run)
-    groups = [{key: group[key] for key in ("params", "weight_decay")} for group in s3.param_groups]
-    return SoftSignum(groups, lr=on.LR, **LENGTH), copies
-
-
 def check_softsignum_trains_and_resumes() -> None:
     """As the unsharded run; saved in either phase, the run that goes on is the uninterrupted one to the bit.
 
@@ -72,7 +49,7 @@ def check_softsignum_trains_and_resumes() -> None:
     on.since(19, "distributed optimizer with one state tensor")
     for kind in ("dp_reshardable", "fully_reshardable"):
         run, resumed = started(), []
-        reference, copies = reference_of(run)
+        reference, copies = on.unsharded(run, SoftSignum, **LENGTH)
         for step in range(STEPS):
             if step in (2, HARD, HARD + 1, HARD + 2):
                 on.save(run, folder := shared_folder(), kind)
@@ -148,7 +125,7 @@ def check_softsignum_skips_an_overflow_and_its_schedule_does_not_advance() -> No
 
 
 def check_softsignum_counts_a_step_at_rate_0_and_ranks_that_hold_nothing() -> None:
-    """A warm-up of Megatron's begins at rate 0, and the run would have had a soft step less than it asked for."""
+    """A warm-up of Megatron's begins at rate 0, and the run would have had one soft step less than configured."""
     on.since(19, "distributed optimizer with one state tensor")
     run = started(net=on.Single())
     for step in range(STEPS):

@@ -1,6 +1,5 @@
 """S3 inside megatron-core's own optimizers, on 2 and 4 gloo ranks (the checks are in SOURCES)."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -9,12 +8,12 @@ from tests import checks
 
 NAMES = ("worker.py", "passes.py", "resumes.py", "watching.py", "toy.py", "softsignum.py")
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
-CHECKS = [check for file in SOURCES for check in re.findall(r"^def (check_\w+)", file.read_text(), flags=re.MULTILINE)]
+CHECKS = checks.in_files(SOURCES)
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n}-ranks")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What every selected check said, from one launch a world size."""
+    """The outcome of every selected check, from one launch for each world size."""
     names = sorted(checks.selected(request, results=request.param))
     return checks.launch("tests.engines.megatron.worker", names, request.param, tmp_path_factory.mktemp("worker"))
 

@@ -196,7 +196,7 @@ def test_bad_values_name_the_value_the_range_and_the_fix(parse, extra: tuple[str
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_optimizer_is_told_what_there_is(parse, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_optimizer_is_refused_with_the_choices(parse, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse("--optimizer", "s4")
     assert caught.value.code == 2

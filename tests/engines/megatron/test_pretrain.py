@@ -103,7 +103,7 @@ def losses(folder: Path, name: str) -> dict[int, float]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_update_sizes_are_what_a_first_step_cannot_but_have(folder: Path, precision: str) -> None:
     """Of a first step every coordinate with a gradient has |u| = (1 - beta^2)^(2/3), 0.21, against its gradient, so the
-    mean says how many there are. None is beyond 0.9, then or in the second step, where |u| is at most 0.34."""
+    mean is their share. None is beyond 0.9, then or in the second step, where |u| is at most 0.34."""
     events = list(read_metrics(folder / precision).train.values())
     first = events[0]
     assert first.updates.max == pytest.approx((1 - 0.95**2) ** (2 / 3), rel=1e-5)

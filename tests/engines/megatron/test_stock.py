@@ -22,7 +22,7 @@ def exact_losses(folder: Path) -> list[tuple[int, float]]:
 
 @pytest.fixture(scope="module")
 def adams_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a script that knows nothing of S3, in a process that has none installed; leaves a checkpoint."""
+    """A run of a script that does not use S3, in a process where install() has not run; leaves a checkpoint."""
     folder = tmp_path_factory.mktemp("adam")
     command = flags(iterations=6, optimizer="adam", checkpoints=folder / "checkpoints", save_every=6)
     # Megatron sums the first iteration into the second's line, but not into what it writes here.
@@ -49,8 +49,8 @@ def test_adams_checkpoint_is_refused_in_one_line(adams_run: Path, tmp_path: Path
     command = flags(iterations=8, checkpoints=adams_run / "checkpoints")
     run = ranks([*ENTRY, *command, "--save", str(tmp_path / "nothing")], nproc=2, timeout=280)
     assert run.returncode != 0
-    said = re.findall(r"^s3_megatron: error: (.*)$", run.stderr, flags=re.MULTILINE)
-    assert len(said) == 1 and "--s3-from-adam" in said[0], run.stderr[-4000:]
+    errors = re.findall(r"^s3_megatron: error: (.*)$", run.stderr, flags=re.MULTILINE)
+    assert len(errors) == 1 and "--s3-from-adam" in errors[0], run.stderr[-4000:]
     assert not (tmp_path / "nothing" / "latest_checkpointed_iteration.txt").exists()
 
 

@@ -1,28 +1,15 @@
 """Runs on ranks, from worker.py: an optimizer that is known by its Spec alone, on Megatron's distributed optimizer."""
 
-import sys
-from unittest.mock import patch
-
 import torch
-from megatron.training import arguments, training
 
-from s3_megatron import rehearsal
 from s3_megatron.optim import registry
 from tests.checks import refuses, shared_folder
 from tests.engines.megatron import harness as on
-from tests.engines.megatron.gpt import flags
 from tests.toy import Toy
 
 
 def started(momentum: str) -> on.Run:
-    """A run of the configuration that Megatron makes of its own command line."""
-    extra = ("--toy-momentum", momentum, "--lr", f"{on.LR}", "--weight-decay", f"{on.DECAY}", "--clip-grad", "0")
-    with patch.object(sys, "argv", rehearsal.add_flags(["toy", *flags(iterations=2, optimizer="toy", extra=extra)])):
-        arguments.validate_args(args := arguments.parse_args())
-    config, _ = training.get_megatron_optimizer_config(args)
-    run = on.Run(make=lambda _, *rest: on.get_megatron_optimizer(config, *rest))
-    on.set_decay(run)
-    return run
+    return on.by_flags("toy", "--toy-momentum", momentum, iterations=2)
 
 
 def check_a_toy_spec_trains_resumes_and_refuses() -> None:
@@ -31,9 +18,7 @@ def check_a_toy_spec_trains_resumes_and_refuses() -> None:
     refuses(lambda: started("1"), "--toy-momentum is 1.0", "[0, 1)")
     for kind in ("dp_reshardable", "fully_reshardable"):
         run, resumed, folder = started("0.8"), started("0.8"), shared_folder()
-        s3, copies = on.unsharded(run)
-        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in s3.param_groups]
-        sgd = torch.optim.SGD(groups, lr=on.LR, momentum=0.8)
+        sgd, copies = on.unsharded(run, torch.optim.SGD, momentum=0.8)
         for step in range(6):
             if step == 3:
                 on.save(run, folder, kind)

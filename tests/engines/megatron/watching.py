@@ -61,7 +61,7 @@ def check_an_optimizer_without_an_inner_one_is_not_observed() -> None:
 
 
 def check_two_optimizers_of_a_run_are_both_watched() -> None:
-    """A GAN, or the modules of a MIMO model: the second that was made took the place of the first, in silence. Each
+    """A GAN, or the modules of a MIMO model: the second that was made silently took the place of the first. Each
     line has both; the second is made after the first line, and the third on the last rank alone. Float32 weights of up
     to 4 and steps of LR: 1e-4 of a step is lost in the difference."""
     with watched("s3") as folder:
@@ -95,7 +95,7 @@ def check_two_optimizers_of_a_run_are_both_watched() -> None:
         for name, each in zip(names, sizes, strict=True):
             assert abs(line.optimizers[name].mean / each.mean().item() - 1) < 1e-3, (name, line, each.mean())
             assert abs(line.optimizers[name].max / each.max().item() - 1) < 1e-3
-    lone_mean = line.optimizers["optimizer 3"].mean
+    lone_mean = third.optimizers["optimizer 3"].mean
     assert lone_mean is not None and abs(lone_mean / (1 - 0.95**2) ** (2 / 3) - 1) < 1e-5
     total = sum(sizes.sum().item() for sizes in expected[2]) + 1000 * lone_mean
     count = sum(sizes.numel() for sizes in expected[2]) + 1000

@@ -229,7 +229,7 @@ def check_the_legacy_format_is_converted_after_its_second_call() -> None:
 
 
 def _as_megatron_bridge(config: S3OptimizerConfig, chunks: list, overrides: None) -> MegatronOptimizer:
-    """What setup_optimizer of Megatron-Bridge 0.6.2 asks of a config; Bridge itself imports Transformer Engine, which
+    """What setup_optimizer of Megatron-Bridge 0.6.2 needs of a config; Bridge itself imports Transformer Engine, which
     needs a GPU. ``overrides`` is the harness's: Bridge makes its own."""
     config.finalize()
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -276,8 +276,8 @@ def main(output: Path, names: list[str]) -> None:
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    files = (passes, resumes, watching, toy, softsignum)
-    checks.run(checks.named({**globals(), **{k: v for file in files for k, v in vars(file).items()}}), names, output)
+    found = checks.named(sys.modules[__name__], passes, resumes, watching, toy, softsignum)
+    checks.run(found, names, output)
     dist.destroy_process_group()
 
 

@@ -44,12 +44,10 @@ def test_a_clock_far_from_the_others_is_named() -> None:
 NODES = """
 import os, runpy, sys, time
 os.environ["SLURMD_NODENAME"] = "node" + os.environ["RANK"]
-name = sys.argv.pop(1)
-if os.environ["RANK"] == "1" and sys.argv.pop(1) == "skewed":
+name, clocks = sys.argv.pop(1), sys.argv.pop(1)
+if clocks == "skewed" and os.environ["RANK"] == "1":
     clock = time.time
     time.time = lambda: clock() - 60
-elif os.environ["RANK"] == "0":
-    sys.argv.pop(1)
 runpy.run_module(name, run_name="__main__", alter_sys=True)  # as -m does
 """
 

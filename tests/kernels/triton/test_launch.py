@@ -88,10 +88,10 @@ def test_the_audit_compiles_what_a_launch_does(compiling, monkeypatch):
     assert launched.asm["ptx"] == audited.asm["ptx"]
 
 
-def test_the_stream_of_the_tensors_device_is_asked_whether_it_captures(monkeypatch):
-    """Incident: the current device was asked, which is another where a model is on the second GPU. There is none here,
-    so stand-ins show the order alone."""
-    device, entered, asked = torch.device("cuda", 1), [], []
+def test_the_stream_of_the_tensors_device_is_queried_for_a_capture(monkeypatch):
+    """Incident: the current device was queried, which is another where a model is on the second GPU. There is none
+    here, so stand-ins show the order alone."""
+    device, entered, queried = torch.device("cuda", 1), [], []
 
     @contextmanager
     def entering(named):
@@ -100,7 +100,7 @@ def test_the_stream_of_the_tensors_device_is_asked_whether_it_captures(monkeypat
         entered.pop()
 
     def find(*_):
-        asked.append(list(entered))
+        queried.append(list(entered))
         raise S3Error("enough")
 
     columns = [[SimpleNamespace(device=device, dtype=torch.float32)] for _ in range(4)]
@@ -111,4 +111,4 @@ def test_the_stream_of_the_tensors_device_is_asked_whether_it_captures(monkeypat
     settings = dict.fromkeys(("lr_pointer", "scale", "found_inf", "rounding_seed", "statistics"))
     with pytest.raises(S3Error, match="enough"):
         launch.step_(columns, settings)
-    assert asked == [[device]]
+    assert queried == [[device]]

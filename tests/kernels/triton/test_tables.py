@@ -123,7 +123,7 @@ def test_a_capture_needs_a_step_before_it(monkeypatch):
 
 
 class _Fake:
-    """A tensor that says it is on a GPU."""
+    """A tensor that claims to be on a GPU."""
 
     device = torch.device("cuda", 0)
 
