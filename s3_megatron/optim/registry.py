@@ -74,7 +74,7 @@ SOFTSIGNUM = Spec(
         Hyperparameter(*("beta", 0.9, "decay of the average m"), range=_BETA, defines_state=True, hint="0.9 is usual"),
         Hyperparameter("nesterov", False, "look ahead one step", kind=bool, defines_state=True),
         Hyperparameter(
-            *("total_steps", None, "steps of the run; Megatron's --train-iters where none is given"),
+            *("total_steps", None, "steps of the run; none: Megatron's --train-iters"),
             kind=int,
             range=Range(1),
         ),
