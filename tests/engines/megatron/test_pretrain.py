@@ -27,7 +27,6 @@ CASES = [(None, layout) for layout in LAYOUTS] + [("bf16", "tp2-dp2"), ("bf16", 
 # by its size, turns a rounding difference of a gradient near zero into a step; over these 4 iterations the losses were
 # seen to differ by 9e-8 in fp32 and 1.1e-5 in bf16; ten times that is allowed.
 TOLERANCE = {None: 1e-6, "bf16": 1e-4}
-SIGN_TOLERANCE = 1e-5
 
 
 def base(precision: str | None, folder: Path) -> Job:
@@ -152,15 +151,16 @@ def test_every_layout_goes_on_with_the_same_losses(folder: Path, precision: str 
 
 @pytest.mark.parametrize(("layout", "start"), SOFTSIGNUM)
 def test_softsignum_goes_on_in_every_layout(folder: Path, layout: str, start: int) -> None:
-    """Hard steps move every weight by the whole rate, soft ones by less; a temperature that another layout made would
-    show in the size of updates, which no order of sums does."""
+    """Hard steps move every weight by the whole rate, soft ones by less. Sizes are compared where no weight is on several
+    ranks, which the watch counts as often: another temperature would show in them."""
     whole, seen = (read_metrics(folder / f"softsignum-{name}").train for name in ("dp2-0", f"{layout}-{start}"))
     assert (sorted(whole), sorted(seen)) == ([*range(1, LAST + 1)], [*range(start + 1, LAST + 1)])
     assert all(whole[i].updates.max == 1 for i in range(1, 5)) and whole[LAST].updates.mean < whole[4].updates.mean
     gap = max(abs(event.losses["lm_loss"] / whole[i].losses["lm_loss"] - 1) for i, event in seen.items())
     sizes = max(abs(event.updates.mean / whole[i].updates.mean - 1) for i, event in seen.items())
     print(f"{layout} from {start}: losses differ by {gap:.1e} at most, mean updates by {sizes:.1e}")
-    assert gap <= (0.0 if layout == "dp2" else SIGN_TOLERANCE) and sizes <= (0.0 if layout == "dp2" else 1e-3)
+    assert gap <= (0.0 if layout == "dp2" else TOLERANCE[None])
+    assert sizes <= (0.0 if layout == "dp2" else 1e-7) or layout in ("tp2-dp2", "pp2-dp2")
 
 
 @pytest.mark.skipif(not HAS_ENTRY, reason="the rehearsal runs Megatron-FSDP with megatron-core 0.19")
