@@ -269,8 +269,14 @@ def test_a_recipe_of_softsignum_becomes_flags() -> None:
 
     job = softsignum({"tmax": ".inf"})
     assert optimizer(job.recipe.optimizer, 0.1) == {
-        **{"optimizer": "softsignum", "lr": 1e-4, "min_lr": 1e-5, "weight_decay": 0.3, "softsignum_beta": 0.9},
-        **{"softsignum_nesterov": False, "softsignum_soft_start": 0.9, "softsignum_eps": 1e-4},
+        "optimizer": "softsignum",
+        "lr": 1e-4,
+        "min_lr": 1e-5,
+        "weight_decay": 0.3,
+        "softsignum_beta": 0.9,
+        "softsignum_nesterov": False,
+        "softsignum_soft_start": 0.9,
+        "softsignum_eps": 1e-4,
         "softsignum_tmax": float("inf"),
     }
     assert "tmax: .inf" in as_yaml(job.recipe)

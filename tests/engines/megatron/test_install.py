@@ -200,7 +200,10 @@ def test_from_adam_takes_the_new_rates(parse) -> None:
         (("--use-megatron-fsdp",), r"--use-megatron-fsdp does not work .* --use-distributed-optimizer"),
         ((*SOFTSIGNUM, "--softsignum-soft-start", "1.5"), r"--softsignum-soft-start is 1\.5: it must lie in \[0, 1\]"),
         ((*SOFTSIGNUM, "--softsignum-sign-iters", "-1"), r"--softsignum-sign-iters is -1: .* whole number >= 0"),
-        ((*SOFTSIGNUM, "--softsignum-sign-iters", "1", "--softsignum-transition-iters", "0"), "transition_iters is 0: "),
+        (
+            (*SOFTSIGNUM, "--softsignum-sign-iters", "1", "--softsignum-transition-iters", "0"),
+            "transition_iters is 0: ",
+        ),
         (SOFTSIGNUM, r"soft_start=0\.9 leaves no soft step of total_steps=2: lower it"),
     ],
 )

@@ -51,7 +51,7 @@ def resumed(precision: str | None, layout: str, folder: Path) -> Job:
     return "megatron", [*command, "--watch-dir", str(folder / f"{name}-{layout}")]
 
 
-# SoftSignum is hard for 4 iterations: a run that goes on from 4 measures m in its own layout, one from 6 has its schedule.
+# SoftSignum is hard for 4 iterations. From 4 on, m is measured in the new layout; from 6 on, the schedule is there.
 SOFTSIGNUM = [(layout, start) for start in (4, 6) for layout in LAYOUTS] if HAS_ENTRY else []
 
 
@@ -151,8 +151,8 @@ def test_every_layout_goes_on_with_the_same_losses(folder: Path, precision: str 
 
 @pytest.mark.parametrize(("layout", "start"), SOFTSIGNUM)
 def test_softsignum_goes_on_in_every_layout(folder: Path, layout: str, start: int) -> None:
-    """Hard steps move every weight by the whole rate, soft ones by less. Sizes are compared where no weight is on several
-    ranks, which the watch counts as often: another temperature would show in them."""
+    """Hard steps move every weight by the whole rate, soft ones by less. Another temperature would show in the sizes,
+    which are compared where no weight is on several ranks: the watch counts it as often."""
     whole, seen = (read_metrics(folder / f"softsignum-{name}").train for name in ("dp2-0", f"{layout}-{start}"))
     assert (sorted(whole), sorted(seen)) == ([*range(1, LAST + 1)], [*range(start + 1, LAST + 1)])
     assert all(whole[i].updates.max == 1 for i in range(1, 5)) and whole[LAST].updates.mean < whole[4].updates.mean
