@@ -17,6 +17,7 @@ from typing import Any
 import s3_megatron
 from s3_megatron import machine
 from s3_megatron.finding import ERROR, OK, WARNING, Finding
+from s3_megatron.optim import registry
 
 # Seconds; a cold import of torch from a network disk takes a minute.
 PATIENCE = 180
@@ -175,7 +176,8 @@ def _engine(engine: _Probe, gpu: bool) -> Finding:
     if engine.error:
         return Finding(ERROR, "engine: Megatron", engine.error)
     how = "" if gpu else ", with --rehearsal"
-    return Finding(OK, "engine: Megatron", f"works: --optimizer s3{how}")
+    names = " or ".join(spec.name for spec in registry.specs())
+    return Finding(OK, "engine: Megatron", f"works: --optimizer {names}{how}")
 
 
 def _packages(probes: dict[str, _Probe]) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""The optimizers a step is measured for: S3 in its forms, and the Adams people come from."""
+"""The optimizers a step is measured for: S3 in its forms, SoftSignum, and the Adams people come from."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import torch
 
 from s3_megatron.bench import builds
 from s3_megatron.errors import first_line
-from s3_megatron.optim import S3
+from s3_megatron.optim import S3, SoftSignum
 
 S3_BY_DEFAULT, ADAMW = "S3 p=3", "AdamW, torch fused"
 type Make = Callable[..., torch.optim.Optimizer]
@@ -37,6 +37,7 @@ def contenders(device: str) -> tuple[list[Contender], list[str]]:
     full, half = 7 * 4, 3 * 4 + 4 * 2
     graph = {"capturable": True}
     s3: Callable[..., S3] = partial(S3, lr=1e-4, weight_decay=0.1)
+    softsignum = partial(SoftSignum, lr=1e-4, weight_decay=0.1)
     adamw = partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.1)
     # All of them hold their states at once; a GPU of 80 GB has room for some of 10^9 weights.
     some = math.inf if device == "cpu" else 400e6
@@ -52,6 +53,13 @@ def contenders(device: str) -> tuple[list[Contender], list[str]]:
         ),
         Contender("S3 p=1.5", partial(s3, p=1.5), full, some, capturable=graph),
         Contender("S3 p=3, foreach", partial(s3, implementation="foreach"), full, largest=50e6, most=1000),
+        # Read x, g, m; write x, m. It has the foreach step alone.
+        Contender("SoftSignum, hard", partial(softsignum, soft_start=1), 5 * 4, largest=50e6, most=1000),
+        Contender(
+            *("SoftSignum, soft", partial(softsignum, sign_iters=0, transition_iters=10**6), 5 * 4),
+            largest=50e6,
+            most=1000,
+        ),
         Contender(ADAMW, partial(adamw, fused=True), full, capturable=graph),
         # Megatron's and DeepSpeed's Adam on a GPU without Transformer Engine, Apex or a compiler.
         Contender("AdamW, torch foreach", partial(adamw, foreach=True), full, 50e6 if device == "cpu" else 400e6),

@@ -155,6 +155,8 @@ def _explained(model: type[BaseModel], error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"{key} is missing"
     what = error["msg"].removeprefix("Value error, ")
+    if not key:  # of the whole file
+        return what
     if error["type"] == "string_type":
         what = "must be text: write it in quotes"  # YAML has read yes, no, on or off
     value = error["input"]

@@ -7,7 +7,6 @@ from typing import Any
 from s3_megatron.jobs.catalog import find
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.recipe import AdamW, Data, OwnOptimizer
-from s3_megatron.optim import registry
 from s3_megatron.run_folder import RunFolder
 
 ENTRIES = {"megatron": "s3_megatron.train.pretrain_gpt", "deepspeed": "s3_megatron.train.pretrain_gpt_deepspeed"}
@@ -68,8 +67,7 @@ def optimizer(chosen: OwnOptimizer | AdamW, min_lr_ratio: float) -> dict[str, An
     rates = {"lr": chosen.lr, "min_lr": chosen.lr * min_lr_ratio, "weight_decay": chosen.decay}
     if isinstance(chosen, AdamW):
         return {"optimizer": "adam", **rates, "adam_beta1": chosen.beta1, "adam_beta2": chosen.beta2}
-    spec = registry.find(chosen.name)
-    assert spec is not None, "the recipe's schema is made of the Specs"
+    spec = chosen.spec
     values = spec.chosen(dict(chosen))
     own = {
         spec.field(each.switch): values[each.name] != each.default if each.kind is bool else values[each.name]

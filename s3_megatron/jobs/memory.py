@@ -8,7 +8,8 @@ from typing import Any
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.flags import deepspeed_file
 from s3_megatron.jobs.job import Job
-from s3_megatron.jobs.recipe import Model
+from s3_megatron.jobs.recipe import Model, OwnOptimizer
+from s3_megatron.optim.spec import NAMES
 
 GIB = 2**30
 
@@ -157,7 +158,7 @@ def _megatron_states(job: Job, count: int) -> dict[str, int]:
         "gradients": 4 * count,
         "masters": 4 * share if job.recipe.precision == "bf16" else 0,
         "exp_avg": 4 * share,
-        "exp_avg_root": 4 * share,
+        "exp_avg_root": 4 * share * _has_second_state(job),
     }
 
 
@@ -174,7 +175,8 @@ def _deepspeed_states(job: Job, count: int, zero: Mapping[str, Any]) -> dict[str
     part = share if stage >= 1 else count
     moments = part * (2 if zero["state_dtype"] == "bfloat16" else 4)
     # Float32 under ZeRO is copied too: only stage 0 moves the weights themselves.
-    states = {"masters": 4 * part if stage >= 1 or bf16 else 0, "exp_avg": moments, "exp_avg_root": moments}
+    states = {"masters": 4 * part if stage >= 1 or bf16 else 0, "exp_avg": moments}
+    states["exp_avg_root"] = moments * _has_second_state(job)
     # Up to stage 1 the micro-batch's own gradients, in bf16, are there until its backward pass ends.
     gradients = 4 * share if stage >= 2 else (6 if bf16 else 4) * count
     host = 0
@@ -279,6 +281,11 @@ def _tokens(job: Job) -> int:
 def _sequence_sharers(job: Job) -> int:
     layout = job.recipe.layout
     return layout.tensor if layout.sequence_parallel else 1
+
+
+def _has_second_state(job: Job) -> bool:
+    chosen = job.recipe.optimizer
+    return not isinstance(chosen, OwnOptimizer) or NAMES[1] in chosen.spec.state
 
 
 def _width(job: Job) -> int:

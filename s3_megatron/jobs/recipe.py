@@ -3,10 +3,12 @@
 import functools
 import math
 import operator
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, create_model, model_validator
 
+from s3_megatron.errors import S3Error
 from s3_megatron.jobs.schema import Name, Section, Text
 from s3_megatron.optim import registry
 from s3_megatron.optim.spec import Spec
@@ -134,6 +136,18 @@ class OwnOptimizer(Section):
             return self.weight_decay
         return float(f"{self.adamw.lr * self.adamw.weight_decay / self.lr:.12g}")  # 0.01, not 0.010000000000000002
 
+    @property
+    def spec(self) -> Spec:
+        """What it is made of."""
+        spec = registry.find(self.name)
+        assert spec is not None, "the schema is made of the Specs"
+        return spec
+
+    def complete(self, steps: int) -> Mapping[str, Any]:
+        """Give the hyperparameters in a run of ``steps``, by name; raises S3Error where they do not go together."""
+        values = dict(self)
+        return self.spec.complete({each.name: values[each.name] for each in self.spec.hyperparameters}, steps)
+
 
 def section(spec: Spec) -> type[OwnOptimizer]:
     """Make the section of a recipe that names ``spec``, with a key for each of its hyperparameters."""
@@ -144,9 +158,12 @@ def section(spec: Spec) -> type[OwnOptimizer]:
             limit = None if math.isinf(each.range.high) else each.range.high
             below, most = (None, limit) if each.range.includes_high else (limit, None)
             least, above = (each.range.low, None) if each.range.includes_low else (None, each.range.low)
-            value = Annotated[each.kind, Field(ge=least, gt=above, lt=below, le=most, allow_inf_nan=False)]
+            infinite = each.range.holds(math.inf)  # and NaN is not >= the least
+            value = Annotated[each.kind, Field(ge=least, gt=above, lt=below, le=most, allow_inf_nan=infinite)]
         if each.count > 1:
-            value = tuple[value, value] | None
+            value = tuple[value, value]
+        if each.default is None:
+            value = value | None
         fields[each.name] = (value, Field(each.default, description=each.help))
     return create_model(spec.title, __base__=OwnOptimizer, **fields)
 
@@ -208,6 +225,15 @@ class Recipe(Section):
     log: Log = Log()
     optimizer: Annotated[Optimizer, Field(discriminator="name")]
     flags: tuple[Text, ...] = Field((), description="more of Megatron's flags, as they are, behind all others")
+
+    @model_validator(mode="after")
+    def _goes_with_its_length(self) -> Self:
+        if isinstance(self.optimizer, OwnOptimizer):
+            try:
+                self.optimizer.complete(self.schedule.train_iters)
+            except S3Error as error:
+                raise ValueError(f"optimizer: {error}") from error
+        return self
 
     @model_validator(mode="after")
     def _resumes(self) -> Self:

@@ -21,7 +21,7 @@ from s3_megatron.jobs.forecast import Forecast, work
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.process import END_SOON
 from s3_megatron.jobs.progress import say
-from s3_megatron.jobs.recipe import Data, Model, Recipe
+from s3_megatron.jobs.recipe import AdamW, Data, Model, OwnOptimizer, Recipe
 from s3_megatron.jobs.render import render
 from s3_megatron.jobs.trial import Trial
 from s3_megatron.run_folder import RunFolder
@@ -116,6 +116,7 @@ def scaled_down(job: Job) -> Job:
         update={
             "model": _small_model(recipe),
             "data": Data(mock=True),
+            "optimizer": _short(recipe.optimizer),
             "schedule": recipe.schedule.model_copy(update=schedule),
             "layout": layout.model_copy(update={"nodes": 1, "context": 1, "sequence_parallel": False}),
             "checkpoint": recipe.checkpoint.model_copy(
@@ -126,6 +127,19 @@ def scaled_down(job: Job) -> Job:
         }
     )
     return Job(small, _this_machine(copy * copies))
+
+
+def _short(chosen: OwnOptimizer | AdamW) -> OwnOptimizer | AdamW:
+    """An optimizer for so short a run: what counts steps is of the whole one, and so may a share of it be."""
+    if not isinstance(chosen, OwnOptimizer):
+        return chosen
+    given = chosen.spec.hyperparameters
+    short = chosen.model_copy(update={each.name: each.default for each in given if each.kind is int})
+    try:
+        short.complete(ITERATIONS)
+    except S3Error:
+        return chosen.model_copy(update={each.name: each.default for each in given if not each.defines_state})
+    return short
 
 
 def _small_model(recipe: Recipe) -> Model:

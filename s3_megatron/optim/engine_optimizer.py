@@ -37,8 +37,9 @@ class EngineOptimizer(torch.optim.Optimizer):
     # One float32 on the device, by which gradients are multiplied first: 1 / loss scale, and the clip coefficient.
     # torch's fused optimizers divide by a ``grad_scale``.
     grad_factor: Tensor | None = None
-    # Over the last step, where ``watch.statistics.zeros`` were put here, on the weights' device.
+    # Over the last step, where ``watch.statistics.zeros`` were put here, on the weights' device; not every class does.
     update_statistics: Tensor | None = None
+    counts_updates: ClassVar[bool] = False
 
     state_dtype: torch.dtype = torch.float32
     # What a copy keeps beside torch's own.
@@ -100,6 +101,9 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     def _state_dtype(self, param: Tensor) -> torch.dtype:
         return torch.float64 if param.dtype == torch.float64 else self.state_dtype
+
+    def go_on_from(self, groups: list[dict[str, Any]]) -> None:
+        """Let what is this run's own count in loaded param ``groups`` (modified in place), past ``load_state_dict``."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this optimizer's own state, in its ``state_dtype``; torch would cast it to the parameter's dtype.

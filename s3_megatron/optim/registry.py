@@ -65,7 +65,6 @@ def _with_length(values: Mapping[str, Any], steps: int | None) -> Mapping[str, A
     return values
 
 
-# Not in the list below, since recipes and ZeRO 3 lack it: engines have it after ``add(SOFTSIGNUM)``.
 SOFTSIGNUM = Spec(
     name="softsignum",
     optimizer="s3_megatron.optim.softsignum:SoftSignum",
@@ -75,11 +74,17 @@ SOFTSIGNUM = Spec(
         Hyperparameter(*("beta", 0.9, "decay of the average m"), range=_BETA, defines_state=True, hint="0.9 is usual"),
         Hyperparameter("nesterov", False, "look ahead one step", kind=bool, defines_state=True),
         Hyperparameter(
-            *("total_steps", None, "steps of the run, >= 1; Megatron's --train-iters where none is given"),
+            *("total_steps", None, "steps of the run; none: Megatron's --train-iters"),
             kind=int,
+            range=Range(1),
         ),
-        Hyperparameter("soft_start", 0.9, "share of the run that is hard, in [0, 1]; at 1 every step is (Signum)"),
-        Hyperparameter("sign_iters", None, "hard steps, >= 0; in the place of the share", kind=int),
+        Hyperparameter(
+            *("soft_start", 0.9, "share of the run that is hard; at 1 every step is (Signum)"),
+            range=Range(0, 1, includes_high=True),
+            hint="0.9 is usual",
+        ),
+        Hyperparameter("sign_iters", None, "hard steps; in the place of the share", kind=int, range=Range(0)),
+        # Without a range: a run without soft steps has a 0 in its param groups.
         Hyperparameter(
             *("transition_iters", None, "soft steps, >= 1; with the hard ones, in the place of the length"), kind=int
         ),
@@ -102,7 +107,7 @@ SOFTMUON = Spec(
     ),
 )
 
-_specs = {S3.name: S3}
+_specs = {spec.name: spec for spec in (S3, SOFTSIGNUM)}
 
 
 def specs() -> tuple[Spec, ...]:

@@ -163,6 +163,8 @@ class RelaxedOptimizer(EngineOptimizer):
                 loss = closure()
         # ZeroRedundancyOptimizer writes state and groups into the optimizer that it wraps, past every method.
         check_groups(self.param_groups, self.spec)
+        if self.update_statistics is not None:
+            self.update_statistics.zero_()
         tau = self.tau
         for group in self.param_groups:
             self.step_group(group, tau)
@@ -199,20 +201,35 @@ class RelaxedOptimizer(EngineOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take state and param groups; before the soft phase this optimizer's own phases, eps and tmax count."""
-        ours = self.__dict__.get("param_groups", state["param_groups"])[0]
-        plan = {name: ours[name] for name in PLAN if name in ours}
+        here = self.__dict__.get("param_groups")
+        plan = {} if here is None else {name: here[0][name] for name in PLAN}
         super().__setstate__(state)
-        run, schedule = self.param_groups[0], self.schedule
-        if schedule is None:
-            self.write_to_groups(**plan)
+        self._keep_plan(self.param_groups, plan)
+
+    def go_on_from(self, groups: list[dict[str, Any]]) -> None:
+        """Let this run's plan count in loaded ``groups`` (modified in place), unless their soft phase has begun."""
+        self._keep_plan(groups, {name: self.param_groups[0][name] for name in PLAN})
+
+    def _keep_plan(self, groups: list[dict[str, Any]], plan: dict[str, Any]) -> None:
+        run = groups[0]
+        changes = ", ".join(f"{name}={value}" for name, value in plan.items() if run[name] != value)
+        if not changes:
             return
-        ignored = ", ".join(f"{name}={value}" for name, value in plan.items() if run[name] != value)
-        if ignored:
+        if run["soft_first"] >= 0:
             log_on_first_rank(
                 logging.WARNING,
-                f"the state was saved in its soft phase, which goes on as it began, {schedule.length} steps from step "
-                f"{schedule.first}: {ignored} of this run does not count",
+                f"the state was saved in its soft phase, which goes on as it began, {run['soft_length']} steps from "
+                f"step {run['soft_first']}: {changes} of this run does not count",
             )
+            return
+        before = ", ".join(f"{name}={run[name]}" for name in plan if run[name] != plan[name])
+        log_on_first_rank(
+            logging.WARNING,
+            f"the state was saved in its hard phase, at step {run['steps_taken']}, by a run with {before}: {changes} "
+            "of this run counts",
+        )
+        for group in groups:
+            group.update(plan)
 
 
 def log_on_first_rank(level: int, line: str) -> None:

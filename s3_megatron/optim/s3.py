@@ -56,6 +56,7 @@ class S3(EngineOptimizer):
 
     spec: ClassVar[Spec] = registry.S3
     single_pass: ClassVar[bool] = True
+    counts_updates: ClassVar[bool] = True
     _kept: ClassVar[tuple[str, ...]] = ("implementation", "state_dtype", "capturable")
 
     @names_what_it_takes

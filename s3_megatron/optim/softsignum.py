@@ -15,6 +15,7 @@ from s3_megatron.optim.placement import localize
 from s3_megatron.optim.pooled_median import median_and_deviation
 from s3_megatron.optim.relaxed import RelaxedOptimizer
 from s3_megatron.optim.settings import names_what_it_takes
+from s3_megatron.optim.soft_updates import add_updates_
 from s3_megatron.optim.spec import Spec
 from s3_megatron.optim.state import EXP_AVG
 
@@ -60,6 +61,7 @@ class SoftSignum(RelaxedOptimizer):
     """
 
     spec: ClassVar[Spec] = registry.SOFTSIGNUM
+    counts_updates: ClassVar[bool] = True
     soft_map = "tanh"
 
     @names_what_it_takes
@@ -127,6 +129,16 @@ class SoftSignum(RelaxedOptimizer):
                 maximize=group["maximize"],
                 rounding_seed=seed,
             )
+            if self.update_statistics is not None:
+                add_updates_(
+                    self.update_statistics,
+                    grads,
+                    exp_avgs,
+                    beta=group["beta"],
+                    tau=tau,
+                    nesterov=group["nesterov"],
+                    maximize=group["maximize"],
+                )
 
     def measure(self) -> tuple[float, float]:
         """Return median and median absolute deviation of m over the model."""

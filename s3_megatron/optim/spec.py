@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from s3_megatron.errors import S3Error
@@ -53,7 +54,8 @@ class Hyperparameter:
 
     Attributes:
         name: the argument's.
-        default: its value where none is given; None: another hyperparameter of the same ``key`` counts.
+        default: its value where none is given; None: another hyperparameter of the same ``key`` counts, or what
+            ``Spec.complete`` makes of the others.
         help: one clause without its range and default, and what else there is to say behind a semicolon.
         kind: float, int or bool.
         count: how many values it has: 1, or 2 for a pair.
@@ -99,10 +101,12 @@ class Hyperparameter:
                 raise S3Error(f"{label} is {one!r}: it must be true or false")
             if self.range is None:
                 continue
-            if isinstance(one, str):
+            if isinstance(one, str | list | tuple | dict):
                 raise S3Error(f"{label} is {one!r}: it must be a number{hint}")
-            if not self.range.holds(one):
+            whole = isinstance(one, Integral) and not isinstance(one, bool)
+            if not self.range.holds(one) or (self.kind is int and not whole):
                 kind = "number" if self.range.includes_high else "finite number"
+                kind = "whole number" if self.kind is int else kind
                 subject = "it" if self.count == 1 else "both"
                 allowed = f"be a {kind} {self.range}" if self.range.high == math.inf else f"lie {self.range}"
                 raise S3Error(f"{label} is {value}: {subject} must {allowed}{hint}")

@@ -29,6 +29,16 @@ def test_the_layout_is_kept_and_the_rest_is_small():
     assert small.recipe.schedule.clip_grad == job.recipe.schedule.clip_grad
 
 
+@pytest.mark.parametrize("phases", [{"sign_iters": 9000, "transition_iters": 1000}, {"soft_start": 0.99}], ids=str)
+def test_phases_of_a_long_run_are_not_the_rehearsals(phases: dict[str, float]):
+    """It was refused, with no soft step left of 12."""
+    settings = [f"optimizer.{name}={value}" for name, value in phases.items()]
+    job = compose.load("gpt2_345m", "slurm", ["optimizer=softsignum", "optimizer.beta=0.8", *settings])
+    optimizer = scaled_down(job).recipe.optimizer
+    assert optimizer.complete(rehearse.ITERATIONS)["total_steps"] == rehearse.ITERATIONS
+    assert (optimizer.beta, optimizer.soft_start, optimizer.sign_iters) == (0.8, 0.9, None)
+
+
 @pytest.mark.parametrize("tensor", [1, 2, 3, 8])
 @pytest.mark.parametrize("pipeline", [1, 2, 3])
 @pytest.mark.parametrize("cluster", ["local", "slurm"])

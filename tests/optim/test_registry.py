@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from s3_megatron.errors import S3Error
+from s3_megatron.jobs import compose
+from s3_megatron.jobs.job import Job
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3, from_adam_state, registry
 from s3_megatron.optim.spec import OVERRIDE, Hyperparameter, Range, Spec
 from s3_megatron.optim.state import accept, check_entry, check_not_ours, written_by
@@ -27,7 +29,8 @@ def test_a_class_has_the_arguments_and_the_state_of_its_spec(spec: Spec) -> None
     for each in spec.hyperparameters:
         assert arguments[each.name].default == each.default, each.name
         assert each.default is None or each.range is None or each.range.holds(each.default)
-    optimizer = kind([torch.nn.Parameter(torch.ones(3))])
+    defaults = {each.name: each.default for each in spec.hyperparameters}
+    optimizer = kind([torch.nn.Parameter(torch.ones(3))], **spec.chosen(spec.complete(defaults, 50)))
     optimizer.allocate_state()
     (entry,), (group,) = optimizer.state.values(), optimizer.param_groups
     assert tuple(entry) == spec.state_names and {*spec.state_keys} <= group.keys()
@@ -47,7 +50,7 @@ def test_the_tables_of_the_documents_are_the_specs(spec: Spec) -> None:
             flag += " BETA1 BETA2"
         param = default
         if each.kind is bool:
-            flag, default, text = spec.flag(f"no_{each.name}"), "", f"do not {each.help}"
+            flag, default, text = spec.flag(each.switch), "", f"do not {each.help}" if each.default else each.help
             param = str(each.default).lower()
         rows = {
             "megatron": f"| `{flag}` | {default} | {text} |".replace("|  |", "| |"),
@@ -90,6 +93,7 @@ def test_a_range_is_the_same_everywhere(name: str, value: object, allowed: str) 
         ({"p": "3"}, "p is '3': it must be a number"),  # a TypeError of Python's
         ({"betas": 0.9}, "betas is 0.9: it must be a pair"),
         ({"lr": "1e-3"}, "lr is '1e-3': it must be a number"),
+        ({"p": [3]}, r"p is \[3\]: it must be a number"),
     ],
 )
 def test_a_text_where_a_value_belongs_is_one_line(values: dict[str, object], message: str) -> None:
@@ -167,6 +171,13 @@ def test_a_configuration_is_pickled_and_compared() -> None:
             2.0,
             None,
         )
+    for kind in (engine.SoftSignumOptimizerConfig, engine.config.SoftSignumConfig):
+        made = kind(lr=1.0, softsignum_total_steps=9)
+        assert pickle.loads(pickle.dumps(made)) == made and (made.optimizer, made.softsignum_total_steps) == (
+            "softsignum",
+            9,
+        )
+        assert made.softsignum_sign_iters is None
 
 
 def test_what_differs_of_the_state_is_refused_overridden_or_left() -> None:
@@ -227,6 +238,58 @@ def test_the_length_of_the_hosts_run_counts_where_nothing_else_gives_it() -> Non
     with pytest.raises(S3Error, match="sign_iters is 60 and total_steps 50: no soft step is left"):
         total(50, sign_iters=60)
     assert registry.S3.complete({"p": 2.0}, 50) == {"p": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"soft_start": 1.5}, "optimizer.soft_start = 1.5: Input should be less than or equal to 1"),
+        ({"total_steps": 1.5}, "optimizer.total_steps = 1.5: Input should be a valid integer"),
+        ({"sign_iters": 10, "transition_iters": 0}, "yaml: optimizer: transition_iters is 0: it must be a whole"),
+        ({"sign_iters": 200}, "yaml: optimizer: sign_iters is 200 and total_steps 128: no soft step is left"),
+        ({"transition_iters": 20}, "yaml: optimizer: transition_iters is 20 without sign_iters"),
+        ({"soft_start": 0.999}, "yaml: optimizer: soft_start=0.999 leaves no soft step of total_steps=128"),
+        ({"tmax": ".nan"}, "optimizer.tmax = NaN"),
+    ],
+)
+def test_a_recipe_that_cannot_be_relaxed_is_refused_before_anything_is_built(
+    settings: dict[str, object], said: str
+) -> None:
+    """A recipe's schedule has the length; a refusal of the whole file began with an empty key."""
+    with pytest.raises(S3Error) as refused:
+        softsignum(settings)
+    assert said in str(refused.value) and "\n" not in str(refused.value) and ": :" not in str(refused.value)
+
+
+def test_a_recipe_of_softsignum_becomes_flags() -> None:
+    """What is left out is left out: the length is Megatron's --train-iters. An infinite tmax was refused."""
+    from s3_megatron.jobs.catalog import as_yaml
+    from s3_megatron.jobs.flags import optimizer
+    from s3_megatron.jobs.memory import estimate
+
+    job = softsignum({"tmax": ".inf"})
+    assert optimizer(job.recipe.optimizer, 0.1) == {
+        "optimizer": "softsignum",
+        "lr": 1e-4,
+        "min_lr": 1e-5,
+        "weight_decay": 0.3,
+        "softsignum_beta": 0.9,
+        "softsignum_nesterov": False,
+        "softsignum_soft_start": 0.9,
+        "softsignum_eps": 1e-4,
+        "softsignum_tmax": float("inf"),
+    }
+    assert "tmax: .inf" in as_yaml(job.recipe)
+    given = optimizer(softsignum({"sign_iters": 0, "transition_iters": 100, "nesterov": True}).recipe.optimizer, 0)
+    assert (given["softsignum_sign_iters"], given["softsignum_nesterov"]) == (0, True)
+    for engine in ("megatron", "deepspeed"):
+        memory = estimate(softsignum({}, f"engine={engine}"))
+        assert memory.exp_avg > 0 and memory.exp_avg_root == 0
+
+
+def softsignum(settings: dict[str, object], *more: str) -> Job:
+    given = [f"optimizer.{name}={value}" for name, value in settings.items()]
+    return compose.load("gpt2_tiny", "local", ["optimizer=softsignum", *given, *more])
 
 
 def test_the_iterations_of_a_run_in_samples() -> None:

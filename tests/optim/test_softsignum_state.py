@@ -136,9 +136,9 @@ def test_bfloat16_states_begin_their_soft_phase_by_their_own_bits() -> None:
     assert optimizer.schedule[:2] == (m.median().item(), (m - m.median()).abs().median().item())
 
 
-def test_before_the_soft_phase_a_new_length_counts() -> None:
+def test_before_the_soft_phase_a_new_length_counts(caplog: pytest.LogCaptureFixture) -> None:
     """Saved at step 4 of 10; as a run of 20, and of 6, whose soft phase would have begun at step 3: it begins at once,
-    and ends where the run does."""
+    and ends where the run does. The new phases were taken without a line."""
     params = parameters()
     optimizer = build(params)
     train(params, optimizer, range(4))
@@ -146,6 +146,9 @@ def test_before_the_soft_phase_a_new_length_counts() -> None:
         others = parameters()
         loaded = build(others, total_steps=total)
         loaded.load_state_dict(through_a_file(optimizer.state_dict()))
+        line, half = caplog.messages[-1], total // 2
+        assert "in its hard phase, at step 4, by a run with sign_iters=5, transition_iters=5: " in line
+        assert f": sign_iters={half}, transition_iters={half} of this run counts" in line and "\n" not in line
         train(others, loaded, range(4, first))
         assert loaded.param_groups[1]["soft_first"] == -1
         train(others, loaded, range(first, total))

@@ -100,7 +100,7 @@ def metrics(folder: Path) -> dict[str, Metrics]:
     (folder / TORN).parent.mkdir(parents=True)
     (folder / TORN).touch()
     resumed = [replace(run, resumed=True) for run in RESUMED]
-    return launch([*FULL, *resumed], 2, folder, *over_from_adam(folder))
+    return launch([*FULL, *resumed], 2, folder, *over_from_adam(folder), *softsignums(folder))
 
 
 def over_from_adam(folder: Path) -> list[Job]:
@@ -113,6 +113,34 @@ def over_from_adam(folder: Path) -> list[Job]:
     )
     s3 = flags(iterations=8) + zero2 + ["--load", saved, "--s3-from-adam", "--watch-dir", str(folder / "from-adam")]
     return [("deepspeed", adam), ("deepspeed", s3)]
+
+
+# SoftSignum's engines and precisions; it is hard for 4 iterations of 8, and goes on from either phase.
+SOFT, PHASES = [("megatron", "bf16"), ("zero1", "bf16"), ("zero2", "bf16"), ("zero3", "bf16")], (2, 6)
+
+
+def softsignums(folder: Path) -> list[Job]:
+    """SoftSignum by a DeepSpeed file that names it, or by the flag; and, from both phases, once more."""
+    jobs: list[Job] = []
+    for engine, precision in SOFT:
+        name = f"softsignum-{engine}-{precision}"
+        argv = flags(iterations=8, optimizer="softsignum", precision=precision)
+        argv += ["--num-layers", "1", "--softsignum-soft-start", "0.5"]
+        if engine == "megatron":
+            jobs.append(("megatron", [*argv, "--watch-dir", str(folder / name)]))
+            continue
+        config = json.loads((CONFIGS / f"{engine}.json").read_text())
+        if engine == "zero2":
+            config["optimizer"] = {"type": "SoftSignum", "params": {"lr": "auto", "weight_decay": "auto"}}
+            argv = [word for word in argv if word not in ("--optimizer", "softsignum")]
+        (folder / f"{name}.json").write_text(json.dumps(config))
+        argv += ["--deepspeed-config", str(folder / f"{name}.json")]
+        saved = str(folder / f"{name}-saved")
+        jobs.append(("deepspeed", [*argv, "--save", saved, "--save-interval", "2", "--watch-dir", str(folder / name)]))
+        for start in PHASES:
+            watch = ["--watch-dir", str(folder / f"{name}-{start}")]
+            jobs.append(("deepspeed", [*argv, "--load", saved, "--ckpt-step", str(start), *watch]))
+    return jobs
 
 
 def gap(ours: Metrics, theirs: Metrics) -> float:
@@ -164,6 +192,26 @@ def test_what_is_said_of_the_optimizer(metrics: dict[str, Metrics], run: Run) ->
     # A first step moves every coordinate with a gradient by (1 - beta^2)^(2/3).
     first = metrics[run.name].train[1]
     assert first.updates.max == pytest.approx((1 - 0.95**2) ** (2 / 3), rel=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("engine", "precision"), SOFT[1:])
+def test_softsignum_trains_through_its_switch_and_resumes(
+    metrics: dict[str, Metrics], folder: Path, engine: str, precision: str
+) -> None:
+    """The length of the run is --train-iters, which DeepSpeed knew nothing of; losses are Megatron's, and a run that
+    goes on from either phase is the uninterrupted one to the bit."""
+    whole, theirs = (read_metrics(folder / f"softsignum-{name}") for name in (f"{engine}-{precision}", "megatron-bf16"))
+    assert sorted(whole.train) == list(range(1, 9)) and whole.optimizer is not None
+    assert whole.optimizer.state_bytes_per_param_rank == 2.0, "one state"
+    means = [event.updates.mean for _, event in sorted(whole.train.items())]
+    assert all(whole.train[i].updates.max == 1 for i in range(1, 6)) and means[7] < means[6] < means[5] < means[3]
+    print(f"{engine} {precision}: losses differ by {gap(whole, theirs):.1e}")
+    assert gap(whole, theirs) <= BOUND[precision]
+    for start in PHASES:
+        resumed = read_metrics(folder / f"softsignum-{engine}-{precision}-{start}")
+        assert sorted(resumed.train) == list(range(start + 1, 9))
+        assert gap(resumed, whole) == 0
 
 
 @pytest.mark.distributed

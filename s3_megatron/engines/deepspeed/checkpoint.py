@@ -18,7 +18,7 @@ from s3_megatron.engines.deepspeed.layout import is_flat, is_sharded, is_stage3,
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import EngineOptimizer, from_adam_state, registry
 from s3_megatron.optim.engine_optimizer import warn_of_change
-from s3_megatron.optim.spec import FROM_ADAM, OVERRIDE
+from s3_megatron.optim.spec import FROM_ADAM, NAMES, OVERRIDE
 from s3_megatron.optim.state import accept, check_not_ours, convert_from_adam, is_marked, written_by
 from s3_megatron.swap import SymbolSwap
 
@@ -66,21 +66,42 @@ def guard_own(optimizer: EngineOptimizer, wrapper: Any, *, from_adam: bool, over
     """
     guard = _LoadGuard(optimizer, wrapper, from_adam, override)
     load = optimizer.load_state_dict
+    lacking = {*NAMES} - {*optimizer.spec.state_names}
 
     def load_state_dict(state_dict: dict[str, Any]) -> None:
         """Load one rank's state of an ordinary checkpoint."""
         state_dict = dict(state_dict)
         if guard.accept(state_dict["param_groups"], universal=False):
             state_dict = from_adam_state(state_dict, optimizer)
-        load(state_dict)
+        state = state_dict["state"]
+        load({**state_dict, "state": {i: _without(lacking, entry) for i, entry in state.items()}})
+
+    def stand_in(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        state = {i: entry | dict.fromkeys(lacking, _nothing_like(entry)) for i, entry in state_dict["state"].items()}
+        state_dict["state"] = state
 
     optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
     if not is_sharded(wrapper):
         return
+    if lacking:
+        optimizer.register_state_dict_post_hook(stand_in)
     _init_and_link_state(wrapper)
     if is_flat(wrapper):
         _replace(wrapper, "_link_all_hp_params", lambda link: _followed_by(link, lambda: _init_and_link_state(wrapper)))
     _guard_universal(guard)
+
+
+def _nothing_like(entry: dict[str, Any]) -> torch.Tensor:
+    """Make zeros in the shape of ``entry``'s state, one element in memory and on the disk.
+
+    checkpoint/ds_to_universal.py takes both of Adam's states of every optimizer, and cuts them into weights.
+    """
+    first: torch.Tensor = entry[NAMES[0]]
+    return first.new_zeros(1).expand(first.numel())
+
+
+def _without(names: set[str], entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name not in names}
 
 
 @dataclass
@@ -208,17 +229,21 @@ def _guard_universal(guard: _LoadGuard) -> None:
                 params = old["params"]
                 old.clear()
                 old.update({**new, "params": params})
-        found = [{key: value for key, value in group.items() if key != "params"} for group in saved]
+        optimizer.go_on_from(saved)
+        found = [_without({"params"}, group) for group in saved]
 
     def finish() -> None:
         # ZeRO-3 gives every group the first one's: [0.1, 0.0] of weight decay would become [0.1, 0.1].
         for group, saved in zip(optimizer.param_groups, found, strict=True):
             group.update(saved)
+        entries = [optimizer.state[master] for master in masters(wrapper)]
         if converting:
-            entries = [optimizer.state[master] for master in masters(wrapper)]
             convert_from_adam(entries, optimizer.spec)
             for entry in entries:
                 entry.pop("step", None)  # by which ours know Adam's
+        for entry in entries:
+            for name in {*NAMES} - {*optimizer.spec.state_names}:
+                entry.pop(name, None)
         if is_flat(wrapper):
             wrapper._link_all_hp_params()  # and inits: 0.17.6 left r linked in the weights' place
         else:

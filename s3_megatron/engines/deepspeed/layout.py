@@ -39,3 +39,11 @@ def model_groups(wrapper: Any) -> list[list[Tensor]]:
     """Give the model's parameters that ZeRO's ``wrapper`` trains, group by group."""
     names = ("fp16_groups",) if is_stage3(wrapper) else ("bf16_groups", "bit16_groups")
     return next(getattr(wrapper, name) for name in names if hasattr(wrapper, name))
+
+
+def has_gradscaler(engine: Any) -> bool:
+    """Whether torch.autocast's GradScaler decides about a step, which tells nobody (0.19.8)."""
+    return bool(
+        getattr(engine, "torch_autocast_z0_gradscaler", None)
+        or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+    )

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s3_megatron.engines.deepspeed.layout import masters
+from s3_megatron.engines.deepspeed import temperature
+from s3_megatron.engines.deepspeed.layout import has_gradscaler, masters
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels.op import choose
 from s3_megatron.optim import S3, EngineOptimizer
@@ -125,10 +126,10 @@ def take_model_step(original: Callable[..., None]) -> Callable[..., None]:
         if mine.moved:
             mine.steps += 1
         if self.was_step_applied() and isinstance(self.basic_optimizer, RelaxedOptimizer):
-            self.basic_optimizer.end_step()
+            temperature.end_step(self)
         # Without a wrapper, in float32 at stage 0, unused parameters have no gradient.
         wanted = 1 if isinstance(self.optimizer, EngineOptimizer) else mine.elements
-        if self.was_step_applied() and mine.moved < wanted and not _has_gradscaler(self):
+        if self.was_step_applied() and mine.moved < wanted and not has_gradscaler(self):
             raise S3Error(
                 f"DeepSpeed took a step in which {mine.title} moved {mine.moved:,} of {mine.elements:,} elements: "
                 "another optimizer has taken its place, or its param groups were changed; let nothing replace "
@@ -136,11 +137,3 @@ def take_model_step(original: Callable[..., None]) -> Callable[..., None]:
             )
 
     return _take_model_step
-
-
-def _has_gradscaler(engine: Any) -> bool:
-    """Whether torch.autocast's GradScaler decides about a step, which tells nobody (0.19.8)."""
-    return bool(
-        getattr(engine, "torch_autocast_z0_gradscaler", None)
-        or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
-    )

@@ -1,16 +1,16 @@
-"""What a relaxed optimizer takes its temperature over under ZeRO 1 and 2: all partitions, without their padding.
+"""What a relaxed optimizer takes its temperature over under ZeRO: all partitions, without their padding.
 
 Every host symbol named here was read in deepspeed 0.19.8.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from s3_megatron.engines.deepspeed.layout import is_flat
+from s3_megatron.engines.deepspeed.layout import has_gradscaler, is_sharded, is_stage3, masters
 from s3_megatron.errors import S3Error
 from s3_megatron.optim.relaxed import RelaxedOptimizer
 
@@ -19,41 +19,76 @@ def take_over_all_ranks(engine: Any) -> None:
     """Give the relaxed optimizer of ``engine``, which is complete, what it counts, and when a step ends.
 
     Raises:
-        S3Error: its state lies otherwise than in one flat partition a param group and rank.
+        S3Error: it takes whole matrices, or the ranks of ``engine`` do not hold each coordinate equally often.
     """
     optimizer: RelaxedOptimizer = engine.basic_optimizer
     wrapper, title = engine.optimizer, optimizer.spec.title
     if optimizer.takes_whole_matrices:
         raise S3Error(f"{title} takes whole matrices, which ZeRO flattens and cuts: use it in plain PyTorch or FSDP2")
-    if not is_flat(wrapper) or not hasattr(wrapper, "single_partition_of_fp32_groups"):
-        raise S3Error(
-            f"{title} runs in ZeRO 1 and 2 alone, and this is {type(wrapper).__name__}: set stage 1 or 2, without a "
-            "grad_accum_dtype other than the model's"
-        )
+    if has_gradscaler(engine):
+        raise S3Error(f"torch_autocast in float16 skips steps and {title} cannot know: use bfloat16, or fp16.enabled")
+    optimizer.counts_steps_at_rate_0 = optimizer.is_stepped_in_parts = True
+    if not optimizer.param_groups[0]["transition_iters"]:
+        return  # all steps are hard
     if engine.mpu is not None or engine.has_moe_layers:
         raise S3Error(
             f"{title} takes its temperature over data-parallel ranks alone: run it without tensor, pipeline, sequence "
-            "and expert parallelism, or in plain PyTorch or Megatron"
+            "and expert parallelism, in plain PyTorch or Megatron, or with soft_start 1, for hard steps alone"
         )
-    if getattr(wrapper, "torch_autocast_gradscaler", None):
-        raise S3Error(f"torch_autocast in float16 skips steps and {title} cannot know: use bfloat16, or fp16.enabled")
     optimizer.counted = _counted(wrapper)
-    optimizer.counts_steps_at_rate_0 = optimizer.is_stepped_in_parts = True
+
+
+def end_step(engine: Any) -> None:
+    """Count a step that ``engine`` has applied; ZeRO-3's groups hold their tensors meanwhile."""
+    optimizer: RelaxedOptimizer = engine.basic_optimizer
+    if not is_stage3(engine.optimizer):
+        optimizer.end_step()
+        return
+    engine.optimizer._set_fp32_optimizer_param_groups()
+    try:
+        optimizer.end_step()
+    finally:
+        engine.optimizer._clear_fp32_optimizer_param_groups()
 
 
 def _counted(wrapper: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Make what leaves of a partition's m the elements of weights.
+    """Make what leaves of a master's m the elements of weights that are trained."""
+    if not is_sharded(wrapper):  # every rank has the whole model, in which frozen weights have an m, too
+        trained = {*masters(wrapper)}
+        return lambda master, m: m if master in trained else m.reshape(-1)[:0]
+    pieces = dict(_of_stage_3(wrapper) if is_stage3(wrapper) else _of_flat_groups(wrapper))
+    return lambda master, m: torch.cat([m.reshape(-1)[piece] for piece in pieces[master]])
+
+
+def _of_flat_groups(wrapper: Any) -> Iterator[tuple[Tensor, list[slice]]]:
+    """Give the weights' places in each partition of ZeRO 1 and 2.
 
     A group's flat tensor has padding between and behind them; partitions are of one size, in the order of the ranks.
     """
-    pieces: dict[Tensor, list[slice]] = {}
-    for i, master in enumerate(wrapper.single_partition_of_fp32_groups):
-        weights, size = wrapper.round_robin_bit16_groups[i], int(wrapper.partition_size[i])
-        gaps = getattr(wrapper, "round_robin_bit16_padding", {i: [0] * len(weights)})[i]  # 0.17.6 has none between
+    if hasattr(wrapper, "single_partition_of_fp32_groups"):
+        partitions, groups = wrapper.single_partition_of_fp32_groups, wrapper.round_robin_bit16_groups
+    else:  # BF16_Optimizer
+        partitions, groups = wrapper.fp32_groups_flat_partition, wrapper.bf16_groups
+    for i, master in enumerate(partitions):
+        weights, size = groups[i], master.numel()
+        # BF16_Optimizer and 0.17.6 have none between.
+        gaps = getattr(wrapper, "round_robin_bit16_padding", {i: [0] * len(weights)})[i]
         begin, mine = 0, dist.get_rank(wrapper.real_dp_process_group[i]) * size
-        pieces[master] = []
+        pieces = []
         for weight, gap in zip(weights, gaps, strict=True):
             first, last = (min(max(place - mine, 0), size) for place in (begin, begin + weight.numel()))
-            pieces[master].append(slice(first, last))
+            pieces.append(slice(first, last))
             begin += weight.numel() + gap
-    return lambda master, m: torch.cat([m.reshape(-1)[piece] for piece in pieces[master]])
+        yield master, pieces
+
+
+def _of_stage_3(wrapper: Any) -> Iterator[tuple[Tensor, list[slice]]]:
+    """Give the weights' places in each sub-group of ZeRO-3: a part of every weight, padded behind the last rank's."""
+    for master, weights in zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True):
+        begin, pieces = 0, []
+        for weight in weights:
+            size = weight.partition_numel()
+            left = weight.ds_numel - dist.get_rank(weight.ds_process_group) * size
+            pieces.append(slice(begin, begin + min(max(left, 0), size)))
+            begin += size
+        yield master, pieces

@@ -21,7 +21,7 @@ def part(engine: Any, kind: str | None = None) -> Part:
     held = masters(wrapper)
     copies = 0 if wrapper is optimizer else sum(tensor.numel() * tensor.element_size() for tensor in held)
     steps = None
-    if isinstance(optimizer, EngineOptimizer) and optimizer.single_pass:
+    if isinstance(optimizer, EngineOptimizer) and optimizer.counts_updates:
         steps = _WholeSteps(activity(engine))
     return Part(
         optimizer,

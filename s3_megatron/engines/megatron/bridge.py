@@ -6,7 +6,7 @@ from typing import Any
 from megatron.core import optimizer as host
 from megatron.core.optimizer import MegatronOptimizer
 
-from s3_megatron.engines.megatron.config import S3Config, SpecOptimizerConfig
+from s3_megatron.engines.megatron.config import S3Config, SoftSignumConfig, SpecOptimizerConfig
 from s3_megatron.engines.megatron.install import install
 
 
@@ -30,3 +30,11 @@ class BridgeConfig(SpecOptimizerConfig):
 @dataclass
 class S3OptimizerConfig(S3Config, BridgeConfig):  # type: ignore[misc, valid-type]
     """OptimizerConfig (megatron-core 0.17.1 to 0.19.2) with S3's own hyperparameters; ``optimizer`` is "s3"."""
+
+
+@dataclass
+class SoftSignumOptimizerConfig(SoftSignumConfig, BridgeConfig):  # type: ignore[misc, valid-type]
+    """OptimizerConfig (megatron-core 0.19.2) with SoftSignum's own hyperparameters; ``optimizer`` is "softsignum".
+
+    ``softsignum_total_steps`` is the length of the run, which a configuration of the optimizer does not know.
+    """

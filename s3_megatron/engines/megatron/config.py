@@ -30,7 +30,8 @@ def config_class(spec: Spec) -> type[SpecOptimizerConfig]:
     own: list[tuple[str, Any, Any]] = [("optimizer", str, dataclasses.field(default=spec.name))]
     for each in spec.hyperparameters:
         kind: Any = each.kind
-        own.append((spec.field(each.name), tuple[kind, kind] | None if each.count > 1 else kind, each.default))
+        kind = tuple[kind, kind] if each.count > 1 else kind
+        own.append((spec.field(each.name), kind | None if each.default is None else kind, each.default))
     own += [(field, bool, False) for field in spec.switch_fields]
     namespace = {"spec": spec, "__doc__": f"OptimizerConfig with {spec.title}'s hyperparameters."}
     made: type[SpecOptimizerConfig] = dataclasses.make_dataclass(
@@ -39,7 +40,9 @@ def config_class(spec: Spec) -> type[SpecOptimizerConfig]:
     return made
 
 
-S3Config = config_class(registry.S3)  # where pickle looks for it
+# Where pickle looks for them.
+S3Config = config_class(registry.S3)
+SoftSignumConfig = config_class(registry.SOFTSIGNUM)
 
 # What no optimizer of ours can do in Megatron yet, by the argument that asks for it.
 _UNSUPPORTED = {
@@ -138,7 +141,9 @@ def validate(original: Callable[..., Any]) -> Callable[..., Any]:
             args.override_opt_param_scheduler = True
         with _by_adams_name(args):
             validated = original(args, *rest, **kwargs)
-        spec.complete(own_values(spec, args), _iterations(args))  # or refuse, before anything is built
+        # From here on the arguments are complete, for Megatron's optimizer and for DeepSpeed's; or refused.
+        for name, value in spec.complete(own_values(spec, args), _iterations(args)).items():
+            setattr(args, spec.field(name), value)
         return validated
 
     return validate_args
@@ -190,9 +195,7 @@ def make_config(original: Callable[..., Any]) -> Callable[..., Any]:
         with _by_adams_name(args):
             config, overrides = original(args)
         stock = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
-        own = {field: getattr(args, field) for field in spec.switch_fields}
-        complete = spec.complete(own_values(spec, args), _iterations(args))
-        own |= {spec.field(name): value for name, value in complete.items()}
+        own = {field: getattr(args, field) for field in (*map(spec.field, own_values(spec, args)), *spec.switch_fields)}
         return config_class(spec)(**{**stock, **own, "optimizer": spec.name}), overrides
 
     return get_megatron_optimizer_config

@@ -37,7 +37,8 @@ def make_optimizer(original: Callable[..., MegatronOptimizer]) -> Callable[..., 
                 guard_other(part)
         else:
             if not isinstance(config, SpecOptimizerConfig):
-                made = "S3OptimizerConfig" if spec is registry.S3 else f"config.config_class(<the Spec {spec.name}>)"
+                listed = spec in (registry.S3, registry.SOFTSIGNUM)
+                made = f"{spec.title}OptimizerConfig" if listed else f"config.config_class(<the Spec {spec.name}>)"
                 raise S3Error(
                     f"optimizer={spec.name!r} came in a plain OptimizerConfig: build it as s3_megatron.engines."
                     f"megatron.{made}, which has {spec.title}'s hyperparameters"

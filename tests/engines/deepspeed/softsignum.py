@@ -1,20 +1,37 @@
-"""Runs on ranks, from worker.py: SoftSignum under DeepSpeed's ZeRO 1 and 2, in both phases."""
+"""Runs on ranks, from worker.py: SoftSignum under DeepSpeed, in both phases."""
 
+from pathlib import Path
 from typing import Any
 
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
 from s3_megatron.engines.deepspeed import activity
-from s3_megatron.optim import SoftMuon, SoftSignum, registry
+from s3_megatron.engines.deepspeed.watch import part
+from s3_megatron.optim import EXP_AVG, SoftMuon, SoftSignum
 from tests.checks import refuses, shared_folder
 from tests.engines.deepspeed import harness as on
-from tests.engines.deepspeed.checkpoints import load, save
+from tests.engines.deepspeed.checkpoints import convert, load, save, spoil
 from tests.engines.deepspeed.window import OLD
 
 STEPS, HARD = 8, 4
 PARAMS = {"total_steps": STEPS, "soft_start": 0.5}
+# Stage, precision, and what else makes a run: of every way in which DeepSpeed holds m.
+KINDS: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "stage0": (0, "fp32", {}),
+    "stage1": (1, "fp32", {}),
+    "stage2": (2, "fp32", {}),
+    "stage3": (3, "fp32", {"zero": {"sub_group_size": 400}}),
+    "stage3-bf16-offload": (3, "bf16", {"offload": True}),
+    **({} if OLD else {"stage0-bf16": (0, "bf16", {}), "stage1-bf16": (1, "bf16", on.FLOAT32_ACCUMULATION)}),
+}
+# DeepSpeed's converter fails on a group of BF16_Optimizer that is smaller than its padding, and 0.17.6's on ZeRO-3.
+UNIVERSAL = {name: {"alone": False} if name == "stage1-bf16" else {} for name in KINDS if "stage0" not in name}
 
 
 def started(stage: int = 1, precision: str = "fp32", params: dict[str, Any] = PARAMS, **settings: Any) -> on.Run:
-    registry.add(registry.SOFTSIGNUM)
     run = on.Run(stage, precision, optimizer="SoftSignum", params=params, **settings)
     assert type(run.engine.basic_optimizer) is SoftSignum
     return run
@@ -28,19 +45,20 @@ def numbers(run: on.Run) -> tuple[Any, ...]:
 def check_softsignum_trains_and_resumes() -> None:
     """As the unsharded run, with weight decay and three groups; saved in either phase, it goes on to the bit.
 
-    ZeRO 1 and 2 step one group at a time: each would have had a temperature of its own. Partitions are padded: each
-    zero would have counted. The temperatures are equal to the bit.
+    ZeRO steps one group, or sub-group, at a time: each would have had a temperature of its own. Partitions are padded:
+    each zero would have counted. ZeRO-3's groups are empty between its steps. The temperatures are equal to the bit.
     """
-    for stage in (1, 2):
-        run, resumed, reference = started(stage), [], on.Reference(SoftSignum, **PARAMS)
+    for name, (stage, precision, settings) in KINDS.items():
+        run, resumed = started(stage, precision, **settings), []
+        reference = on.Reference(SoftSignum, **PARAMS)
         for step in range(STEPS):
             if step in (2, HARD + 1, HARD + 2):
                 save(run, folder := shared_folder())
-                resumed.append(started(stage))
+                resumed.append(started(stage, precision, **settings))
                 load(resumed[-1], folder)
             assert all(each.step(on.gradients(step)) for each in (run, *resumed))
             reference.step(on.gradients(step))
-            assert numbers(run)[1] == reference.optimizer.tau, step
+            assert numbers(run)[1] == reference.optimizer.tau, f"{name} {step}"
         assert numbers(run)[0] == reference.optimizer.schedule and activity(run.engine).steps == STEPS
         assert (numbers(run)[0].first, numbers(run)[0].length) == (HARD, STEPS - HARD)
         for other in resumed:
@@ -55,15 +73,16 @@ def check_softsignum_skips_an_overflow_and_its_schedule_does_not_advance() -> No
     small = {name: grad.clamp(-1, 1) for name, grad in on.gradients(2).items()}
     huge = {name: grad * 1e5 for name, grad in small.items()}
     with on.float16_allowed():
-        run = started(precision="fp16", fp16={"initial_scale_power": 4, "hysteresis": 1})
-        for step in range(STEPS):
-            if step in (HARD, HARD + 1):
-                before, found = run.everything(), numbers(run)
-                assert not run.step(huge)
-                on.equal(run.everything(), before)
-                assert numbers(run) == found
-            assert run.step(small)
-    assert {*numbers(run)[2:]} == {STEPS} and numbers(run)[0].first == HARD
+        for stage in (1, 3):
+            run = started(stage, "fp16", fp16={"initial_scale_power": 4, "hysteresis": 1})
+            for step in range(STEPS):
+                if step in (HARD, HARD + 1):
+                    before, found = run.everything(), numbers(run)
+                    assert not run.step(huge)
+                    on.equal(run.everything(), before)
+                    assert numbers(run) == found
+                assert run.step(small)
+            assert {*numbers(run)[2:]} == {STEPS} and numbers(run)[0].first == HARD
 
 
 def check_softsignum_counts_no_padding_and_every_step() -> None:
@@ -81,12 +100,121 @@ def check_softsignum_counts_no_padding_and_every_step() -> None:
         assert {*numbers(run)[2:]} == {STEPS}
 
 
-def check_softsignum_refuses_what_has_no_temperature_yet() -> None:
-    for stage, settings in ((3, {}), (0, {}), (1, {"precision": "bf16", **on.FLOAT32_ACCUMULATION})):
-        refuses(lambda s=stage, more=settings: started(s, **more), "ZeRO 1 and 2 alone")
+def check_universal_checkpoints_of_softsignum(folder: Path) -> None:
+    """From 2 ranks to 2, 1 and 4, of either phase: masters and m to the bit, the same temperatures and training after.
+
+    DeepSpeed's converter takes both of Adam's states of every optimizer: KeyError 'exp_avg_sq'.
+    """
+    for name, groups in UNIVERSAL.items():
+        stage, precision, settings = KINDS[name]
+        if OLD and stage == 3:
+            continue
+        for phase, saved_at in (("hard", 2), ("soft", HARD + 2)):
+            place = folder / f"softsignum-{name}-{phase}"
+            if dist.get_world_size() == 2:
+                run = started(stage, precision, **settings, **groups)
+                for step in range(saved_at):
+                    run.step(on.gradients(step))
+                save(run, place)
+                whole = {"weights": run.weights(), "m": run.state(EXP_AVG)}
+                if dist.get_rank() == 0:
+                    convert(place)
+                    torch.save(whole, place / "whole.pt")
+                dist.barrier()
+            run = started(stage, precision, checkpoint={"load_universal": True}, **settings, **groups)
+            run.step(on.gradients(7))
+            spoil(run.net)
+            load(run, place / "universal")
+            whole = torch.load(place / "whole.pt", weights_only=True)
+            on.close(run.weights(), whole["weights"], rtol=0.0, atol=0.0)
+            on.close(run.state(EXP_AVG), whole["m"], rtol=0.0, atol=0.0)
+            held = run.engine.basic_optimizer.state.values()
+            assert {key for state in held for key in state} == {EXP_AVG, *(["step"] if stage == 3 else [])}
+            reference = on.Reference(SoftSignum, **groups, **PARAMS)
+            for step in range(STEPS):
+                reference.step(on.gradients(step))
+                if step >= saved_at:
+                    assert run.step(on.gradients(step))
+                    assert numbers(run)[1] == reference.optimizer.tau, f"{name} {phase} {step}"
+            on.close(run.weights(), reference.weights(), rtol=1e-6, atol=1e-6 * on.LR)
+            # A longer run: in the hard phase its own plan counts, in the soft one the schedule that has begun.
+            run = started(
+                stage,
+                precision,
+                params={"total_steps": 12, "soft_start": 0.5},
+                checkpoint={"load_universal": True},
+                **settings,
+                **groups,
+            )
+            load(run, place / "universal")
+            group = run.engine.basic_optimizer.param_groups[-1]
+            assert (group["sign_iters"], group["transition_iters"]) == ((6, 6) if phase == "hard" else (4, 4))
+
+
+def check_softsignum_is_watched() -> None:
+    """Hard steps move every weight with an m by 1; padding has none. Soft ones move less."""
+    for stage, precision, settings in KINDS.values():
+        run = started(stage, precision, **settings)
+        watched = part(run.engine)
+        seen = []
+        for step in range(STEPS):
+            run.step(on.gradients(step))
+            seen.append(watched.statistics().tolist())
+        weights = sum(p.numel() for p in run.trained().values())
+        total, largest, saturated, _, elements = seen[0]
+        found = torch.tensor([total, saturated])
+        if stage:
+            dist.all_reduce(found)
+        assert elements == watched.elements and found.tolist() == [weights, weights] and largest == 1
+        assert seen[-1][0] < seen[0][0] and seen[-1][1] <= 1
+
+
+def check_softsignum_refuses_what_has_no_temperature() -> None:
     refuses(lambda: started(params={"soft_start": 0.5}), "the length of the run is not known")
     refuses(lambda: started(params={**PARAMS, "process_group": "all"}), "process_group")
-    client = SoftSignum(on.groups(net := on.Net()), lr=on.LR, weight_decay=on.DECAY, **PARAMS)
-    refuses(lambda: on.Run(3, client=client, net=net), "ZeRO 1 and 2 alone")
+    for name, value, line in (
+        ("soft_start", 1.5, "soft_start is 1.5: it must lie in [0, 1]"),
+        ("soft_start", "0.5", "soft_start is '0.5': it must be a number"),
+        ("total_steps", 8.5, "total_steps is 8.5: it must be a whole number >= 1"),
+        ("total_steps", "8", "total_steps is '8': it must be a number"),
+        ("transition_iters", 0, "transition_iters is 0: it must be a whole number >= 1"),
+        ("sign_iters", -1, "sign_iters is -1: it must be a whole number >= 0"),
+    ):
+        refuses(lambda n=name, v=value: started(params={**PARAMS, n: v}), line)
+    adam, folder = on.Run(1, optimizer="AdamW", params={"torch_adam": True}), shared_folder()
+    adam.step(on.gradients(0))
+    save(adam, folder)
+    refuses(lambda: load(started(), folder), "was not written by SoftSignum", "load_module_only=True")
+    refuses(lambda: started(params={**PARAMS, "softsignum_from_adam": True}), "softsignum_from_adam")
+
+
+def check_softsignum_with_experts_has_hard_steps_alone() -> None:
+    """Ranks hold other experts, whose weights are on fewer of them: they would count less often than the others."""
+    ranks = dist.get_world_size()
+    for soft_start in (0.5, 1):
+        torch.manual_seed(dist.get_rank())
+        expert = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
+        layer = deepspeed.moe.layer.MoE(8, expert, num_experts=ranks, ep_size=ranks, k=1, min_capacity=0)
+        net = nn.ModuleDict({"in": nn.Linear(6, 8), "moe": layer})
+        params = {"lr": on.LR, "weight_decay": on.DECAY, "total_steps": STEPS, "soft_start": soft_start}
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 1},
+            "optimizer": {"type": "SoftSignum", "params": params},
+        }
+        groups = [{"params": list(net.parameters()), "name": "all"}]
+
+        def start(net: nn.Module = net, groups: list[Any] = groups, config: dict[str, Any] = config) -> Any:
+            return deepspeed.initialize(model=net, model_parameters=groups, config=config)[0]
+
+        if soft_start < 1:
+            refuses(start, "expert parallelism", "soft_start 1")
+            continue
+        engine = start()
+        hidden, gate_loss, _ = net["moe"](net["in"](torch.randn(32, 6)))
+        engine.enable_backward_allreduce = True
+        engine.backward(hidden.square().mean() + gate_loss)
+        engine.step()
+        assert {group["steps_taken"] for group in engine.basic_optimizer.param_groups} == {1}
     muon = SoftMuon([(net := on.Net()).linear], weight_decay=on.DECAY, **PARAMS)
     refuses(lambda: on.Run(1, client=muon, net=net), "SoftMuon takes whole matrices")

@@ -3,6 +3,7 @@
 A check is a function whose name starts with ``check_``, and one test there; tests/checks.py runs them.
 """
 
+import functools
 import gc
 import sys
 from pathlib import Path
@@ -274,7 +275,8 @@ def main(output: Path, folder: Path, names: list[str]) -> None:
     # DeepSpeed collects garbage for every engine: a quarter of a second, unless it passes over what was imported.
     gc.freeze()
     found = checks.named(sys.modules[__name__], checkpoints, features, toy, softsignum, *([limits] if OLD else []))
-    checks.run({**found, **checkpoints.checks(folder)}, names, output)  # whose checks take the folder
+    universal = {name: functools.partial(found[name], folder) for name in vars(softsignum) if "check_universal" in name}
+    checks.run({**found, **checkpoints.checks(folder), **universal}, names, output)  # whose checks take the folder
     dist.destroy_process_group()
 
 

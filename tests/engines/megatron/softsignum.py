@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from s3_megatron.engines.megatron.temperature import take_over_all_ranks
-from s3_megatron.optim import EXP_AVG, SoftMuon, SoftSignum, registry
+from s3_megatron.optim import EXP_AVG, SoftMuon, SoftSignum
 from s3_megatron.optim.pooled_median import median_and_deviation
 from tests.checks import refuses, shared_folder
 from tests.engines.megatron import harness as on
@@ -18,7 +18,6 @@ LENGTH = {"total_steps": STEPS, "soft_start": 0.5}
 
 
 def started(*extra: str, steps: int = STEPS, soft_start: str = "0.5", **run: Any) -> on.Run:
-    registry.add(registry.SOFTSIGNUM)
     return on.by_flags("softsignum", "--softsignum-soft-start", soft_start, *extra, iterations=steps, **run)
 
 

@@ -24,6 +24,7 @@ REPLACED = [
     "megatron.core.optimizer.optimizer.clip_grad_by_total_norm_fp32",
     "megatron.core.optimizer.optimizer.get_grad_norm_fp32",
 ]
+SOFTSIGNUM = ("--optimizer", "softsignum")
 
 
 def host(module: str) -> Any:
@@ -170,6 +171,15 @@ def test_defaults_are_the_papers(parse) -> None:
     assert (config.s3_beta, config.s3_p, config.s3_nesterov) == (0.95, 3.0, True)
 
 
+def test_the_runs_length_is_softsignums(parse) -> None:
+    """Validation completed the arguments and threw that away: DeepSpeed's entry, which asks them, knew no length."""
+    args = parse(*SOFTSIGNUM, "--softsignum-soft-start", "0.5")
+    assert args.softsignum_total_steps == 2
+    config, _ = host("megatron.training.training").get_megatron_optimizer_config(args)
+    assert isinstance(config, host("s3_megatron.engines.megatron.config").SoftSignumConfig)
+    assert (config.softsignum_total_steps, config.softsignum_soft_start, config.softsignum_sign_iters) == (2, 0.5, None)
+
+
 def test_adam_gets_megatrons_own_config(parse) -> None:
     config, _ = host("megatron.training.training").get_megatron_optimizer_config(parse("--optimizer", "adam"))
     assert type(config).__module__ == "megatron.core.optimizer.optimizer_config"  # 0.17 has one for Adam
@@ -188,6 +198,13 @@ def test_from_adam_takes_the_new_rates(parse) -> None:
         (("--s3-betas", "0.9", "-0.1"), r"--s3-betas is \[0\.9, -0\.1\]: .*\[0, 1\)"),
         (("--optimizer-cpu-offload",), r"--optimizer-cpu-offload does not work with --optimizer s3: "),
         (("--use-megatron-fsdp",), r"--use-megatron-fsdp does not work .* --use-distributed-optimizer"),
+        ((*SOFTSIGNUM, "--softsignum-soft-start", "1.5"), r"--softsignum-soft-start is 1\.5: it must lie in \[0, 1\]"),
+        ((*SOFTSIGNUM, "--softsignum-sign-iters", "-1"), r"--softsignum-sign-iters is -1: .* whole number >= 0"),
+        (
+            (*SOFTSIGNUM, "--softsignum-sign-iters", "1", "--softsignum-transition-iters", "0"),
+            "transition_iters is 0: ",
+        ),
+        (SOFTSIGNUM, r"soft_start=0\.9 leaves no soft step of total_steps=2: lower it"),
     ],
 )
 def test_bad_values_name_the_value_the_range_and_the_fix(parse, extra: tuple[str, ...], message: str) -> None:
