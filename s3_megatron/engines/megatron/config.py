@@ -86,8 +86,8 @@ def add_flags(original: Callable[..., argparse.ArgumentParser]) -> Callable[...,
             default=None,
             metavar="DIR",
             help="Append loss, rates and mean and max |update| to DIR/metrics.jsonl at every logged iteration, with "
-            "any optimizer; with S3 also the shares of |update| > 0.9 and of weights that move against their gradient. "
-            "Default: off.",
+            "any optimizer; with S3 and SoftSignum also the shares of |update| > 0.9 and of weights that move against "
+            "their gradient. Default: off.",
         )
         return parser
 

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.optimizer import OptimizerConfig
 from torch import Tensor
 
+from s3_megatron.engines.megatron import SoftSignumOptimizerConfig
 from s3_megatron.engines.megatron.temperature import take_over_all_ranks
 from s3_megatron.optim import EXP_AVG, SoftMuon, SoftSignum
 from s3_megatron.optim.pooled_median import median_and_deviation
@@ -97,10 +99,36 @@ def check_softsignums_bad_flags_are_refused() -> None:
         (("--softsignum-tmax", "0.5"), "--softsignum-tmax is 0.5"),
         (("--softsignum-transition-iters", "3"), "transition_iters is 3 without sign_iters"),
         (("--softsignum-sign-iters", "8"), "no soft step is left"),
-        (("--softsignum-total-steps", "0"), "total_steps is 0"),
+        (("--softsignum-total-steps", "0"), "--softsignum-total-steps is 0: it must be a whole number >= 1"),
     ):
         refuses(lambda b=bad: started(*b), message)
-    refuses(lambda: started(soft_start="1.5"), "soft_start is 1.5")
+    refuses(lambda: started(soft_start="1.5"), "--softsignum-soft-start is 1.5: it must lie in [0, 1]")
+
+
+def check_softsignum_by_its_configuration_and_not_from_adam() -> None:
+    """As Megatron-Bridge builds it; the configuration of an optimizer does not know the length of a run."""
+    on.since(19, "distributed optimizer with one state tensor")
+
+    def provided(**own: Any) -> on.Run:
+        settings = {"lr": on.LR, "weight_decay": on.DECAY, "use_distributed_optimizer": True, "clip_grad": 0.0, **own}
+        config = SoftSignumOptimizerConfig(**settings)
+        config.finalize()
+        run = on.Run(make=lambda _, chunks, overrides: config.provide(chunks, config_overrides=overrides))
+        on.set_decay(run)
+        return run
+
+    refuses(provided, "the length of the run is not known")
+    plain = OptimizerConfig(optimizer="softsignum", lr=on.LR, use_distributed_optimizer=True)
+    refuses(lambda: on.get_megatron_optimizer(plain, [on.Run().ddp]), "SoftSignumOptimizerConfig")
+    run, flagged = provided(softsignum_total_steps=STEPS, softsignum_soft_start=0.5), started()
+    for step in range(STEPS):
+        assert run.step(on.gradients(run.net, step)) and flagged.step(on.gradients(run.net, step))
+    assert all(torch.equal(a, b) for a, b in zip(run.inner_tensors(), flagged.inner_tensors(), strict=True))
+    assert inner(run).schedule == inner(flagged).schedule
+    adam, folder = on.Run(optimizer="adam"), shared_folder()
+    adam.step(on.gradients(adam.net, 0))
+    on.save(adam, folder, "fully_reshardable")
+    refuses(lambda: on.load(run, folder, "fully_reshardable"), "is not SoftSignum's: pass --no-load-optim")
 
 
 def check_softsignum_skips_an_overflow_and_its_schedule_does_not_advance() -> None:
