@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from s3_megatron.engines.deepspeed.layout import has_gradscaler, is_sharded, is_stage3, masters
+from s3_megatron.engines.deepspeed.layout import has_gradscaler, is_sharded, is_stage3
 from s3_megatron.errors import S3Error
 from s3_megatron.optim.relaxed import RelaxedOptimizer
 
@@ -35,7 +35,8 @@ def take_over_all_ranks(engine: Any) -> None:
             f"{title} takes its temperature over data-parallel ranks alone: run it without tensor, pipeline, sequence "
             "and expert parallelism, in plain PyTorch or Megatron, or with soft_start 1, for hard steps alone"
         )
-    optimizer.counted = _counted(wrapper)
+    if is_sharded(wrapper):  # else every rank has the whole model, and counts it
+        optimizer.counted = _counted(wrapper)
 
 
 def end_step(engine: Any) -> None:
@@ -52,10 +53,7 @@ def end_step(engine: Any) -> None:
 
 
 def _counted(wrapper: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Make what leaves of a master's m the elements of weights that are trained."""
-    if not is_sharded(wrapper):  # every rank has the whole model, in which frozen weights have an m, too
-        trained = {*masters(wrapper)}
-        return lambda master, m: m if master in trained else m.reshape(-1)[:0]
+    """Make what leaves of a partition's m the elements of weights."""
     pieces = dict(_of_stage_3(wrapper) if is_stage3(wrapper) else _of_flat_groups(wrapper))
     return lambda master, m: torch.cat([m.reshape(-1)[piece] for piece in pieces[master]])
 
