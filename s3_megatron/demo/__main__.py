@@ -16,11 +16,13 @@ from rich.console import Console
 from s3_megatron import machine
 from s3_megatron.demo import corpus, preflight, report
 from s3_megatron.demo.engines import ENGINES
-from s3_megatron.demo.runs import RECIPE, iterations_in_all, kill_at, load, trial, with_data
+from s3_megatron.demo.runs import RECIPE, iterations_in_all, kill_at, load, with_data
 from s3_megatron.demo.tokens import tokenize
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.forecast import Forecast
 from s3_megatron.jobs.progress import say, stage_line
+from s3_megatron.jobs.render import check_folder
+from s3_megatron.jobs.trial import Trial
 
 RUNS = Path("runs")
 _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -69,6 +71,7 @@ def _end(code: int | str | None, text: str | None) -> NoReturn:
 def demonstrate(console: Console, chosen: str | None = None) -> None:
     """Build the corpus, train three times with the ``chosen`` engine or the recipe's, and report under ``runs``."""
     engine = ENGINES[load("s3", chosen).recipe.engine]  # before anything is built: there may be no such engine
+    check_folder(RUNS.absolute())
     preflight.check(engine, console)
     with preflight.own_folder(RUNS):
         _demonstrate(console, chosen, RUNS / engine.results)
@@ -87,11 +90,11 @@ def _demonstrate(console: Console, chosen: str | None, folder: Path) -> None:
     s3, adamw = with_data(s3, tokens.data), with_data(adamw, tokens.data)
     preflight.set_aside(folder, console)
     kind = "GPUs" if gpus else "processes without a GPU (rehearsal)"
-    say(console, f"training on {s3.ranks} {kind}; logs under {folder}")
-    trial(s3, folder / "s3", "S3", forecast).train(console)
-    killed = trial(s3, folder / "s3-killed", "S3, one rank killed", forecast)
+    say(console, f"training on {s3.ranks} {kind}; runs under {folder}: s3-megatron status {folder}/s3")
+    Trial.of(s3, folder / "s3", "S3", forecast).train(console)
+    killed = Trial.of(s3, folder / "s3-killed", "S3, one rank killed", forecast)
     interruption = killed.train_through_a_kill(kill_at(s3.recipe), console)
-    trial(adamw, folder / "adamw", "AdamW", forecast).train(console)
+    Trial.of(adamw, folder / "adamw", "AdamW", forecast).train(console)
     with stage_line(console, "report", None):
         from s3_megatron.demo import figure  # matplotlib takes a second
 

@@ -83,7 +83,7 @@ def create(job: Job, path: Path, script: str) -> Run:
         write_file(draft / name, script.encode())
         write_file(run.recipe, as_yaml(job.recipe).encode())
         write_file(run.cluster, as_yaml(job.cluster).encode())
-        write_about(run, {**_about(), "settings": settings(job)})
+        write_about(run, {**_about(), "settings": settings(job, path)})
         if job.recipe.engine == "deepspeed":
             write_file(run.deepspeed, deepspeed_file(job).read_bytes())
         draft.rename(path)
@@ -97,10 +97,13 @@ def create(job: Job, path: Path, script: str) -> Run:
     return Run(path)
 
 
-def settings(job: Job) -> dict[str, Any]:
-    """Every setting of ``job``, by its dotted key, a cluster's behind "cluster."."""
+def settings(job: Job, folder: Path) -> dict[str, Any]:
+    """What the script of ``job`` is made of: every setting, by its dotted key, a cluster's behind "cluster.".
+
+    The script names its run's ``folder``, too.
+    """
     both = {**job.recipe.model_dump(mode="json"), "cluster": job.cluster.model_dump(mode="json")}
-    return dict(_flat(both))
+    return {**dict(_flat(both)), "folder": str(folder.resolve())}
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

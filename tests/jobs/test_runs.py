@@ -347,6 +347,20 @@ def test_what_was_edited_in_a_run_is_said_and_applied(tmp_path: Path):
     assert Run(run.path).job.recipe.flags == (flag,)
 
 
+def test_a_run_that_was_moved_goes_on_where_it_is(tmp_path: Path):
+    """Its script named the old folder: a demonstration that was set aside trained on in the one that came after it."""
+    run = make(tmp_path)
+    moved = run.path.rename(tmp_path / "runs/größer")
+    assert edits.apply(Run(moved)) == [f"folder {run.path} -> {moved}"]
+    script = Run(moved).script.read_text()
+    assert str(run.path) not in script and f"run='{moved}'" in script
+    assert edits.apply(Run(moved)) == [], "applied once"
+    about = json.loads(Run(moved).about.read_text())
+    del about["settings"]["folder"]
+    Run(moved).about.write_text(json.dumps(about))
+    assert edits.apply(Run(moved)) == [], "made before the folder was written down"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
