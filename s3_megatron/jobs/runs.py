@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 import s3_megatron
 from s3_megatron.errors import S3Error
-from s3_megatron.files import user_folder, write_file
+from s3_megatron.files import append_line, user_folder, write_file
 from s3_megatron.jobs.catalog import as_yaml
 from s3_megatron.jobs.cluster import Cluster
 from s3_megatron.jobs.compose import validated
@@ -56,10 +56,7 @@ class Run(RunFolder):
 
     def submitted(self, job_id: str) -> None:
         """Note that ``job_id`` runs this."""
-        line = json.dumps({"job_id": job_id, "time": _now()}) + "\n"
-        torn = self.jobs.exists() and not self.jobs.read_bytes().endswith(b"\n")
-        with self.jobs.open("a", encoding="utf-8") as file:
-            file.write("\n" * torn + line)
+        append_line(self.jobs, json.dumps({"job_id": job_id, "time": _now()}).encode())
 
 
 def create(job: Job, path: Path, script: str) -> Run:
@@ -167,8 +164,7 @@ def _list() -> Path:
 
 def _enter(path: Path) -> None:
     _list().parent.mkdir(parents=True, exist_ok=True)
-    with _list().open("ab") as file:
-        file.write(os.fsencode(path.resolve()) + b"\n")
+    append_line(_list(), os.fsencode(path.resolve()))
 
 
 def _about() -> dict[str, Any]:

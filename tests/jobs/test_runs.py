@@ -210,8 +210,9 @@ def test_one_run_that_cannot_be_read_hides_no_other(tmp_path: Path, capsys: pyte
     assert "cannot be read: " in rows["third"] and "Is a directory" in rows["third"]
 
 
-def test_a_line_that_a_full_disk_cut_off_costs_no_other_job(tmp_path: Path):
-    """The next number went onto the rest of the torn line, so that neither job was known any more."""
+def test_a_line_that_a_full_disk_cut_off_costs_no_other_line(tmp_path: Path):
+    """The next number went onto the rest of the torn line, so that neither job was known any more; alike the list of
+    runs, and the nodes to leave out."""
     run = make(tmp_path)
     run.submitted("7")
     with run.jobs.open("a") as file:
@@ -219,6 +220,15 @@ def test_a_line_that_a_full_disk_cut_off_costs_no_other_job(tmp_path: Path):
     assert run.job_ids == ["7"]
     run.submitted("9")
     assert run.job_ids == ["7", "9"]
+    listed = tmp_path / "state/s3-megatron/runs"
+    listed.write_bytes(listed.read_bytes() + b"/torn")
+    second = make(tmp_path, "second")
+    assert runs.known_runs() == [run, second]
+    attempt = run.attempt("7-0")
+    attempt.path.mkdir(parents=True)
+    (attempt.path / "bad_nodes").write_text("node1\tno")
+    attempt.report_bad_node("node2", "clock")
+    assert attempt.bad_nodes() == ["node1: no", "node2: clock"]
 
 
 def test_what_is_missing_in_a_run_folder_is_one_line(tmp_path: Path):
