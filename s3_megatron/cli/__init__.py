@@ -29,7 +29,7 @@ app.add_typer(patch.app)
 
 def main() -> None:
     """Run the command line; a mistake a user can mend is one red line and exit code 2."""
-    machine.speak_utf8()
+    machine.use_utf8()
     try:
         app()
     except S3Error as error:

@@ -154,7 +154,7 @@ def _spread(losses: list[float]) -> str:
 
 def main() -> None:
     """Read the arguments, run, and print the page; ends with 2 and one line on a mistake."""
-    machine.speak_utf8()
+    machine.use_utf8()
     parser = argparse.ArgumentParser(prog="python -m s3_megatron.evidence.engines", description=__doc__)
     parser.add_argument("folder", type=Path, help="where s3-megatron compare has put the stack's cells")
     parser.add_argument("--experiment", default="engines", help="a name or a file (default: engines)")

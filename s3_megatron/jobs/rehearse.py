@@ -18,7 +18,7 @@ from s3_megatron.jobs.cluster import Cluster, Watchdog
 from s3_megatron.jobs.forecast import Forecast, work
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.process import END_SOON
-from s3_megatron.jobs.progress import say
+from s3_megatron.jobs.progress import print_line
 from s3_megatron.jobs.recipe import AdamW, Data, Model, OwnOptimizer, Recipe
 from s3_megatron.jobs.trial import Trial
 from s3_megatron.run_folder import RunFolder
@@ -60,7 +60,7 @@ def rehearse(job: Job, folder: Path, console: Console) -> Rehearsal:
     console.print(_table(job, small))
     name = f"{job.recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
     again = KILL_AT - KILL_AT // SAVE_INTERVAL * SAVE_INTERVAL  # iterations that the resume does once more
-    forecast = Forecast(partial(say, console), starts=3, work=2 * work(small.recipe.schedule) + again)
+    forecast = Forecast(partial(print_line, console), starts=3, work=2 * work(small.recipe.schedule) + again)
     whole = Trial.of(small, folder / f"{name}-undisturbed", "undisturbed", forecast)
     killed = Trial.of(small, folder / f"{name}-killed", "one rank killed", forecast)
     whole.train(console)

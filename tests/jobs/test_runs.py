@@ -235,7 +235,7 @@ def test_what_is_missing_in_a_run_folder_is_one_line(tmp_path: Path):
     run = make(tmp_path)
     attempt(run, "local-1", node1={"verdict": "saved", "error": None})
     (run.path / "attempts/local-1/node0.json").write_text('{"verdict": "fai')
-    assert status.status(run).error is None, "what cannot be read says nothing"
+    assert status.status(run).error is None, "what cannot be read is no error"
     script, about = run.script.read_text(), run.about.read_text()
     for broken in ("{", "[]"):
         run.about.write_text(broken)
@@ -336,8 +336,8 @@ def edit(run: Run, **settings: Any) -> Run:
     return Run(run.path)
 
 
-def test_what_was_edited_in_a_run_is_said_and_applied(tmp_path: Path):
-    """The script was rendered once: whoever edited recipe.yaml and resumed got the old settings, without a word."""
+def test_what_was_edited_in_a_run_is_printed_and_applied(tmp_path: Path):
+    """The script was rendered once: whoever edited recipe.yaml and resumed silently got the old settings."""
     run = make(tmp_path)
     script = run.script.read_text()
     assert edits.apply(Run(run.path)) == [] and run.script.read_text() == script
