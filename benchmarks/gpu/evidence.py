@@ -96,7 +96,7 @@ def _run(out: Path, scratch: Path, args: argparse.Namespace, deadline: float) ->
 
     from s3_megatron import machine
     from s3_megatron.errors import S3Error
-    from s3_megatron.evidence import experiments, findings, report
+    from s3_megatron.evidence import analysis, experiments, report
     from s3_megatron.evidence.compare import compare
 
     console = Console(width=140)
@@ -116,7 +116,7 @@ def _run(out: Path, scratch: Path, args: argparse.Namespace, deadline: float) ->
             folder = out / asked.name
             left = (deadline - time.monotonic()) / 60
             compare(asked, folder, console, device=device, minutes=left, workers=workers)
-            came[asked.name] = report.state(findings.read(folder / "cells.jsonl", asked)[1])
+            came[asked.name] = report.state(analysis.read(folder / "cells.jsonl", asked)[1])
             report.write(asked, folder)
         except S3Error as error:
             came[name] = f"error: {error}"
