@@ -12,8 +12,8 @@ from s3_megatron.engines.megatron import SoftSignumOptimizerConfig
 from s3_megatron.engines.megatron.temperature import take_over_all_ranks
 from s3_megatron.optim import EXP_AVG, SoftMuon, SoftSignum
 from s3_megatron.optim.pooled_median import median_and_deviation
-from tests.checks import refuses, shared_folder
 from tests.engines.megatron import harness as on
+from tests.rank_checks import refuses, shared_folder
 
 STEPS, HARD = 8, 4
 LENGTH = {"total_steps": STEPS, "soft_start": 0.5}
