@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and where a user's own belong."""
+"""Files that are either whole or not there, files of whole lines, and where a user's own belong."""
 
 import os
 from pathlib import Path
@@ -38,6 +38,21 @@ def write_file(path: Path, data: bytes) -> None:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise S3Error(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Append ``line`` in one write, so that lines of several writers do not mix; a line torn before is ended first.
+
+    Raises OSError where it is not written, or not as a whole.
+    """
+    with path.open("a+b", buffering=0) as file:
+        line += b"\n"
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = b"\n" + line
+        if file.write(line) != len(line):
+            raise OSError(None, "the disk took a part of it")
 
 
 def publish(partial: Path, path: Path) -> None:

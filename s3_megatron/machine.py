@@ -14,7 +14,7 @@ _GROUPS = Path("/sys/fs/cgroup")
 _OWN = Path("/proc/self/cgroup")
 
 
-def speak_utf8() -> None:
+def use_utf8() -> None:
     """Let this program work in any locale; in Latin-1 or ASCII it starts again, in Python's UTF-8 mode.
 
     Paths go into files that are UTF-8, and torch reads its own files by the locale (2.13,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s3_megatron.errors import S3Error
-from s3_megatron.files import write_file
+from s3_megatron.files import append_line, write_file
 
 # The environment variable by which a job's processes find the folder.
 VARIABLE = "S3_RUN_DIR"
@@ -165,14 +165,9 @@ class Attempt:
         return self.path / "hang"
 
     def report_bad_node(self, node: str, reason: str) -> None:
-        """Append a line to ``bad_nodes``, in one write: several nodes append to it at the same time."""
+        """Append a line to ``bad_nodes``, as several nodes may at the same time."""
         self.path.mkdir(parents=True, exist_ok=True)
-        line = f"{node}\t{' '.join(reason.split())}\n"
-        descriptor = os.open(self.path / BAD_NODES, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+        append_line(self.path / BAD_NODES, f"{node}\t{' '.join(reason.split())}".encode())
 
     def bad_nodes(self) -> list[str]:
         """The nodes for which another start should go without them, each with its reason behind it."""

@@ -22,7 +22,7 @@ _LEAST_MINUTES = 0.5
 
 def main() -> None:
     """Unpack what this Python lacks, and run every step that can run here. Needs nothing but Python until then."""
-    machine.speak_utf8()
+    machine.use_utf8()
     started = time.monotonic()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # leaves by way of what ends the steps

@@ -96,7 +96,7 @@ def _run(out: Path, scratch: Path, args: argparse.Namespace, deadline: float) ->
 
     from s3_megatron import machine
     from s3_megatron.errors import S3Error
-    from s3_megatron.evidence import experiments, findings, report
+    from s3_megatron.evidence import analysis, experiments, report
     from s3_megatron.evidence.compare import compare
 
     console = Console(width=140)
@@ -104,22 +104,23 @@ def _run(out: Path, scratch: Path, args: argparse.Namespace, deadline: float) ->
     workers = args.workers or (1 if args.dry else 6 if device == "cuda" else machine.cores())
     came: dict[str, str] = {}
     for name in args.experiments[:2] if args.dry else args.experiments:
-        left = deadline - time.monotonic()
-        if left < LEAST_SECONDS:
+        if deadline - time.monotonic() < LEAST_SECONDS:
             came[name] = "no time was left"
             continue
+        if came:  # a machine may be taken back in the middle of the next one
+            _pack(out, came)
         try:
             asked = experiments.load(name)
             if args.dry:
                 asked = _tiny(asked, scratch)
             folder = out / asked.name
-            compare(asked, folder, console, device=device, minutes=left / 60, workers=workers)
-            came[asked.name] = report.state(findings.read(folder / "cells.jsonl", asked)[1])
+            left = (deadline - time.monotonic()) / 60
+            compare(asked, folder, console, device=device, minutes=left, workers=workers)
+            came[asked.name] = report.state(analysis.read(folder / "cells.jsonl", asked)[1])
             report.write(asked, folder)
         except S3Error as error:
             came[name] = f"error: {error}"
         print(": ".join(list(came.items())[-1]), flush=True)
-        _pack(out, came)
     _pack(out, came)
     for folder in list(_folders(out)):
         shutil.rmtree(folder)
@@ -141,7 +142,7 @@ def _tiny(asked: "Experiment", scratch: Path) -> "Experiment":
 
 
 def _pack(out: Path, came: dict[str, str]) -> None:
-    """Write both files: a machine may be taken back in the middle."""
+    """Write both files."""
     partial = out / f"{ARCHIVE}.partial"
     try:
         with tarfile.open(partial, "w:gz") as tar:

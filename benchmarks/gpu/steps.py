@@ -28,7 +28,7 @@ def steps(folder: Path, dry: bool) -> list[Step]:
 def _real(folder: Path, python: str) -> list[Step]:
     build = "from s3_megatron.bench.contenders import contenders; print(*contenders('cuda')[1], sep='\\n')"
     sizes = [word for size in (30_000_000, 345_000_000, 1_000_000_000) for word in ("--parameters", str(size))]
-    bench = [python, "-m", "s3_megatron.cli", "bench", "step", "--device", "cuda", *sizes]
+    bench = [python, "-m", "s3_megatron.cli", "bench"]
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     checked = _pytest(python, folder, "memcheck", ["tests/gpu/test_triton.py", "-k", SMALL])
     # All variants have that name and take turns: after three launches comes the second of the kernel as it is.
@@ -54,13 +54,21 @@ def _real(folder: Path, python: str) -> list[Step]:
         ),
         Step("rivals", 1, 120, [python, "-c", build], modules=DEEPSPEED),
         Step("variants", 2, 60, [*variants, "--elements", "5e8"], gib=14),
-        Step("bench", 3, 80, [*bench, "--json", str(folder / "bench.json")], modules=COMMANDS, gib=40),
+        Step(
+            *("bench", 3, 80, [*bench, "step", "--device", "cuda", *sizes, "--json", str(folder / "bench.json")]),
+            modules=COMMANDS,
+            gib=40,
+        ),
         Step("345m-s3", 4, 60, [*training, "s3"], modules=HOSTS, gib=50),
         Step("345m-adamw", 5, 60, [*training, "adamw"], modules=HOSTS, gib=50),
-        Step("megatron-step", 6, 40, [python, "benchmarks/megatron_step.py", "--rounds", "9"], modules=HOSTS, gib=4),
         Step(
-            *("deepspeed-step", 6, 40, [python, "benchmarks/deepspeed_step.py", "--rounds", "9"]),
-            modules=DEEPSPEED,
+            *("megatron-step", 6, 40, [*bench, "megatron-step", "--rounds", "9"]),
+            modules=(*HOSTS, *COMMANDS),
+            gib=4,
+        ),
+        Step(
+            *("deepspeed-step", 6, 40, [*bench, "deepspeed-step", "--rounds", "9"]),
+            modules=(*DEEPSPEED, *COMMANDS),
             gib=4,
         ),
         Step("ncu", 7, 60, [*profiler, *variants, "--elements", "1e8", "--rounds", "1"], programs=("ncu",), gib=4),
@@ -72,8 +80,8 @@ def _dry(folder: Path, python: str) -> list[Step]:
     interpreted = {"TRITON_INTERPRET": "1"}
     few = ["-k", "oracles and types1 and 3 or aligned or capture or stream or synchronises"]
     variants = [python, "-m", "benchmarks.gpu.variants", "--device", "cpu", "--elements", "2048", "--rounds", "1"]
-    bench = [python, "-m", "s3_megatron.cli", "bench", "step", "--device", "cpu", "--parameters", "20011"]
-    bench += ["--repeats", "1", "--json", str(folder / "bench.json")]
+    bench = [python, "-m", "s3_megatron.cli", "bench"]
+    small = ["step", "--device", "cpu", "--parameters", "20011", "--repeats", "1"]
     build = "from s3_megatron.bench.contenders import contenders; print(*contenders('cpu')[1], sep='\\n')"
     training = [python, "-m", "benchmarks.gpu.training", "--dry"]
     tests = {"kernel": ["tests/gpu/test_triton.py", *few], "optimizer": ["tests/gpu/test_optimizer.py"]}
@@ -90,11 +98,11 @@ def _dry(folder: Path, python: str) -> list[Step]:
         ),
         Step("rivals", 1, 300, [python, "-c", build]),
         Step("variants", 3, 200, variants, environment=interpreted),
-        Step("bench", 3, 200, bench),
+        Step("bench", 3, 200, [*bench, *small, "--json", str(folder / "bench.json")]),
         Step("345m-s3", 4, 200, [*training, "s3"]),
         Step("345m-adamw", 4, 200, [*training, "adamw"]),
-        Step("megatron-step", 5, 200, [python, "benchmarks/megatron_step.py", "--rounds", "1"]),
-        Step("deepspeed-step", 5, 200, [python, "benchmarks/deepspeed_step.py", "--rounds", "1"]),
+        Step("megatron-step", 5, 200, [*bench, "megatron-step", "--rounds", "1"]),
+        Step("deepspeed-step", 5, 200, [*bench, "deepspeed-step", "--rounds", "1"]),
     ]
 
 

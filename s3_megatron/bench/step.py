@@ -1,17 +1,14 @@
 """The time of one optimizer step: contenders taking turns in one process, beside the machine's own bandwidth."""
 
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib import metadata
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from s3_megatron import machine
 from s3_megatron.bench import host, timing
+from s3_megatron.bench.about import about
 from s3_megatron.bench.contenders import ADAMW, S3_BY_DEFAULT, Contender, contenders
 from s3_megatron.bench.timing import WARM_UP, Times
 from s3_megatron.errors import first_line
@@ -188,26 +185,9 @@ def ceilings(device: str, repeats: int) -> tuple[float, float]:
 
 
 def _machine(device: str, threads: int, repeats: int) -> dict[str, Any]:
-    versions = {}
-    for name in ("torch", "triton", "deepspeed", "transformer-engine"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    if device == "cuda":
-        processor, loop = torch.cuda.get_device_name(), "Triton"
-    else:
-        processor, loop = machine.processor(), library.loops()[0]
-    return {
-        "date": date.today().isoformat(),
-        "device": device,
-        "processor": processor,
-        "kernel": loop,
-        "threads": threads,
-        "repeats": repeats,
-        "python": platform.python_version(),
-        "versions": versions,
-    }
+    kernel = "Triton" if device == "cuda" else library.loops()[0]
+    made = about(device, "triton", "deepspeed", "transformer-engine")
+    return {**made, "kernel": kernel, "threads": threads, "repeats": repeats}
 
 
 def as_json(result: Result, command: str) -> dict[str, Any]:

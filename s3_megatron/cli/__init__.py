@@ -1,18 +1,15 @@
 """`s3-megatron`: what a person types; each command is one call into the package, imported when it runs."""
 
-import json
 import math
-import shlex
 import sys
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import s3_megatron
 from s3_megatron import machine
-from s3_megatron.cli import data, jobs, patch
+from s3_megatron.cli import bench, data, jobs, patch
 from s3_megatron.cli.output import console, errors, line, printable, report
 from s3_megatron.errors import S3Error
 
@@ -25,15 +22,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data.app, name="data")
-bench_app = typer.Typer(help="What a step costs here.", no_args_is_help=True)
-app.add_typer(bench_app, name="bench")
+app.add_typer(bench.app, name="bench")
 app.add_typer(jobs.app)
 app.add_typer(patch.app)
 
 
 def main() -> None:
     """Run the command line; a mistake a user can mend is one red line and exit code 2."""
-    machine.speak_utf8()
+    machine.use_utf8()
     try:
         app()
     except S3Error as error:
@@ -65,69 +61,6 @@ def doctor() -> None:
         found = examine()
     report(found.rows)
     raise typer.Exit(0 if found.can_train else 1)
-
-
-@bench_app.command()
-def step(
-    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the weights are.")] = "cpu",
-    parameters: Annotated[
-        list[int] | None,
-        typer.Option(metavar="N", help="Weights to step; may be given again.", show_default="1M, 30M, 200M"),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", help="Threads on a CPU.", show_default="one a core")
-    ] = None,
-    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds; a time is their median.")] = 9,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything measured there too.")
-    ] = None,
-) -> None:
-    """Time an optimizer step of S3 and of Adam: kernels, sizes, one tensor and a thousand."""
-    import torch
-
-    from s3_megatron.bench import step as bench
-
-    if device not in ("cpu", "cuda"):
-        raise S3Error(f"--device is {device}: it must be cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise S3Error("--device cuda needs a GPU, and torch sees none; what its kernel moves: s3-megatron bench triton")
-    sizes = parameters or [1_000_000, 30_000_000, 200_000_000]
-    if min(sizes) <= bench.SHARDS:
-        raise S3Error(f"--parameters is {min(sizes)}: it must be more than {bench.SHARDS}, one for each tensor")
-    with errors.status("measuring") as status:
-        keep = partial(_keep, json_file, shlex.join(["s3-megatron", *sys.argv[1:]]))
-        result = bench.measure(device, sizes, threads or machine.cores(), repeats, status.update, keep)
-    for table in bench.tables(result):
-        console.print(table)
-    ceilings = f"stream {result.stream:.1f} GB/s, copy {result.copy:.1f} GB/s"
-    line(f"{ceilings} on {result.machine['processor']}, kernel: {result.machine['kernel']}")
-    for reason in result.missing:
-        line(f"not measured: {reason}")
-    if json_file is not None:
-        line(f"wrote {json_file}")
-
-
-def _keep(path: Path | None, command: str, result: Any) -> None:
-    """Write what is measured so far: the large sizes come last, and take long."""
-    if path is not None:
-        from s3_megatron.bench import step as bench
-
-        _store(path, bench.as_json(result, command))
-
-
-@bench_app.command()
-def triton(
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything counted there too.")
-    ] = None,
-) -> None:
-    """Compile the GPU kernel for four GPUs and count what it moves; needs no GPU."""
-    from s3_megatron.bench import audit
-
-    with errors.status("compiling"):
-        rows = audit.rows()
-    console.print(audit.table(rows))
-    _write_json(json_file, audit.as_json(rows, shlex.join(["s3-megatron", *sys.argv[1:]])))
 
 
 @app.command()
@@ -181,15 +114,3 @@ def compare(
     if not dry_run:
         line(f"{folder} is whole" if whole else f"{folder} has cells to run yet: the same command goes on")
         line(f"wrote {reports.write(asked, folder)}")
-
-
-def _write_json(path: Path | None, content: dict[str, Any]) -> None:
-    if path is not None:
-        _store(path, content)
-        line(f"wrote {path}")
-
-
-def _store(path: Path, content: dict[str, Any]) -> None:
-    from s3_megatron.files import write_file
-
-    write_file(path, (json.dumps(content, indent=1) + "\n").encode())

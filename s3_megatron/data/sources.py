@@ -39,7 +39,7 @@ class BadDocument(Exception):
         self.reason, self.where = reason, where
 
     def refusal(self) -> S3Error:
-        """What --strict says about it."""
+        """What --strict prints about it."""
         return S3Error(f"{self.where}: {self.reason}; mend it, or run without --strict to skip it")
 
 

@@ -1,7 +1,7 @@
 """Whether data sets have enough for their splits, by Megatron's arithmetic, before it counts.
 
 Its index builder adds the tokens of a split until they are as many as the run asks for: where the split has none, or
-next to none, for ever and without a word (megatron-core 0.19.2, GPTDataset._get_num_epochs).
+next to none, for ever and silently (megatron-core 0.19.2, GPTDataset._get_num_epochs).
 """
 
 import math

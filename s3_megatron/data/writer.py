@@ -72,7 +72,7 @@ def new_dataset(prefix: str | Path, vocab_size: int) -> Iterator[Any]:
 
 
 def _checked(add: Callable[..., None], limits: np.iinfo) -> Callable[..., None]:
-    """``add`` behind a look at the ids: Megatron's builder makes 0 of 65,536 without a word (0.19.2)."""
+    """``add`` behind a look at the ids: Megatron's builder silently makes 0 of 65,536 (0.19.2)."""
 
     def add_document(ids: np.ndarray, lengths: list[int]) -> None:
         ids = np.asarray(ids)

@@ -16,11 +16,13 @@ from rich.console import Console
 from s3_megatron import machine
 from s3_megatron.demo import corpus, preflight, report
 from s3_megatron.demo.engines import ENGINES
-from s3_megatron.demo.runs import RECIPE, iterations_in_all, kill_at, load, trial, with_data
+from s3_megatron.demo.runs import RECIPE, iterations_in_all, kill_at, load, with_data
 from s3_megatron.demo.tokens import tokenize
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.forecast import Forecast
-from s3_megatron.jobs.progress import say, stage_line
+from s3_megatron.jobs.progress import print_line, stage_line
+from s3_megatron.jobs.render import check_folder
+from s3_megatron.jobs.trial import Trial
 
 RUNS = Path("runs")
 _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -30,9 +32,9 @@ _STARTS = 4
 
 def main() -> None:
     """Run the demonstration; ends with 2 and one line on a mistake, with 128 + its number on a signal."""
-    machine.speak_utf8()
+    machine.use_utf8()
     for number in _ENDINGS:
-        # Of a shell's background jobs SIGINT is ignored, and is not here. Who says nohup wants SIGHUP to be.
+        # A shell's background jobs ignore SIGINT: these do not. Under nohup SIGHUP stays ignored.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _stop)
     # It warns that a machine without a GPU has none.
@@ -57,7 +59,7 @@ def _stop(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _end(code: int | str | None, text: str | None) -> NoReturn:
-    """Say why, as well as a terminal that may be gone allows, and leave."""
+    """Print why, as well as a terminal that may be gone allows, and leave."""
     for number in _ENDINGS:
         signal.signal(number, signal.SIG_IGN)
     if text is not None:
@@ -69,6 +71,7 @@ def _end(code: int | str | None, text: str | None) -> NoReturn:
 def demonstrate(console: Console, chosen: str | None = None) -> None:
     """Build the corpus, train three times with the ``chosen`` engine or the recipe's, and report under ``runs``."""
     engine = ENGINES[load("s3", chosen).recipe.engine]  # before anything is built: there may be no such engine
+    check_folder(RUNS.absolute())
     preflight.check(engine, console)
     with preflight.own_folder(RUNS):
         _demonstrate(console, chosen, RUNS / engine.results)
@@ -81,17 +84,17 @@ def _demonstrate(console: Console, chosen: str | None, folder: Path) -> None:
 
         gpus = torch.cuda.device_count()
     s3, adamw = (load(optimizer, chosen, gpus) for optimizer in ("s3", "adamw"))
-    forecast = Forecast(partial(say, console), _STARTS, iterations_in_all(s3.recipe))
+    forecast = Forecast(partial(print_line, console), _STARTS, iterations_in_all(s3.recipe))
     text = corpus.build(RUNS / "corpus", console)
     tokens = tokenize(text, s3.recipe.model.vocab_size, console)
     s3, adamw = with_data(s3, tokens.data), with_data(adamw, tokens.data)
     preflight.set_aside(folder, console)
     kind = "GPUs" if gpus else "processes without a GPU (rehearsal)"
-    say(console, f"training on {s3.ranks} {kind}; logs under {folder}")
-    trial(s3, folder / "s3", "S3", forecast).train(console)
-    killed = trial(s3, folder / "s3-killed", "S3, one rank killed", forecast)
+    print_line(console, f"training on {s3.ranks} {kind}; runs under {folder}: s3-megatron status {folder}/s3")
+    Trial.of(s3, folder / "s3", "S3", forecast).train(console)
+    killed = Trial.of(s3, folder / "s3-killed", "S3, one rank killed", forecast)
     interruption = killed.train_through_a_kill(kill_at(s3.recipe), console)
-    trial(adamw, folder / "adamw", "AdamW", forecast).train(console)
+    Trial.of(adamw, folder / "adamw", "AdamW", forecast).train(console)
     with stage_line(console, "report", None):
         from s3_megatron.demo import figure  # matplotlib takes a second
 
@@ -102,7 +105,7 @@ def _demonstrate(console: Console, chosen: str | None, folder: Path) -> None:
         report.write_json(folder / "report.json", found)
         figure.draw(folder / "report.png", outcome, found)
     console.print(report.table(found))
-    say(console, f"{folder}/report.json, {folder}/report.png; {time.monotonic() - started:.0f} seconds")
+    print_line(console, f"{folder}/report.json, {folder}/report.png; {time.monotonic() - started:.0f} seconds")
 
 
 if __name__ == "__main__":

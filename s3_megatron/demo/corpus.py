@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from s3_megatron.files import write_file
-from s3_megatron.jobs.progress import say, stage_line
+from s3_megatron.jobs.progress import print_line, stage_line
 
 # Not part of every installation, or not text for a language model (encodings/ is tables of code points).
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "lib2to3", "pydoc_data"}
@@ -64,7 +64,9 @@ def build(root: Path, console: Console) -> Corpus:
     """
     folder = root / platform.python_version()
     corpus = _existing(folder) or _write(folder, console)
-    say(console, f"corpus: {corpus.bytes / 1e6:.1f} MB in {corpus.documents} documents of Python {corpus.python}")
+    print_line(
+        console, f"corpus: {corpus.bytes / 1e6:.1f} MB in {corpus.documents} documents of Python {corpus.python}"
+    )
     return corpus
 
 

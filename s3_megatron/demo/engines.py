@@ -1,4 +1,4 @@
-"""What the demonstration says of an engine: its title, whose versions count, and where its results go."""
+"""What the demonstration shows of an engine: its title, whose versions count, and where its results go."""
 
 from dataclasses import dataclass
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from s3_megatron import machine
 from s3_megatron.demo.engines import Engine
 from s3_megatron.errors import S3Error
-from s3_megatron.jobs.progress import say
+from s3_megatron.jobs.progress import print_line
 
 GIB = 2**30
 # Seen on 2026-11-28, GiB resident: 1.2 in each of two ranks, 0.8 in this program, 0.5 in torchrun.
@@ -41,7 +41,7 @@ def check(engine: Engine, console: Console) -> None:
             "programs, or give this container more"
         )
     if machine.cores() == 1:
-        say(console, "one core: its two ranks share it, and all takes about twice as long")
+        print_line(console, "one core: its two ranks share it, and all takes about twice as long")
 
 
 @contextmanager
@@ -85,4 +85,4 @@ def set_aside(folder: Path, console: Console) -> None:
     else:
         previous.unlink(missing_ok=True)
     folder.rename(previous)
-    say(console, f"the last demonstration is now in {previous}")
+    print_line(console, f"the last demonstration is now in {previous}")

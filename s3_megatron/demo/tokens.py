@@ -12,7 +12,7 @@ from s3_megatron.data import inspect, prepare, train_sentencepiece
 from s3_megatron.data.prepare import Progress
 from s3_megatron.demo.corpus import Corpus
 from s3_megatron.jobs.process import Guarded
-from s3_megatron.jobs.progress import say, stage_line
+from s3_megatron.jobs.progress import print_line, stage_line
 from s3_megatron.jobs.recipe import Data
 
 
@@ -39,7 +39,7 @@ def tokenize(corpus: Corpus, vocabulary: int, console: Console) -> Tokens:
         if not prefix.with_suffix(".idx").exists():
             _encode(split, prefix, model, console)
         counts.append(inspect(prefix).tokens)
-    say(console, f"tokens: {counts[0]:,} to train, {counts[1]:,} to validate, {vocabulary:,} in the vocabulary")
+    print_line(console, f"tokens: {counts[0]:,} to train, {counts[1]:,} to validate, {vocabulary:,} in the vocabulary")
     folder = corpus.folder
     data = Data(train=str(folder / "train"), validation=str(folder / "validation"), tokenizer_model=str(model))
     return Tokens(data, *counts)
@@ -48,7 +48,7 @@ def tokenize(corpus: Corpus, vocabulary: int, console: Console) -> Tokens:
 def _train_tokenizer(text: Path, model: Path, vocabulary: int, console: Console) -> None:
     """Have another process do it: SentencePiece does not return to Python for seconds, neither for a signal nor a bar.
 
-    Nor does it say how far it is, so this stage has no end in sight.
+    Nor does it report how far it is, so this stage has no total.
     """
     command = [sys.executable, "-m", __name__, str(text), str(model), str(vocabulary)]
     with stage_line(console, "tokenizer", None) as line:

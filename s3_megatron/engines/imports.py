@@ -1,4 +1,4 @@
-"""Acting on a module as soon as somebody imports it."""
+"""Acting on a module as soon as it is imported."""
 
 import importlib.abc
 import importlib.machinery

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from s3_megatron.errors import S3Error
 from s3_megatron.evidence import experiments, horizons
-from s3_megatron.evidence.findings import Findings, Row, parse
+from s3_megatron.evidence.analysis import Analysis, Row, parse
 from s3_megatron.evidence.record import CELLS
 from s3_megatron.evidence.statistics import SAME, Paired
 from s3_megatron.evidence.tables import table
@@ -25,7 +25,7 @@ NO_SPIKES = "not testable at these rates: no run had a spike"
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, where the paper has it, the experiments that test it, the best first, and how one's findings are read.
+    """A claim, where the paper has it, the experiments that test it, the best first, and how one's analysis is read.
 
     ``look`` returns None where runs are missing.
     """
@@ -33,7 +33,7 @@ class Claim:
     text: str
     where: str
     tested_by: Sequence[str]
-    look: Callable[[Findings], str | None] = lambda found: None
+    look: Callable[[Analysis], str | None] = lambda found: None
 
 
 def outcome(holds: bool, figures: str) -> str:
@@ -47,13 +47,13 @@ def gained(pairs: Mapping[str, Paired], where: str) -> str:
     return outcome(all(pair.low > 0 for pair in pairs.values()), f"nats gained {where} {figures}")
 
 
-def whole(found: Findings, *names: str) -> dict[str, list[Row]] | None:
+def whole(found: Analysis, *names: str) -> dict[str, list[Row]] | None:
     """Contenders' final rows over all setups; None where one lacks a run."""
     rows = {name: [row for setup in found.experiment.setups for row in found.final(name, setup)] for name in names}
     return rows if all(row.is_whole for some in rows.values() for row in some) else None
 
 
-def lower_than_rivals(found: Findings) -> str | None:
+def lower_than_rivals(found: Analysis) -> str | None:
     """S3 is ranked better than each of the paper's four rivals."""
     (setup,) = found.experiment.setups
     verdicts = {r.contender: r.verdict for r in found.ranking(setup) if r.contender in found.experiment.paper}
@@ -65,7 +65,7 @@ def lower_than_rivals(found: Findings) -> str | None:
     return outcome(set(verdicts.values()) == {"better"}, figures)
 
 
-def half_the_steps(found: Findings) -> str | None:
+def half_the_steps(found: Analysis) -> str | None:
     """AdamW needs twice the steps at least, at every length at which the ratio is no open bound."""
     some = [r for r in horizons.ratios(found) if r.rival == "adamw"]
     if not some or any(r.seeds < len(found.experiment.seeds) for r in some):
@@ -75,7 +75,7 @@ def half_the_steps(found: Findings) -> str | None:
     return outcome(bool(seen) and all(seen), f"AdamW needs {figures}")
 
 
-def each_part_helps(found: Findings) -> str | None:
+def each_part_helps(found: Analysis) -> str | None:
     """Down the rows of Table 4, each is lower than the one before by a 95% interval above 0."""
     (setup,) = found.experiment.setups
     steps = ("adamw", "s3-p2-beta0.95-no-nesterov", "s3-p2-beta0.95-nesterov", found.experiment.reference)
@@ -85,7 +85,7 @@ def each_part_helps(found: Findings) -> str | None:
     return gained({part: found.paired(before, after, setup) for part, (before, after) in parts}, "by")
 
 
-def clipping_helps(found: Findings) -> str | None:
+def clipping_helps(found: Analysis) -> str | None:
     """AdamW with a clipped update has fewer spikes over all rates, and diverges no more often."""
     rows = whole(found, "adamw", "adamw-clipped")
     if rows is None:
@@ -101,7 +101,7 @@ def clipping_helps(found: Findings) -> str | None:
     )
 
 
-def one_beta_ends_spikes(found: Findings) -> str | None:
+def one_beta_ends_spikes(found: Analysis) -> str | None:
     """AdamW has spikes or diverges somewhere, and with one beta it does nowhere, at the same rates and setups."""
     rows = whole(found, "adamw", "adamw-999", "adamw-one-beta")
     if rows is None:
@@ -113,7 +113,7 @@ def one_beta_ends_spikes(found: Findings) -> str | None:
     return outcome(counts["adamw-one-beta"] == 0, f"spikes and divergences: {figures}")
 
 
-def stands_larger_rates(found: Findings) -> str | None:
+def stands_larger_rates(found: Analysis) -> str | None:
     """S3's range of good rates is wider than that of AdamW with either betas, in every setup."""
     names = ("s3", "adamw", "adamw-999")
     if whole(found, *names) is None:
@@ -131,7 +131,7 @@ def stands_larger_rates(found: Findings) -> str | None:
     return outcome(holds, f"rates within .05 nats of the best span {figures}")
 
 
-def bounded_updates(found: Findings) -> str | None:
+def bounded_updates(found: Analysis) -> str | None:
     """With one beta no |u| exceeds 1 (to the rounding of a weight), and with (.9, .999) AdamW's does, up to 7.27."""
     recoveries = found.recoveries()
     largest = {
@@ -145,10 +145,10 @@ def bounded_updates(found: Findings) -> str | None:
     )
 
 
-def a_soft_end_lowers(hard: str) -> Callable[[Findings], str | None]:
+def a_soft_end_lowers(hard: str) -> Callable[[Analysis], str | None]:
     """At every share of hard steps, the soft contender is lower than its hard one by a 95% interval above 0."""
 
-    def look(found: Findings) -> str | None:
+    def look(found: Analysis) -> str | None:
         softs = [name for name in found.experiment.contenders if name.startswith(f"soft{hard}-")]
         seeds = len(found.experiment.seeds)
         pairs = {
@@ -196,8 +196,8 @@ CLAIMS = [
 ]
 
 
-def load(records: Path) -> dict[str, tuple[str, Findings]]:
-    """Read the latest record of each experiment: its folder's name, and its findings.
+def load(records: Path) -> dict[str, tuple[str, Analysis]]:
+    """Read the latest record of each experiment: its folder's name, and its analysis.
 
     Raises:
         S3Error: a record is damaged.
@@ -214,7 +214,7 @@ def load(records: Path) -> dict[str, tuple[str, Findings]]:
     return found
 
 
-def rows(found: Mapping[str, tuple[str, Findings]]) -> list[list[str]]:
+def rows(found: Mapping[str, tuple[str, Analysis]]) -> list[list[str]]:
     """A row a claim: what it says, where, what was seen, and the record."""
     lines = []
     for claim in CLAIMS:

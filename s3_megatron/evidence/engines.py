@@ -15,7 +15,7 @@ import torch
 from s3_megatron import machine
 from s3_megatron.data.writer import bin_and_idx, new_dataset
 from s3_megatron.errors import S3Error
-from s3_megatron.evidence import experiments, findings, text
+from s3_megatron.evidence import analysis, experiments, text
 from s3_megatron.evidence.cells import Cell
 from s3_megatron.evidence.experiments import Experiment
 from s3_megatron.evidence.text import Text
@@ -34,7 +34,7 @@ def run(experiment: Experiment, folder: Path) -> str:
     Raises:
         S3Error: the stack's runs are not whole, a job fails, or its model is not the stack's.
     """
-    _, found = findings.read(folder / "cells.jsonl", experiment)
+    _, found = analysis.read(folder / "cells.jsonl", experiment)
     rows = [row for name, setup in found.plan.pairs() for row in found.final(name, setup)]
     if len(rows) != len(experiment.contenders) or not all(row.is_whole for row in rows):
         raise S3Error(
@@ -154,7 +154,7 @@ def _spread(losses: list[float]) -> str:
 
 def main() -> None:
     """Read the arguments, run, and print the page; ends with 2 and one line on a mistake."""
-    machine.speak_utf8()
+    machine.use_utf8()
     parser = argparse.ArgumentParser(prog="python -m s3_megatron.evidence.engines", description=__doc__)
     parser.add_argument("folder", type=Path, help="where s3-megatron compare has put the stack's cells")
     parser.add_argument("--experiment", default="engines", help="a name or a file (default: engines)")

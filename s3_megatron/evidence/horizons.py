@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from s3_megatron.evidence.findings import Findings
+from s3_megatron.evidence.analysis import Analysis
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Ratio:
     by_seed: list[Reached]
 
 
-def lengths(found: Findings) -> list[str]:
+def lengths(found: Analysis) -> list[str]:
     """Name the first setup and those equal to it but for the steps, the shortest first; none if it is alone."""
     setups = found.experiment.setups
     first = next(iter(setups.values()))
@@ -53,7 +53,7 @@ def reached(curve: Mapping[int, float], loss: float) -> Reached:
     return Reached(points[-1][0], ">=")
 
 
-def ratios(found: Findings) -> Iterator[Ratio]:
+def ratios(found: Analysis) -> Iterator[Ratio]:
     """Compare each rival with the reference at each length, where both have runs of all of them."""
     setups, reference = lengths(found), found.experiment.reference
     for rival in found.experiment.contenders:

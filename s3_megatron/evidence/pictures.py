@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from s3_megatron.evidence import findings
-from s3_megatron.evidence.findings import Findings
+from s3_megatron.evidence import analysis
+from s3_megatron.evidence.analysis import Analysis
 from s3_megatron.files import write_file
 
 MARKERS = "osD^vP*X"
@@ -20,7 +20,7 @@ HEIGHT = 4.6  # inches of a row
 MOST_NAMES = 16  # in a legend
 
 
-def draw(found: Findings, folder: Path) -> list[str]:
+def draw(found: Analysis, folder: Path) -> list[str]:
     """Draw what the cells suffice for, into ``folder``; returns the names of the files."""
     drawn = []
     for name, picture in PICTURES.items():
@@ -37,7 +37,7 @@ def draw(found: Findings, folder: Path) -> list[str]:
     return drawn
 
 
-def _rates(found: Findings, figure: Figure) -> bool:
+def _rates(found: Analysis, figure: Figure) -> bool:
     drawn = {}
     for setup in found.experiment.setups:
         runs = {name: by for name in found.experiment.contenders if (by := found.by_rate(name, setup))}
@@ -52,12 +52,12 @@ def _rates(found: Findings, figure: Figure) -> bool:
         best = math.inf
         for name, by in runs.items():
             style = _style(found, name)
-            means = [fmean(map(findings.final_loss, some)) for some in by.values()]
+            means = [fmean(map(analysis.final_loss, some)) for some in by.values()]
             best = min(best, *means)
             losses.plot(list(by), means, label=name, **style)
             if any(len(some) > 1 for some in by.values()):
-                low = [min(map(findings.final_loss, some)) for some in by.values()]
-                high = [max(map(findings.final_loss, some)) for some in by.values()]
+                low = [min(map(analysis.final_loss, some)) for some in by.values()]
+                high = [max(map(analysis.final_loss, some)) for some in by.values()]
                 losses.fill_between(list(by), low, high, color=style["color"], alpha=0.15, linewidth=0)
             spikes.plot(list(by), [fmean(len(r["spikes"]) for r in some) for some in by.values()], **style)
         losses.set_ylim(best - 0.02, best + 0.5)  # what diverged is above
@@ -74,7 +74,7 @@ def _rates(found: Findings, figure: Figure) -> bool:
     return True
 
 
-def _differences(found: Findings, figure: Figure) -> bool:
+def _differences(found: Analysis, figure: Figure) -> bool:
     setup = next(iter(found.experiment.setups))
     ranked = [r for r in found.ranking(setup) if r.paired.pairs > 1]
     if not ranked:
@@ -96,7 +96,7 @@ def _differences(found: Findings, figure: Figure) -> bool:
     return True
 
 
-def _recovery(found: Findings, figure: Figure) -> bool:
+def _recovery(found: Analysis, figure: Figure) -> bool:
     recoveries = found.recoveries()
     if not recoveries:
         return False
@@ -118,14 +118,14 @@ def _recovery(found: Findings, figure: Figure) -> bool:
     return True
 
 
-PICTURES: dict[str, Callable[[Findings, Figure], bool]] = {
+PICTURES: dict[str, Callable[[Analysis, Figure], bool]] = {
     "rates.png": _rates,
     "differences.png": _differences,
     "recovery.png": _recovery,
 }
 
 
-def _style(found: Findings, name: str) -> dict[str, object]:
+def _style(found: Analysis, name: str) -> dict[str, object]:
     place = list(found.experiment.contenders).index(name)
     color = colormaps["tab10"](place % 10)
     width = 2.2 if name == found.experiment.reference else 1.3

@@ -48,5 +48,5 @@ def run(folder: Path, console: Console) -> Path:
 
 
 if __name__ == "__main__":
-    machine.speak_utf8()
+    machine.use_utf8()
     print(f"wrote {run(Path('runs/evidence/quick'), Console())}")

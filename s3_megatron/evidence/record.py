@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from s3_megatron.errors import S3Error
-from s3_megatron.evidence import findings, report
+from s3_megatron.evidence import analysis, report
 from s3_megatron.evidence.experiments import Experiment, source
 from s3_megatron.files import publish
 
@@ -29,7 +29,7 @@ def pack(name: str, experiment: Experiment, folder: Path, records: Path) -> Path
     if target.exists():
         raise S3Error(f"{target} exists: records stay as they are; move it away, or give another folder by --record")
     report.write(experiment, folder)
-    _, found = findings.read(folder / "cells.jsonl", experiment)
+    _, found = analysis.read(folder / "cells.jsonl", experiment)
     if not found.finished:
         raise S3Error(f"{folder} has no finished cell: there is nothing to record yet")
     try:

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from s3_megatron.evidence import findings, horizons, tables
+from s3_megatron.evidence import analysis, horizons, tables
+from s3_megatron.evidence.analysis import Analysis
 from s3_megatron.evidence.experiments import Experiment
-from s3_megatron.evidence.findings import Findings
 from s3_megatron.files import write_file
 
 
@@ -15,7 +15,7 @@ def write(experiment: Experiment, folder: Path) -> Path:
     Raises:
         S3Error: there are no cells of this experiment, or the disk is full.
     """
-    head, found = findings.read(folder / "cells.jsonl", experiment)
+    head, found = analysis.read(folder / "cells.jsonl", experiment)
     try:
         from s3_megatron.evidence import pictures
 
@@ -26,7 +26,7 @@ def write(experiment: Experiment, folder: Path) -> Path:
     return folder / "report.md"
 
 
-def render(head: Mapping[str, str], found: Findings, pictures: Sequence[str] = ()) -> str:
+def render(head: Mapping[str, str], found: Analysis, pictures: Sequence[str] = ()) -> str:
     """Lay out the report."""
     experiment = found.experiment
     parts = [f"# {experiment.title}", state(found), "\n".join(origin(head, found))]
@@ -59,7 +59,7 @@ def render(head: Mapping[str, str], found: Findings, pictures: Sequence[str] = (
     return "\n\n".join(parts) + "\n"
 
 
-def state(found: Findings) -> str:
+def state(found: Analysis) -> str:
     """Say how far the experiment is, and what it ranks: the report's first sentence, and README's."""
     whole = f"{found.finished} of {found.total} cells."
     if found.experiment.tuning is None:
@@ -73,11 +73,11 @@ def state(found: Findings) -> str:
     return f"{whole} {len(of_all)} of {len(ranked)} pairs are ranked; {reference} against {verdicts}."
 
 
-def _at(found: Findings, setup: str) -> str:
+def _at(found: Analysis, setup: str) -> str:
     return f" ({setup})" if len(found.experiment.setups) > 1 else ""
 
 
-def origin(head: Mapping[str, str], found: Findings) -> list[str]:
+def origin(head: Mapping[str, str], found: Analysis) -> list[str]:
     """Say by which rules, code and machines the cells came about."""
     lines = [f"- {what}: {head.get(what)}" for what in ("experiment", "rules", "text", "code")]
     results = list(found.results.values())
@@ -88,7 +88,7 @@ def origin(head: Mapping[str, str], found: Findings) -> list[str]:
     return [*lines, f"- hours of training: {hours:.2f}"]
 
 
-def suspects(found: Findings, setup: str) -> Iterable[str]:
+def suspects(found: Analysis, setup: str) -> Iterable[str]:
     """A line for each contender that is implausibly far behind the others."""
     for name, gap in found.far_behind(setup).items():
         yield (
@@ -97,7 +97,7 @@ def suspects(found: Findings, setup: str) -> Iterable[str]:
         )
 
 
-def not_run(found: Findings) -> Iterable[str]:
+def not_run(found: Analysis) -> Iterable[str]:
     """Name what is missing, a line a contender and setup."""
     tuning = found.experiment.tuning
     for name, setup in found.plan.pairs():

@@ -1,4 +1,4 @@
-"""The tables of an experiment's report, as Markdown; each figure follows from cells by findings.py."""
+"""The tables of an experiment's report, as Markdown; each figure follows from cells by analysis.py."""
 
 import itertools
 import json
@@ -6,17 +6,17 @@ import math
 from collections.abc import Iterable
 from statistics import median
 
-from s3_megatron.evidence import findings, statistics
+from s3_megatron.evidence import analysis, statistics
+from s3_megatron.evidence.analysis import Analysis, Ranked, Recovery
 from s3_megatron.evidence.cells import Result
 from s3_megatron.evidence.experiments import Experiment
-from s3_megatron.evidence.findings import Findings, Ranked, Recovery
 from s3_megatron.evidence.horizons import Ratio
 from s3_megatron.evidence.statistics import Paired
 
 NOTHING = "-"
 
 
-def best(found: Findings, setup: str) -> str:
+def best(found: Analysis, setup: str) -> str:
     """The table of each contender's best configuration over the final seeds."""
     rows = []
     for name in found.experiment.contenders:
@@ -32,12 +32,12 @@ def best(found: Findings, setup: str) -> str:
     return table([*headings, *["the paper"] * bool(found.experiment.paper)], rows)
 
 
-def _paper(found: Findings, name: str) -> list[str]:
+def _paper(found: Analysis, name: str) -> list[str]:
     """The paper's figure for a contender, where the experiment has any; under "The paper's figures" is what it is."""
     return [found.experiment.paper.get(name, NOTHING)] if found.experiment.paper else []
 
 
-def best_of_rates(found: Findings, setup: str) -> str:
+def best_of_rates(found: Analysis, setup: str) -> str:
     """The table of an experiment without tuning: each contender at the best of its rates that has all of its seeds."""
     rows = []
     for name in found.experiment.contenders:
@@ -60,7 +60,7 @@ def best_of_rates(found: Findings, setup: str) -> str:
     return f"{note}\n\n{table(['contender', 'rate', 'mean', 'std', 'spikes', 'diverged', *tests], rows)}"
 
 
-def differences(found: Findings, setup: str) -> str:
+def differences(found: Analysis, setup: str) -> str:
     """The table by which the reference is ranked against each rival."""
     rows = [[r.contender, f"{r.paired.pairs} of {r.wanted}", *_test(r), r.verdict] for r in found.ranking(setup)]
     note = (
@@ -87,7 +87,7 @@ def _interval(paired: Paired) -> str:
     return NOTHING if math.isnan(paired.low) else f"{_figure(paired.low)} to {_figure(paired.high)}"
 
 
-def by_rate(found: Findings, setup: str) -> str:
+def by_rate(found: Analysis, setup: str) -> str:
     """The table of all configurations: loss, spikes and divergence against the rate."""
     rows = []
     for row in found.rows:
@@ -101,7 +101,7 @@ def by_rate(found: Findings, setup: str) -> str:
     return table(["contender", "settings", "rate", "runs", "mean", "std", "spikes a run", "diverged"], rows)
 
 
-def widths(found: Findings, setup: str) -> str:
+def widths(found: Analysis, setup: str) -> str:
     """The table of the rates that are as good as the best."""
     rows = []
     for name in found.experiment.contenders:
@@ -113,7 +113,7 @@ def widths(found: Findings, setup: str) -> str:
     return f"{note}\n\n{table(['contender', 'lowest', 'highest', 'ratio'], rows)}"
 
 
-def steps_ratio(found: Findings, ratios: Iterable[Ratio]) -> str:
+def steps_ratio(found: Analysis, ratios: Iterable[Ratio]) -> str:
     """The table of how many times the reference's steps a rival needs for the reference's loss."""
     rows = []
     for r in ratios:
@@ -160,14 +160,14 @@ def paper(experiment: Experiment) -> str:
     return f"{note}\n\n{table(['contender', 'the paper'], rows)}"
 
 
-def cells(found: Findings) -> str:
+def cells(found: Analysis) -> str:
     """The table of single runs: key, what it is, and its loss."""
     order = {name: place for place, name in enumerate(found.experiment.contenders)}
     ordered = sorted(found.results.values(), key=lambda r: (r["setup"], order[r["contender"]], r["rate"], r["seed"]))
     rows = [
         [
             *(r["key"], r["setup"], r["contender"], f"{r['rate']:g}", _settings(json.dumps(r["settings"]))),
-            *(str(r["seed"]), _figure(findings.final_loss(r)), str(len(r["spikes"])), _diverged(r)),
+            *(str(r["seed"]), _figure(analysis.final_loss(r)), str(len(r["spikes"])), _diverged(r)),
         ]
         for r in ordered
     ]

@@ -125,7 +125,9 @@ class Cluster(Section):
                 if not getattr(self, key).startswith("/"):
                     raise ValueError(f"{key} {getattr(self, key)!r} must be an absolute path on a cluster")
             if self.accelerator == "auto":
-                raise ValueError("accelerator auto looks at this machine: on a cluster say gpu, or cpu to rehearse")
+                raise ValueError(
+                    "accelerator auto looks at this machine: on a cluster it must be gpu, or cpu to rehearse"
+                )
             margin, limit = self.restart.save_margin_minutes, self.slurm.time_limit_minutes
             if margin >= limit:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""What a user has edited in a run's recipe.yaml and cluster.yaml since its script was written."""
+"""What has changed in a run since its script was written: its recipe.yaml, its cluster.yaml, or where it is."""
 
 import json
 from typing import Any
@@ -21,7 +21,7 @@ _OVERRIDE, _KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param
 
 
 def apply(run: Run) -> list[str]:
-    """Write the script of ``run`` again where its settings were edited; returns a line for each changed key.
+    """Write the script of ``run`` again where its settings were edited or its folder moved; returns a line a change.
 
     Another schedule or other rates add ``--override-opt-param-scheduler`` to the recipe's ``flags``.
 
@@ -29,9 +29,10 @@ def apply(run: Run) -> list[str]:
         S3Error: the files have keys or values that are wrong, or that cannot change within a run; nothing is written.
     """
     about = _about(run)
-    before: dict[str, Any] = about.get("settings", {})
     job = run.job
-    if not before or not (changed := _changed(before, settings(job))):
+    now = settings(job, run.path)
+    before = {"folder": now["folder"], **about.get("settings", now)}  # runs from before 2026-12 do not have the folder
+    if not (changed := _changed(before, now)):
         return []
     if fixed := [key for key in changed if key in _FIXED]:
         raise S3Error(
@@ -41,11 +42,11 @@ def apply(run: Run) -> list[str]:
     rates = any(key.startswith(("schedule.", "optimizer.")) for key in changed)
     if rates and not {_OVERRIDE, _KEEP} & set(job.recipe.flags):
         job = Job(job.recipe.model_copy(update={"flags": (*job.recipe.flags, _OVERRIDE)}), job.cluster)
-        changed = _changed(before, settings(job))
+        changed = _changed(before, settings(job, run.path))
     script = render(job, run.path)
     write_file(run.recipe, as_yaml(job.recipe).encode())
     write_file(run.script, script.encode())
-    write_about(run, {**about, "settings": settings(job)})  # last: after an interruption all is done again
+    write_about(run, {**about, "settings": settings(job, run.path)})  # last: after an interruption all is done again
     return list(changed.values())
 
 

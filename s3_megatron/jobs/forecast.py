@@ -17,15 +17,15 @@ VALIDATION = 0.3
 class Forecast:
     """Counts from its making, and sees the runs from outside: when one is started, and what it logs."""
 
-    def __init__(self, say: Callable[[str], None], starts: int, work: float) -> None:
-        """``say`` gets the line to show; ``starts`` and ``work``, in iterations of training, are of all runs."""
-        self._print = say
+    def __init__(self, show: Callable[[str], None], starts: int, work: float) -> None:
+        """``show`` gets the line to print; ``starts`` and ``work``, in iterations of training, are of all runs."""
+        self._show = show
         self._starts, self._work = starts, work
         self._began = self._started = time.monotonic()
         self._start_seconds = 0.0
         self._first: float | None = None  # when the first run had done its first iteration
         self._done = 0
-        self._said: float | None = None
+        self._shown: float | None = None
 
     def started(self) -> None:
         """Ranks are being started, from here or by the script that is."""
@@ -45,11 +45,11 @@ class Forecast:
             return
         each = (now - self._first) / self._done
         total = self._first - self._began + self._starts * self._start_seconds + self._work * each
-        if self._said is None:
-            self._print(f"about {spoken(total)} in all on this machine: {each:.2f} s an iteration")
-            self._said = total
-        elif abs(total - self._said) > MISLEADING * self._said:
-            self._print(f"corrected: about {spoken(total)} in all, {each:.2f} s an iteration")
+        if self._shown is None:
+            self._show(f"about {rounded(total)} in all on this machine: {each:.2f} s an iteration")
+            self._shown = total
+        elif abs(total - self._shown) > MISLEADING * self._shown:
+            self._show(f"corrected: about {rounded(total)} in all, {each:.2f} s an iteration")
 
 
 def work(schedule: Schedule) -> float:
@@ -58,8 +58,8 @@ def work(schedule: Schedule) -> float:
     return schedule.train_iters + VALIDATION * schedule.eval_iters * validations
 
 
-def spoken(seconds: float) -> str:
-    """Say a duration as people do."""
+def rounded(seconds: float) -> str:
+    """Write a duration, rounded, in seconds or minutes."""
     if seconds < 90:
         return f"{max(10, round(seconds, -1)):.0f} seconds"
     return f"{seconds / 60:.0f} minutes"

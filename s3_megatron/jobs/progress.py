@@ -19,7 +19,7 @@ WIDE = 80
 class StageLine:
     """The line of one stage."""
 
-    _said = -math.inf  # when the last plain line was printed
+    _printed = -math.inf  # when the last plain line was printed
 
     def __init__(self, progress: Progress, title: str, total: float | None) -> None:
         """Add the line to ``progress``; ``total`` is None where the end cannot be known."""
@@ -30,24 +30,24 @@ class StageLine:
         self._plain = progress.disable
         self._first: tuple[float, float] | None = None
 
-    def status(self, word: str) -> None:
-        """Say in a word what is happening now."""
-        self._progress.update(self._task, status=word)
+    def status(self, what: str) -> None:
+        """Show what is happening now, in a few words."""
+        self._progress.update(self._task, status=what)
         if self._plain:
-            self.note(word)
+            self.note(what)
 
     def note(self, text: str) -> None:
-        """Say what has happened, on a line of its own that stays."""
-        say(self._progress.console, f"{self._title}: {text}")
+        """Print what has happened, on a line of its own that stays."""
+        print_line(self._progress.console, f"{self._title}: {text}")
 
     def advance(self, done: float, figures: str = "") -> None:
-        """Say that ``done`` of the total is done."""
+        """Show that ``done`` of the total is done."""
         self._progress.update(self._task, completed=done, figures=figures)
         now = time.monotonic()
         if self._first is None or done < self._first[1]:
             self._first = now, done
-        if self._plain and now - self._said >= PLAIN_SECONDS:
-            self._said = now
+        if self._plain and now - self._printed >= PLAIN_SECONDS:
+            self._printed = now
             self.note(", ".join(filter(None, (self._share(done), figures, self._left(now, done)))))
 
     def _share(self, done: float) -> str:
@@ -84,7 +84,7 @@ class RunLine(StageLine):
         return f"iteration {done:.0f} of {self._total:.0f}"
 
 
-def say(console: Console, text: str) -> None:
+def print_line(console: Console, text: str) -> None:
     """Print ``text`` as it is, on one line of a log and above the bars of a terminal."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -99,7 +99,7 @@ def stage_line(console: Console, title: str, total: float | None) -> Iterator[St
     """Show the line of a stage while the block runs, and leave it standing afterwards."""
     with _progress(console) as progress:
         line = StageLine(progress, title, total)
-        line._said = time.monotonic()  # most are done before there is anything to say
+        line._printed = time.monotonic()  # most are done before there is anything to print
         yield line
         progress.update(line._task, total=total or 1, completed=total or 1, status="done")
 

@@ -1,6 +1,5 @@
 """A rehearsal: a recipe in its own layout but small, on this machine's CPUs, with a kill and a resume."""
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,14 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from s3_megatron.errors import S3Error
-from s3_megatron.jobs import runs
 from s3_megatron.jobs.cluster import Cluster, Watchdog
 from s3_megatron.jobs.forecast import Forecast, work
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.process import END_SOON
-from s3_megatron.jobs.progress import say
+from s3_megatron.jobs.progress import print_line
 from s3_megatron.jobs.recipe import AdamW, Data, Model, OwnOptimizer, Recipe
-from s3_megatron.jobs.render import render
 from s3_megatron.jobs.trial import Trial
 from s3_megatron.run_folder import RunFolder
 from s3_megatron.watch.file import read_metrics
@@ -63,9 +60,9 @@ def rehearse(job: Job, folder: Path, console: Console) -> Rehearsal:
     console.print(_table(job, small))
     name = f"{job.recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
     again = KILL_AT - KILL_AT // SAVE_INTERVAL * SAVE_INTERVAL  # iterations that the resume does once more
-    forecast = Forecast(partial(say, console), starts=3, work=2 * work(small.recipe.schedule) + again)
-    whole = _trial(small, folder.resolve() / f"{name}-undisturbed", "undisturbed", forecast)
-    killed = _trial(small, folder.resolve() / f"{name}-killed", "one rank killed", forecast)
+    forecast = Forecast(partial(print_line, console), starts=3, work=2 * work(small.recipe.schedule) + again)
+    whole = Trial.of(small, folder / f"{name}-undisturbed", "undisturbed", forecast)
+    killed = Trial.of(small, folder / f"{name}-killed", "one rank killed", forecast)
     whole.train(console)
     interruption = killed.train_through_a_kill(KILL_AT, console)
     first, second = RunFolder(whole.run), RunFolder(killed.run)
@@ -169,11 +166,6 @@ def _this_machine(ranks: int) -> Cluster:
         environment={"CUDA_VISIBLE_DEVICES": "", **END_SOON},
         watchdog=Watchdog(start_minutes=10, hang_minutes=5),
     )
-
-
-def _trial(job: Job, path: Path, title: str, forecast: Forecast) -> Trial:
-    run = runs.create(job, path, render(job, path))
-    return Trial(title, ["bash", str(run.script)], path, os.environ, ITERATIONS, forecast)
 
 
 def _table(job: Job, small: Job) -> Table:

@@ -26,14 +26,9 @@ def render(job: Job, run: Path) -> str:
     Whatever a template prints is quoted for the shell, except where it says otherwise.
 
     Raises:
-        S3Error: ``run`` has a line break, which no #SBATCH line can hold, or a backslash, at which Slurm takes the
-            rest of a file name literally.
+        S3Error: ``check_folder`` refuses ``run``.
     """
-    if not str(run).isprintable() or "\\" in str(run):
-        raise S3Error(
-            f"the run folder {str(run)!r} has a line break, a control character, a byte that is not UTF-8 or a "
-            "backslash: choose another"
-        )
+    check_folder(run)
     recipe, cluster = job.recipe, job.cluster
     template = _environment(run).get_template("job.sbatch.j2" if cluster.scheduler == "slurm" else "local.sh.j2")
     return template.render(
@@ -56,6 +51,20 @@ def render(job: Job, run: Path) -> str:
         mounts=_mounts(job, run),
         flags=megatron_flags(job, run),
     )
+
+
+def check_folder(run: Path) -> None:
+    """Refuse a folder that a script cannot name.
+
+    Raises:
+        S3Error: ``run`` has a line break, which no #SBATCH line can hold, or a backslash, at which Slurm takes the
+            rest of a file name literally.
+    """
+    if not str(run).isprintable() or "\\" in str(run):
+        raise S3Error(
+            f"the run folder {str(run)!r} has a line break, a control character, a byte that is not UTF-8 or a "
+            "backslash: choose another"
+        )
 
 
 def _environment(run: Path) -> Environment:

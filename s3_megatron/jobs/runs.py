@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 import s3_megatron
 from s3_megatron.errors import S3Error
-from s3_megatron.files import user_folder, write_file
+from s3_megatron.files import append_line, user_folder, write_file
 from s3_megatron.jobs.catalog import as_yaml
 from s3_megatron.jobs.cluster import Cluster
 from s3_megatron.jobs.compose import validated
@@ -56,10 +56,7 @@ class Run(RunFolder):
 
     def submitted(self, job_id: str) -> None:
         """Note that ``job_id`` runs this."""
-        line = json.dumps({"job_id": job_id, "time": _now()}) + "\n"
-        torn = self.jobs.exists() and not self.jobs.read_bytes().endswith(b"\n")
-        with self.jobs.open("a", encoding="utf-8") as file:
-            file.write("\n" * torn + line)
+        append_line(self.jobs, json.dumps({"job_id": job_id, "time": _now()}).encode())
 
 
 def create(job: Job, path: Path, script: str) -> Run:
@@ -83,7 +80,7 @@ def create(job: Job, path: Path, script: str) -> Run:
         write_file(draft / name, script.encode())
         write_file(run.recipe, as_yaml(job.recipe).encode())
         write_file(run.cluster, as_yaml(job.cluster).encode())
-        write_about(run, {**_about(), "settings": settings(job)})
+        write_about(run, {**_about(), "settings": settings(job, path)})
         if job.recipe.engine == "deepspeed":
             write_file(run.deepspeed, deepspeed_file(job).read_bytes())
         draft.rename(path)
@@ -97,10 +94,13 @@ def create(job: Job, path: Path, script: str) -> Run:
     return Run(path)
 
 
-def settings(job: Job) -> dict[str, Any]:
-    """Every setting of ``job``, by its dotted key, a cluster's behind "cluster."."""
+def settings(job: Job, folder: Path) -> dict[str, Any]:
+    """What the script of ``job`` is made of: every setting, by its dotted key, a cluster's behind "cluster.".
+
+    The script names its run's ``folder``, too.
+    """
     both = {**job.recipe.model_dump(mode="json"), "cluster": job.cluster.model_dump(mode="json")}
-    return dict(_flat(both))
+    return {**dict(_flat(both)), "folder": str(folder.resolve())}
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -164,8 +164,7 @@ def _list() -> Path:
 
 def _enter(path: Path) -> None:
     _list().parent.mkdir(parents=True, exist_ok=True)
-    with _list().open("ab") as file:
-        file.write(os.fsencode(path.resolve()) + b"\n")
+    append_line(_list(), os.fsencode(path.resolve()))
 
 
 def _about() -> dict[str, Any]:

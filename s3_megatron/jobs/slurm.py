@@ -1,4 +1,4 @@
-"""SLURM's commands, and what they say."""
+"""SLURM's commands, and what they print."""
 
 import subprocess
 from dataclasses import dataclass

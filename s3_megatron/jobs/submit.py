@@ -79,10 +79,10 @@ def start(run: Run) -> int:
     return script.returncode
 
 
-def resume(run: Run, say: Callable[[str], None]) -> int:
+def resume(run: Run, show: Callable[[str], None]) -> int:
     """Let an ended run go on from its newest checkpoint: forget why it ended, and queue or start its script again.
 
-    What was edited in its recipe.yaml or cluster.yaml is applied, and handed to ``say``, a line for each key. Returns
+    What was edited in its recipe.yaml or cluster.yaml is applied, and handed to ``show``, a line for each key. Returns
     the exit code of a run without a scheduler, 0 for a queued one.
 
     Raises:
@@ -93,7 +93,7 @@ def resume(run: Run, say: Callable[[str], None]) -> int:
     if alive := _alive(run):
         raise S3Error(f"{run.path.name} is still in the queue as job {', '.join(alive)}: cancel it first")
     for change in edits.apply(run):
-        say(f"changed since the last start: {change}")
+        show(f"changed since the last start: {change}")
     run.reopen()
     if run.job.cluster.scheduler == "none":
         return start(run)

@@ -1,15 +1,21 @@
 """A training run that a person watches on this machine: to its end, or through the loss of a rank."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from rich.console import Console
 
+from s3_megatron import machine
 from s3_megatron.errors import S3Error
+from s3_megatron.jobs import runs
 from s3_megatron.jobs.forecast import Forecast
+from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.process import Training
 from s3_megatron.jobs.progress import RunLine, run_line
+from s3_megatron.jobs.render import render
 from s3_megatron.watch.events import Event, Train
 from s3_megatron.watch.file import Metrics
 
@@ -56,6 +62,21 @@ class Trial:
     env: Mapping[str, str]
     iterations: int
     forecast: Forecast
+
+    @classmethod
+    def of(cls, job: Job, folder: Path, title: str, forecast: Forecast) -> Self:
+        """Make the run folder ``folder`` of ``job``, which is for a cluster without a scheduler; its script is run.
+
+        Raises:
+            S3Error: the folder is there already, or cannot be made.
+        """
+        path = folder.resolve()
+        run = runs.create(job, path, render(job, path))
+        # Otherwise gloo looks for the address of this machine's name, which many a laptop's does not have.
+        interface = machine.loopback()
+        defaults = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface}
+        command = ["bash", str(run.script)]
+        return cls(title, command, path, {**defaults, **os.environ}, job.recipe.schedule.train_iters, forecast)
 
     def train(self, console: Console) -> None:
         """Run to the end, or raise S3Error with the reason."""

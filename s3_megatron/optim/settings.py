@@ -56,7 +56,7 @@ def names_what_it_takes[F: Callable[..., Any]](init: F) -> F:
 
 
 def report_ignored(group: dict[str, Any]) -> None:
-    """Log once, on rank 0, what a param group asks for that S3 has no setting for, and that is nobody's note.
+    """Log once, on rank 0, what a param group asks for that S3 has no setting for, but for known notes of others.
 
     What is None or False asks for nothing: the groups of another optimizer have such.
     """

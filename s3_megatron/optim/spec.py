@@ -56,7 +56,7 @@ class Hyperparameter:
         name: the argument's.
         default: its value where none is given; None: another hyperparameter of the same ``key`` counts, or what
             ``Spec.complete`` makes of the others.
-        help: one clause without its range and default, and what else there is to say behind a semicolon.
+        help: one clause without its range and default, and whatever else behind a semicolon.
         kind: float, int or bool.
         count: how many values it has: 1, or 2 for a pair.
         range: which numbers are allowed.

@@ -39,10 +39,11 @@ def written_by(param_groups: Groups) -> str | None:
     return next((key.removesuffix("_state") for key in marks if key.endswith("_state")), None)
 
 
-def check_not_ours(param_groups: Groups, spec: Spec, fresh: str) -> None:
-    """Raise S3Error if an optimizer of this package wrote a state that ``spec`` has not: none can continue another's.
+def check_convertible(param_groups: Groups, spec: Spec, *, asked: bool, ask: str, fresh: str) -> None:
+    """Raise S3Error unless a state without the mark of ``spec`` is Adam's, and ``asked`` says to convert it.
 
-    ``fresh`` is the advice how to load no state.
+    No optimizer of this package can continue another's. ``ask`` is the advice how to ask, ``fresh`` how to load no
+    state.
     """
     writer = written_by(param_groups)
     if writer == spec.name:
@@ -55,6 +56,9 @@ def check_not_ours(param_groups: Groups, spec: Spec, fresh: str) -> None:
             f"the checkpoint's optimizer state was written by optimizer {writer}, and {spec.title} cannot continue it: "
             f"go on with {writer}, or {fresh}"
         )
+    if not asked:
+        convert = f"{ask} to convert Adam's ({spec.from_adam_help}), or " if spec.from_adam else ""
+        raise S3Error(f"the checkpoint's optimizer state was not written by {spec.title}: {convert}{fresh}")
 
 
 def check_groups(param_groups: Groups, spec: Spec) -> None:

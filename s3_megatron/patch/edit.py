@@ -102,7 +102,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def parse(data: bytes) -> ast.Module:
-    """Parse Python, without a word about the escapes in it."""
+    """Parse Python, without warnings of the escapes in it."""
     with warnings.catch_warnings(action="ignore"):
         return ast.parse(data)
 

@@ -39,7 +39,7 @@ def find(path: Path, host: str | None = None) -> Place:
         if root != here:
             found = [name for name in found if here.is_relative_to(root / _MARKERS[name].split("/")[0])]
         if len(found) > 1:
-            raise S3Error(f"{root} holds both Megatron and DeepSpeed: say --host megatron-lm or --host deepspeed")
+            raise S3Error(f"{root} holds both Megatron and DeepSpeed: pass --host megatron-lm or --host deepspeed")
         if found:
             return Place(root, found[0], _version(root, found[0]))
     wanted = {name: marker for name, marker in _MARKERS.items() if host in (None, name)}

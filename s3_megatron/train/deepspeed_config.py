@@ -48,7 +48,7 @@ _MEGATRONS_OWN = (
 
 
 class DeepSpeedFlags:
-    """``--deepspeed-config FILE``, and the file's say in Megatron's flags."""
+    """``--deepspeed-config FILE``, and what the file decides of Megatron's flags."""
 
     def __init__(self, argv: list[str]) -> None:
         """Read the file that ``argv`` names, if it names one.

@@ -60,7 +60,7 @@ def skip_helper_build() -> None:
 
 
 class RegisterWithDeepSpeed(AfterImport):
-    """On ``sys.meta_path``, registers S3 as soon as somebody imports DeepSpeed.
+    """On ``sys.meta_path``, registers S3 as soon as DeepSpeed is imported.
 
     Whoever trains without it is spared its import, which takes seconds, and fails where its CUDA is not in order.
     """

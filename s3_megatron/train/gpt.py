@@ -110,7 +110,7 @@ def _refusals() -> Iterator[None]:
     except S3Error:
         raise
     except (AssertionError, ValueError) as error:
-        # Some of Megatron's assertions have no text; the line of code then tells most.
+        # Some of Megatron's assertions have no text: the line of code is shown instead.
         text = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
         raise S3Error(f"Megatron refuses the flags: {text}") from error
 
@@ -121,7 +121,7 @@ def configure(args: argparse.Namespace) -> Any:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Pretrain as ``args``, which Megatron has as its global ones, say."""
+    """Pretrain by ``args``, which are Megatron's global ones, too."""
     config = configure(args)
     with _alone_in(args.save), requests.obeyed(), loading.watches_megatron():
         pretrain(config, build_datasets, ModelType.encoder_or_decoder, forward_step)

@@ -105,7 +105,7 @@ def check_schedule(args: argparse.Namespace) -> None:
 def check_vocabulary(args: argparse.Namespace, tokenizer: Any) -> None:
     """Check that the model embeds every token of ``tokenizer``.
 
-    Megatron (0.19.2) overrules a small --vocab-size without a word, and takes a small --padded-vocab-size, with
+    Megatron (0.19.2) silently overrules a small --vocab-size, and takes a small --padded-vocab-size, with
     which the first large token ends the run in an index error.
 
     Raises:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from s3_megatron.errors import S3Error
+from s3_megatron.files import append_line
 from s3_megatron.watch.events import Evaluation, Event, Optimizer, Train, decode, encode
 
 logger = logging.getLogger(__name__)
@@ -50,12 +51,9 @@ class Writer:
             ) from error
 
     def write(self, event: Event) -> None:
-        """Append one line in one write, so that lines of two writers do not mix; a line torn before is ended first.
-
-        A failure, as of a full disk, is logged and costs the line, not the run.
-        """
+        """Append one line; a failure, as of a full disk, is logged and costs the line, not the run."""
         try:
-            self._append(encode(event).encode() + b"\n")
+            append_line(self._path, encode(event).encode())
             self._failure = None
         except OSError as error:
             if self._failure != str(error):
@@ -63,15 +61,6 @@ class Writer:
                 self._failure = str(error)
             with suppress(OSError):  # the run goes on: its watchdog must not take a full disk for a hang
                 os.utime(self._path)
-
-    def _append(self, line: bytes) -> None:
-        with self._path.open("a+b", buffering=0) as file:
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    line = b"\n" + line
-            if file.write(line) != len(line):
-                raise OSError(None, "the disk took a part of it")
 
 
 @dataclass

@@ -57,8 +57,8 @@ class Observer:
             S3Error: nothing can be written to ``directory``.
         """
         self._watched: dict[str, _Watched] = {}
-        self._names: list[str] | None = None  # of all ranks' optimizers, as of the last description
-        self._added = False  # an optimizer since then
+        self._names: list[str] = []  # of all ranks' optimizers, as of the last description
+        self._added = True  # an optimizer since then; a run without one is described, too
         self._unknown: set[str] = set()
         self._last: tuple[int, float] | None = None
         self._sinks: list[Sink] = []
@@ -132,13 +132,10 @@ class Observer:
 
         Every rank's elements count once, so a parameter that tensor-parallel ranks hold in common weighs more.
         """
-        if self._names is None:
-            self._describe()
         table = self._reduced_table()
         if table[-1][0]:
             self._describe()
             table = self._reduced_table()
-        assert self._names is not None, "_describe() sets it"
         together = statistics.zeros()
         for row in table[:-1]:
             statistics.merge_(together, torch.tensor(row, dtype=torch.float64))
@@ -150,7 +147,6 @@ class Observer:
 
         Ranks may hold different optimizers, as in a model of modules, and add one at any time.
         """
-        assert self._names is not None, "_describe() sets it"
         table = statistics.zeros(len(self._names) + 1, device=_device())
         table[-1, 0] = self._added
         for name, row in zip(self._names, table, strict=False):

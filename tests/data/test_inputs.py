@@ -38,7 +38,7 @@ def test_inputs_keep_their_order_and_come_once(tmp_path: Path) -> None:
 
 
 def test_a_folder_as_corpora_come_is_taken_whole(tmp_path: Path) -> None:
-    """C4 and Dolma name their lines .json.gz; .json, .ndjson and .xz in a folder were left out without a word."""
+    """C4 and Dolma name their lines .json.gz; .json, .ndjson and .xz in a folder were left out silently."""
     write(tmp_path / "c4-train.00000-of-01024.json.gz", gzip.compress(LINE))
     write(tmp_path / "b.json")
     write(tmp_path / "c.ndjson")

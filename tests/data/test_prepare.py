@@ -219,7 +219,7 @@ def test_documents_that_become_no_tokens_are_counted(tmp_path: Path, swallowing:
 
 @pytest.mark.parametrize(("vocab_size", "wrong"), [(100, 65_536), (100, -1), (65_499, 70_000), (65_500, 1 << 31)])
 def test_an_id_that_does_not_fit_stops_the_run(tmp_path: Path, vocab_size: int, wrong: int) -> None:
-    """Megatron's builder wrote 65,536 as 0, without a word."""
+    """Megatron's builder silently wrote 65,536 as 0."""
     with (
         pytest.raises(S3Error, match=f"token {wrong} does not fit (uint16|int32)"),
         writer.new_dataset(tmp_path / "a", vocab_size) as builder,

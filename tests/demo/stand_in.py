@@ -1,8 +1,8 @@
 """``python -m tests.demo.stand_in``: the demonstration with a torchrun and ranks that do nothing but log.
 
 Real ones take ten seconds a start, and are the same to a signal: processes in sessions of their own, with helpers.
-Everything else is the demonstration's own. $PAUSE is what an iteration takes, in seconds; one of the run $HOLD takes a
-second. With $TORCH set, torch is real.
+Everything else is the demonstration's own, each run's script and node agent too. $PAUSE is what an iteration takes, in
+seconds; one of the run $HOLD takes a second. With $TORCH set, torch is real.
 """
 
 import math
@@ -15,9 +15,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from s3_megatron.demo import __main__ as demo
-from s3_megatron.jobs.forecast import Forecast
+from s3_megatron.jobs import trial
 from s3_megatron.jobs.job import Job
-from s3_megatron.jobs.trial import Trial
+from s3_megatron.jobs.render import render
+from s3_megatron.run_folder import VARIABLE, RunFolder
 from s3_megatron.watch.events import Evaluation, Optimizer, Train, Updates
 from s3_megatron.watch.file import Writer
 
@@ -26,14 +27,16 @@ RANK = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {
 OPTIMIZER = Optimizer("s3", "DistributedOptimizer", 2, 1001, [501, 500], 4.0, 2.0)
 
 
-def trial(job: Job, run: Path, title: str, forecast: Forecast) -> Trial:
-    schedule = job.recipe.schedule
-    command = [sys.executable, "-m", "tests.demo.stand_in", str(run), str(schedule.train_iters)]
-    return Trial(title, command, run, os.environ, schedule.train_iters, forecast)
+def script(job: Job, run: Path) -> str:
+    """The run's script, with this module for torchrun."""
+    text, torchrun = render(job, run), "-m s3_megatron.jobs.node.torchrun "
+    assert torchrun in text
+    return text.replace(torchrun, "-m tests.demo.stand_in torchrun ")
 
 
-def train(run: Path, iterations: int) -> None:
+def train(folder: RunFolder, iterations: int) -> None:
     """Be torchrun: start two ranks, end them on SIGTERM, fail when one is gone; save every 32 iterations."""
+    run = folder.path
     ranks = [
         subprocess.Popen([sys.executable, "-c", RANK], env={**os.environ, "RANK": str(i)}, start_new_session=True)
         for i in (0, 1)
@@ -61,14 +64,15 @@ def train(run: Path, iterations: int) -> None:
         if iteration % 32 == 0:
             saved.write_text(str(iteration))
     writer.write(Evaluation("validation", iterations, {"lm_loss": 4.1}))
+    folder.finish(iterations)
     end(0)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3 and sys.argv[2].isdigit():
-        train(Path(sys.argv[1]), int(sys.argv[2]))
+    if sys.argv[1:2] == ["torchrun"]:
+        train(RunFolder(Path(os.environ[VARIABLE])), int(sys.argv[sys.argv.index("--train-iters") + 1]))
     else:
-        demo.trial = trial
+        trial.render = script
         if "TORCH" not in os.environ:
             # Its import takes seconds, and only who encodes text needs more of it than the number of GPUs.
             sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(device_count=lambda: 0))  # type: ignore[assignment]

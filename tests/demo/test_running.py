@@ -19,6 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
+from s3_megatron.jobs.runs import known_runs
+from s3_megatron.jobs.status import status
 from tests.launcher import ROOT
 from tests.terminal import lives
 
@@ -31,8 +33,8 @@ class Demo:
     """A running demonstration, with ranks that only log, started as a background job of a shell would be."""
 
     def __init__(self, folder: Path, stdout: int | None = None, ignored: str = "INT", **env: str) -> None:
-        self.output = folder / "output"
-        settings = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **env}
+        self.output, self.state = folder / "output", folder / "state"
+        settings = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "XDG_STATE_HOME": str(self.state), **env}
         # What sh does for `make demo &`: SIGINT is ignored, and Python then installs no handler of its own.
         command = ["sh", "-c", f'trap "" {ignored}; exec "$@"', "-", sys.executable, "-m", "tests.demo.stand_in"]
         with self.output.open("wb") as file:
@@ -69,6 +71,12 @@ class Demo:
             assert time.monotonic() < end, [process.cmdline() for process in family if lives(process)]
             time.sleep(0.05)
         return code
+
+    def states(self) -> list[str]:
+        """What ``s3-megatron status`` shows of each of its runs."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_STATE_HOME", str(self.state))
+            return [f"{run.path.name}: {status(run).state}" for run in known_runs()]
 
     def family(self) -> list[psutil.Process]:
         """All processes below it."""
@@ -132,7 +140,10 @@ def test_before_there_are_tokens(tmp_path: Path, start: Callable[..., Demo], sta
 def test_while_it_trains(
     tmp_path: Path, corpus: Path, start: Callable[..., Demo], stage: str, signals: list[str], pause: str
 ):
-    """Ctrl-C pressed twice left ranks behind, and SIGKILL all of them: torchrun trained on."""
+    """Ctrl-C pressed twice left ranks behind, and SIGKILL all of them: torchrun trained on.
+
+    The last run is one that can be resumed, and `status` shows it as such.
+    """
     # On a busy machine what follows the stage was over before the signal came.
     demo = start(with_corpus(tmp_path / "t", corpus), PAUSE=pause, HOLD="adamw" if "killed" in stage else "")
     demo.wait_for(stage)
@@ -144,6 +155,8 @@ def test_while_it_trains(
         assert code == 128 + numbers[0], demo.printed()
         assert demo.printed().endswith("stopped; every rank has ended\n")
     assert "Traceback" not in demo.printed()
+    if "iteration" in stage:
+        assert demo.states() == ["s3: stopped (stopped): s3-megatron resume s3"]
 
 
 def with_corpus(folder: Path, corpus: Path) -> Path:
@@ -174,6 +187,7 @@ def test_a_log_of_the_whole(tmp_path: Path, corpus: Path, start: Callable[..., D
     found = json.loads((folder / "runs/demo/report.json").read_text())
     assert (found["resume"]["resumed_from"], found["resume"]["loss_gap"]) == (64, 0)
     assert (folder / "runs/demo/report.png").stat().st_size > 10_000
+    assert demo.states() == ["s3: finished", "s3-killed: finished", "adamw: finished"]
 
 
 def test_a_narrow_terminal(tmp_path: Path, corpus: Path, start: Callable[..., Demo]):

@@ -1,5 +1,6 @@
-"""From the recipe to the demonstration's command lines."""
+"""From the recipe to the scripts of the demonstration's runs."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -7,17 +8,27 @@ from rich.console import Console
 
 from s3_megatron.demo.__main__ import demonstrate
 from s3_megatron.demo.engines import ENGINES
-from s3_megatron.demo.runs import kill_at, load, trial, with_data
+from s3_megatron.demo.runs import kill_at, load, with_data
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.flags import ENTRIES
 from s3_megatron.jobs.forecast import Forecast
 from s3_megatron.jobs.recipe import Data
+from s3_megatron.jobs.trial import Trial
 
 
-def command(run: Path, engine: str, optimizer: str = "s3", gpus: int = 0) -> list[str]:
-    data = Data(train="corpus/train", validation="corpus/validation", tokenizer_model="corpus/tokenizer.model")
-    forecast = Forecast(print, 1, 1)
-    return list(trial(with_data(load(optimizer, engine, gpus), data), run, "S3", forecast).command)
+@pytest.fixture(autouse=True)
+def _own_list_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+def command(folder: Path, engine: str, optimizer: str = "s3", gpus: int = 0) -> list[str]:
+    """What the run's script starts: the node agent, torchrun, and the flags of the ranks."""
+    data = Data(train="/corpus/train", validation="/corpus/validation", tokenizer_model="/corpus/tokenizer.model")
+    job = with_data(load(optimizer, engine, gpus), data)
+    shell, script = Trial.of(job, folder / f"{engine}-{optimizer}", "S3", Forecast(print, 1, 1)).command
+    assert shell == "bash"
+    before, _, started = Path(script).read_text().partition("exec ")
+    return shlex.split(started) + shlex.split(before.partition("train=(")[2].partition("\n)")[0])
 
 
 def value(flags: list[str], name: str) -> str:
@@ -28,19 +39,16 @@ def test_the_recipe_chooses_the_engine(tmp_path: Path):
     """Both get the same flags but for what is their own; a checkpoint's format is Megatron's affair."""
     assert load("s3", None).recipe.engine == "megatron"
     megatron, deepspeed = command(tmp_path, "megatron"), command(tmp_path, "deepspeed")
-    assert value(megatron, "-m") == value(deepspeed, "-m") == "torch.distributed.run"
-    assert Path(value(deepspeed, "--deepspeed-config")).read_text().count('"stage": 1')
+    assert (tmp_path / "deepspeed-s3/deepspeed.json").read_text().count('"stage": 1')
     own = {ENTRIES["megatron"], "--use-distributed-optimizer", "--ckpt-format", "torch_dist"}
     assert set(megatron) - set(deepspeed) == own
-    assert set(deepspeed) - set(megatron) == {
-        *(ENTRIES["deepspeed"], "--deepspeed-config", str(tmp_path / "deepspeed.json"))
-    }
+    assert set(deepspeed) - set(megatron) == {*(ENTRIES["deepspeed"], "--deepspeed-config", "$run/deepspeed.json")}
     assert ENGINES.keys() == ENTRIES.keys()
 
 
 def test_the_runs_differ_in_their_optimizers_and_folders_alone(tmp_path: Path):
     s3, adamw = command(tmp_path, "megatron"), command(tmp_path, "megatron", "adamw")
-    assert value(s3, "--train-data-path") == value(adamw, "--train-data-path") == "corpus/train"
+    assert value(s3, "--train-data-path") == value(adamw, "--train-data-path") == "/corpus/train"
     assert "--mock-data" not in s3
     rates = ["0.003", "0.0003", "0.01"], ["0.0003", "3e-05", "0.1"]
     assert set(s3) - set(adamw) <= {"s3", "--s3-beta", "0.95", "--s3-p", "3", *rates[0]}
@@ -54,7 +62,7 @@ def test_ranks_share_the_batch_evenly(tmp_path: Path, gpus: int, ranks: int, mic
     job = load("s3", "megatron", gpus)
     assert (job.ranks, job.rehearsed) == (ranks, not gpus)
     flags = command(tmp_path, "megatron", gpus=gpus)
-    assert (value(flags, "--nproc_per_node"), value(flags, "--micro-batch-size")) == (str(ranks), micro_batch)
+    assert f"--nproc-per-node={ranks}" in flags and value(flags, "--micro-batch-size") == micro_batch
     assert ("--no-rope-fusion" in flags) == bool(gpus), "the rehearsal adds its own"
 
 

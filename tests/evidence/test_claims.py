@@ -10,20 +10,20 @@ import pytest
 
 from s3_megatron.errors import S3Error
 from s3_megatron.evidence import claims, experiments
+from s3_megatron.evidence.analysis import Analysis
 from s3_megatron.evidence.experiments import load
-from s3_megatron.evidence.findings import Findings
 from tests.evidence import simulated
 
 PAGE = Path(__file__).parents[2] / "docs/evidence.md"
 
 
-def findings(name: str, loss, cells=None, **changes) -> Findings:
+def analysis(name: str, loss, cells=None, **changes) -> Analysis:
     """An experiment of configs/, whose runs are drawn."""
     asked = load(name)
-    return Findings(asked, [{**result, **changes} for result in simulated.run(asked, loss, cells)])
+    return Analysis(asked, [{**result, **changes} for result in simulated.run(asked, loss, cells)])
 
 
-def seen(name: str, found: Findings) -> dict[str, str]:
+def seen(name: str, found: Analysis) -> dict[str, str]:
     """What is seen of each claim that the experiment tests."""
     rows = {row[0]: row for row in claims.rows({name: ("2026-01-01-x", found)})}
     return {
@@ -58,10 +58,10 @@ def test_without_records_nothing_is_claimed(tmp_path):
     ],
 )
 def test_lower_than_its_rivals(shift, begins, says):
-    (text,) = seen("table2-small", findings("table2-small", simulated.losses(0.003, {"s3": shift}))).values()
+    (text,) = seen("table2-small", analysis("table2-small", simulated.losses(0.003, {"s3": shift}))).values()
     assert text.startswith(begins + ": ") and says in text
     assert "one-beta" not in text, "the paper has no such rival"
-    (text,) = seen("table2-small", findings("table2-small", simulated.losses(0.003), 50)).values()
+    (text,) = seen("table2-small", analysis("table2-small", simulated.losses(0.003), 50)).values()
     assert text == "not run yet"
 
 
@@ -74,9 +74,9 @@ def test_half_the_steps(gain, begins):
             2 - 0.05 * math.log2(cell.setup.steps) - gain * (cell.contender == "s3") + abs(math.log2(cell.rate / 8e-3))
         )
 
-    (text,) = seen("horizon", findings("horizon", loss)).values()
+    (text,) = seen("horizon", analysis("horizon", loss)).values()
     assert text.startswith(f"{begins}: AdamW needs ")
-    assert seen("horizon", findings("horizon", loss, 100))["Table 2: AdamW"] == "not run yet"
+    assert seen("horizon", analysis("horizon", loss, 100))["Table 2: AdamW"] == "not run yet"
 
 
 @pytest.mark.parametrize("flat", ["", "no-nesterov", "p3"])
@@ -90,18 +90,18 @@ def test_each_part_helps(flat):
     }
     lowered = {"no-nesterov": {"s3-p2-beta0.95-no-nesterov": 0.05}, "p3": {"s3-p2-beta0.95-nesterov": 0.0}}
     losses = simulated.losses(0.001, {**ours, **lowered.get(flat, {})})
-    text = seen("table4-small", findings("table4-small", losses))["Table 4: One"]
+    text = seen("table4-small", analysis("table4-small", losses))["Table 4: One"]
     assert text.startswith("not reproduced: " if flat else "reproduced: ")
     gain = {"": r"\+0\.0[45]", "p3": r"\+0\.(09|10)", "no-nesterov": r"[+-]0\.00"}[flat]
     assert re.search(rf"Nesterov {gain}", text), text
-    assert seen("table4-small", findings("table4-small", losses, 100))["Table 4: One"] == "not run yet"
+    assert seen("table4-small", analysis("table4-small", losses, 100))["Table 4: One"] == "not run yet"
 
 
 @pytest.mark.parametrize(
     "clipped, plain, begins", [(0, 2, "reproduced"), (2, 2, "not reproduced"), (0, 0, "not testable")]
 )
 def test_clipping_helps(clipped, plain, begins):
-    found = findings("table4-small", simulated.losses(0.001))
+    found = analysis("table4-small", simulated.losses(0.001))
     assert seen("table4-small", found)["Figure 7: Clipping"] == "not testable at these rates: no run had a spike"
     for result in found.results.values():
         result["spikes"] = [[5, 1, 1.0]] * {"adamw": plain, "adamw-clipped": clipped}.get(result["contender"], 0)
@@ -116,7 +116,7 @@ def test_spikes_and_rates():
         middle = asked.contenders[cell.contender].rates[2]
         return 2 + (0.004 if cell.contender == "s3" else 0.05) * math.log2(cell.rate / middle) ** 2
 
-    found = findings("rates", loss)
+    found = analysis("rates", loss)
     text = seen("rates", found)
     assert text["Figure 7, Table 4: S3"].startswith("reproduced: rates within .05 nats of the best span base: s3 x10")
     assert text["Figure 7: One"].startswith("not testable at these rates"), "nothing to end"
@@ -127,7 +127,7 @@ def test_spikes_and_rates():
         seen("rates", found)["Figure 7: One"]
         == "reproduced: spikes and divergences: adamw 36, adamw-999 0, adamw-one-beta 0"
     )
-    assert set(seen("rates", findings("rates", loss, 200)).values()) == {"not run yet"}
+    assert set(seen("rates", analysis("rates", loss, 200)).values()) == {"not run yet"}
 
 
 @pytest.mark.parametrize("ours, theirs, begins", [(1.0, 7.1, "reproduced"), (1.2, 7.1, "not"), (0.9, 0.9, "not")])
@@ -139,9 +139,9 @@ def test_bounded_updates(ours, theirs, begins):
         results.append(
             {**cell_result, "losses": [2.0] * 1200, "update_mean": [0.2] * 1200, "update_max": [update] * 1200}
         )
-    (text,) = seen("spike", Findings(load("spike"), results)).values()
+    (text,) = seen("spike", Analysis(load("spike"), results)).values()
     assert text.startswith(begins)
-    (text,) = seen("spike", Findings(load("spike"), results[:40])).values()
+    (text,) = seen("spike", Analysis(load("spike"), results[:40])).values()
     assert text == "not run yet"
 
 
@@ -149,13 +149,13 @@ def test_a_soft_end_lowers():
     """One share that gains nothing is enough for "not reproduced"; of the pairs the other reproduces."""
     shifts = {f"softsignum-{share}": -0.05 for share in (0.9, 0.7, 0.5, 0.3)}
     shifts |= {"softmuon-0.9": 0.0, "softmuon-0.7": -0.05, "softmuon-0.5": -0.05, "softmuon-0.3": -0.05}
-    found = findings("softsign_small", simulated.losses(0.001, shifts))
+    found = analysis("softsign_small", simulated.losses(0.001, shifts))
     text = seen("softsign_small", found)
     signum, muon = text["arXiv 2605.31371: Signum"], text["arXiv 2605.31371: Muon"]
     assert signum.startswith("reproduced: nats gained with a hard share of 0.9 at cosine +0.0")
     assert signum.count("at cosine") == signum.count("at constant") == 4
     assert muon.startswith("not reproduced: ") and "0.7 at constant +0.0" in muon
-    begun = findings("softsign_small", simulated.losses(0.001, shifts), 100)
+    begun = analysis("softsign_small", simulated.losses(0.001, shifts), 100)
     assert set(seen("softsign_small", begun).values()) == {"not run yet"}
 
 

@@ -321,7 +321,7 @@ class TestRefusals:
     def test_scipy_is_asked_for_before_anything_is_trained(self, monkeypatch):
         for name in [name for name in sys.modules if name.startswith(("scipy", "s3_megatron.evidence.statistics"))]:
             monkeypatch.delitem(sys.modules, name)
-        for name in ("statistics", "findings", "report", "record"):
+        for name in ("statistics", "analysis", "report", "record"):
             monkeypatch.delitem(sys.modules, f"s3_megatron.evidence.{name}", raising=False)
             monkeypatch.delattr(evidence, name, raising=False)
         monkeypatch.setitem(sys.modules, "scipy", None)

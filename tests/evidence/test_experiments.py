@@ -10,7 +10,7 @@ import yaml
 
 from s3_megatron import cli
 from s3_megatron.errors import S3Error
-from s3_megatron.evidence import compare, experiments, findings, quick, report, text
+from s3_megatron.evidence import analysis, compare, experiments, quick, report, text
 from s3_megatron.evidence.experiments import LATER, Entry, Tuning
 from s3_megatron.evidence.plan import Plan
 from s3_megatron.evidence.training import train
@@ -120,7 +120,7 @@ def test_a_later_setting_leaves_older_hashes_and_keys_alone():
 def test_cells_of_an_older_commit_are_read_and_reported_as_what_they_are():
     """Three lines that 3b7642f wrote: its first line, and two tuning runs of table2-small, curves cut short."""
     asked = experiments.load("table2-small")
-    head, found = findings.read(DATA / "table2-small-3b7642f.jsonl", asked)
+    head, found = analysis.read(DATA / "table2-small-3b7642f.jsonl", asked)
     assert head == {
         "experiment": "table2-small",
         "rules": "21e6b80f4c8665d4",

@@ -13,7 +13,7 @@ from scipy import stats
 
 from s3_megatron import evidence
 from s3_megatron.errors import S3Error
-from s3_megatron.evidence import experiments, findings, horizons, pictures, record, report
+from s3_megatron.evidence import analysis, experiments, horizons, pictures, record, report
 from s3_megatron.evidence.experiments import Entry, Setup
 from s3_megatron.evidence.plan import Plan
 from tests.evidence import simulated
@@ -155,7 +155,7 @@ def test_the_report_says_what_is_whole(folder):
 def test_a_report_of_a_part_says_so_and_ranks_only_what_is_whole(count):
     """At every third cell: pairs without all their seeds have no verdict, and what is missing is counted."""
     asked = simulated.experiment()
-    found = findings.Findings(asked, simulated.run(asked, simulated.losses(0.01, {"s3": -0.05}), count))
+    found = analysis.Analysis(asked, simulated.run(asked, simulated.losses(0.01, {"s3": -0.05}), count))
     text = report.render({"commit": "abc"}, found)
     assert f"{count} of 64 cells." in text
     rows = tables(text)["Differences to s3"]
@@ -171,7 +171,7 @@ def test_a_report_of_a_part_says_so_and_ranks_only_what_is_whole(count):
 def test_an_experiment_without_tuning_ranks_nothing():
     """Its rates were chosen on the seeds that it has."""
     asked = simulated.experiment(tuning=None, paper={"adamw": "4.78 at 3e-4"})
-    found = findings.Findings(asked, simulated.run(asked, simulated.losses(0.01, {"s3": -0.05})))
+    found = analysis.Analysis(asked, simulated.run(asked, simulated.losses(0.01, {"s3": -0.05})))
     text = report.render({}, found)
     assert "128 of 128 cells. Nothing is ranked here" in text and "Differences" not in text
     assert len(tables(text)["By rate"]) == 16 and tables(text)["The paper's figures"][0]["the paper"] == "4.78 at 3e-4"
@@ -197,7 +197,7 @@ def test_recovery_by_hand():
         kicked(asked, "x1e2", 1, gap, [0.5] * 6 + [0.23] + [0.219] * 20, 7.0),
         kicked(asked, "x1e2", 2, [3.0] * 69, [0.5] * 69, 1.0),
     ]
-    found = findings.Findings(asked, results)
+    found = analysis.Analysis(asked, results)
     assert [(r.seed, r.loss, r.update, r.largest) for r in found.recoveries()] == [(1, 5, 7, 7.0), (2, None, None, 1.0)]
     (row,) = tables(report.render({}, found))["Recovery"]
     assert (row["K"], row["largest \\|u\\|"], row["steps, loss"]) == ("100", "7", "never (5 to never)")
@@ -290,7 +290,7 @@ class TestFarBehind:
     @pytest.mark.parametrize("cells", [20, 64])
     def test_it_is_flagged_from_the_tuning_on(self, shift, is_flagged, cells):
         asked = simulated.experiment()
-        found = findings.Findings(asked, simulated.run(asked, simulated.losses(0.001, {"adamw": shift}), cells))
+        found = analysis.Analysis(asked, simulated.run(asked, simulated.losses(0.001, {"adamw": shift}), cells))
         (setup,) = asked.setups
         assert list(found.far_behind(setup)) == (["adamw"] if is_flagged else [])
         text = report.render({}, found)
@@ -301,12 +301,12 @@ class TestFarBehind:
     def test_a_winner_far_ahead_flags_nobody_of_many(self):
         """The median of the others is a rival's."""
         asked = simulated.experiment()
-        found = findings.Findings(asked, simulated.run(asked, simulated.losses(0.001, {"s3": -1.0})))
+        found = analysis.Analysis(asked, simulated.run(asked, simulated.losses(0.001, {"s3": -1.0})))
         assert found.far_behind("base") == {}
 
     def test_one_contender_is_behind_nobody(self):
         asked = simulated.experiment(names=("s3",))
-        assert findings.Findings(asked, simulated.run(asked, simulated.losses(0.001))).far_behind("base") == {}
+        assert analysis.Analysis(asked, simulated.run(asked, simulated.losses(0.001))).far_behind("base") == {}
 
 
 def test_the_best_of_the_rates_follows_from_the_cells():
@@ -314,7 +314,7 @@ def test_the_best_of_the_rates_follows_from_the_cells():
     asked = simulated.experiment(tuning=None, paper={"adamw": "4.78 at 3e-4"})
     cells = simulated.run(asked, simulated.losses(0.01, {"s3": -0.05}))
     rows = {
-        row["contender"]: row for row in tables(report.render({}, findings.Findings(asked, cells)))["Best of the rates"]
+        row["contender"]: row for row in tables(report.render({}, analysis.Analysis(asked, cells)))["Best of the rates"]
     }
     means, best = {}, {}
     for name in asked.contenders:
@@ -336,7 +336,7 @@ def test_the_best_of_the_rates_follows_from_the_cells():
         assert rows[name]["difference"] == f"{(best[name] - best['s3']).mean():.4f}"
         assert rows[name]["95% interval"] == "{:.4f} to {:.4f}".format(*test.confidence_interval(0.95))
         assert rows[name]["p"] == f"{test.pvalue:.2g}"
-    few = findings.Findings(asked, [c for c in cells if (c["contender"], c["seed"]) != ("lion", 8)])
+    few = analysis.Analysis(asked, [c for c in cells if (c["contender"], c["seed"]) != ("lion", 8)])
     assert few.best("lion", "base") is None and few.best("nadam", "base")
 
 
@@ -360,7 +360,7 @@ def test_steps_ratios_follow_from_the_cells():
             + abs(math.log2(cell.rate / 4e-3))
         )
 
-    found = findings.Findings(asked, simulated.run(asked, loss))
+    found = analysis.Analysis(asked, simulated.run(asked, loss))
     rows = tables(report.render({}, found))["Steps ratio"]
     adamw = [row for row in rows if row["rival"] == "adamw"]
     assert [row["steps"] for row in adamw] == ["100", "200", "400"] and {row["seeds"] for row in adamw} == {"2"}
@@ -372,12 +372,12 @@ def test_steps_ratios_follow_from_the_cells():
     assert (adamw[1]["steps ratio"], adamw[2]["steps ratio"]) == (f"{ratio:.2f}", ">= 1.00")
     lion = [row for row in rows if row["rival"] == "lion"]
     assert [row["steps ratio"] for row in lion] == ["<= 1.00", "0.52", "0.52"]
-    part = findings.Findings(asked, simulated.run(asked, loss, 20))
+    part = analysis.Analysis(asked, simulated.run(asked, loss, 20))
     assert "Steps ratio" not in tables(report.render({}, part))
 
 
 def test_one_length_has_no_steps_ratio():
-    found = findings.Findings(asked := simulated.experiment(), simulated.run(asked, simulated.losses(0.01)))
+    found = analysis.Analysis(asked := simulated.experiment(), simulated.run(asked, simulated.losses(0.01)))
     assert list(horizons.ratios(found)) == [] and "Steps ratio" not in report.render({}, found)
 
 
@@ -386,7 +386,7 @@ def test_every_setup_is_drawn(tmp_path):
     asked = simulated.experiment(
         tuning=None, setups={"a": Setup(steps=100), "b": Setup(steps=100, clip=0.0)}, seeds=[1]
     )
-    found = findings.Findings(asked, simulated.run(asked, simulated.losses(0.01)))
+    found = analysis.Analysis(asked, simulated.run(asked, simulated.losses(0.01)))
     figure = pictures.Figure(figsize=(11, 4.6))
     assert pictures._rates(found, figure) and len(figure.axes) == 4
     assert [axes.get_title(loc="left")[:3] for axes in figure.axes] == ["a: ", "a: ", "b: ", "b: "]

@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from s3_megatron.evidence import statistics
+from s3_megatron.evidence.analysis import Analysis
 from s3_megatron.evidence.experiments import Tuning
-from s3_megatron.evidence.findings import Findings
 from tests.evidence import simulated
 
 NAN = math.nan
@@ -81,9 +81,9 @@ def test_a_verdict_is_never_taken_back_by_a_test_that_comes_later():
 def test_a_planted_winner_is_ranked_first():
     """.05 nats under the others at its best, where a run has noise of .01."""
     asked = simulated.experiment()
-    found = Findings(asked, simulated.run(asked, simulated.losses(0.01, {"s3": -0.05})))
+    found = Analysis(asked, simulated.run(asked, simulated.losses(0.01, {"s3": -0.05})))
     assert [r.verdict for r in found.ranking("base")] == ["better"] * 3
-    planted = Findings(asked, simulated.run(asked, simulated.losses(0.01, {"lion": -0.05})))
+    planted = Analysis(asked, simulated.run(asked, simulated.losses(0.01, {"lion": -0.05})))
     assert [r.verdict for r in planted.ranking("base")] == ["no difference shown", "no difference shown", "worse"]
 
 
@@ -97,7 +97,7 @@ def test_equal_optimizers_are_not_ranked(wide):
     false, by_p_alone = 0, 0
     for grid in range(200):
         asked = simulated.experiment(tuning=Tuning(seed=0, runs=8, wide=wide))
-        ranked = Findings(asked, simulated.run(asked, simulated.losses(0.01, grid=grid))).ranking("base")
+        ranked = Analysis(asked, simulated.run(asked, simulated.losses(0.01, grid=grid))).ranking("base")
         false += any(r.verdict != "no difference shown" for r in ranked)
         by_p_alone += min(statistics.holm([r.paired.p for r in ranked])) < statistics.ALPHA
     assert false <= statistics.ALPHA * 200

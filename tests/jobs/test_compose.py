@@ -95,7 +95,7 @@ def test_every_mistake_is_named_at_once_with_the_nearest_key():
         (["cluster.scratch_dir=tmp"], "absolute path"),
         (["cluster.slurm.time_limit_minutes=10"], "leaves nothing of slurm.time_limit_minutes 10"),
         (["cluster.container.kind=pyxis"], "container.image go together"),
-        (["cluster.accelerator=auto"], "on a cluster say gpu"),
+        (["cluster.accelerator=auto"], "on a cluster it must be gpu"),
         (["cluster.runs_dir=runs"], "must be an absolute path on a cluster"),
         (["schedule.lr_decay_style=WSD"], "schedule.lr_wsd_decay_iters is missing"),
         (["schedule.lr_wsd_decay_iters=5"], "schedule.lr_decay_style is cosine: give both"),

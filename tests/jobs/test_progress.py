@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from s3_megatron.jobs import forecast, progress
-from s3_megatron.jobs.forecast import Forecast, spoken
+from s3_megatron.jobs.forecast import Forecast, rounded
 from s3_megatron.jobs.progress import is_live, run_line, stage_line
 from s3_megatron.jobs.recipe import Schedule
 from s3_megatron.watch.events import Train
@@ -113,5 +113,5 @@ def test_validation_counts(clock: list[float]):
 @pytest.mark.parametrize(
     ("seconds", "text"), [(1, "10 seconds"), (88, "90 seconds"), (95, "2 minutes"), (390, "6 minutes")]
 )
-def test_spoken(seconds: float, text: str):
-    assert spoken(seconds) == text
+def test_rounded(seconds: float, text: str):
+    assert rounded(seconds) == text

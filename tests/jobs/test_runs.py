@@ -210,8 +210,9 @@ def test_one_run_that_cannot_be_read_hides_no_other(tmp_path: Path, capsys: pyte
     assert "cannot be read: " in rows["third"] and "Is a directory" in rows["third"]
 
 
-def test_a_line_that_a_full_disk_cut_off_costs_no_other_job(tmp_path: Path):
-    """The next number went onto the rest of the torn line, so that neither job was known any more."""
+def test_a_line_that_a_full_disk_cut_off_costs_no_other_line(tmp_path: Path):
+    """The next number went onto the rest of the torn line, so that neither job was known any more; alike the list of
+    runs, and the nodes to leave out."""
     run = make(tmp_path)
     run.submitted("7")
     with run.jobs.open("a") as file:
@@ -219,13 +220,22 @@ def test_a_line_that_a_full_disk_cut_off_costs_no_other_job(tmp_path: Path):
     assert run.job_ids == ["7"]
     run.submitted("9")
     assert run.job_ids == ["7", "9"]
+    listed = tmp_path / "state/s3-megatron/runs"
+    listed.write_bytes(listed.read_bytes() + b"/torn")
+    second = make(tmp_path, "second")
+    assert runs.known_runs() == [run, second]
+    attempt = run.attempt("7-0")
+    attempt.path.mkdir(parents=True)
+    (attempt.path / "bad_nodes").write_text("node1\tno")
+    attempt.report_bad_node("node2", "clock")
+    assert attempt.bad_nodes() == ["node1: no", "node2: clock"]
 
 
 def test_what_is_missing_in_a_run_folder_is_one_line(tmp_path: Path):
     run = make(tmp_path)
     attempt(run, "local-1", node1={"verdict": "saved", "error": None})
     (run.path / "attempts/local-1/node0.json").write_text('{"verdict": "fai')
-    assert status.status(run).error is None, "what cannot be read says nothing"
+    assert status.status(run).error is None, "what cannot be read is no error"
     script, about = run.script.read_text(), run.about.read_text()
     for broken in ("{", "[]"):
         run.about.write_text(broken)
@@ -326,8 +336,8 @@ def edit(run: Run, **settings: Any) -> Run:
     return Run(run.path)
 
 
-def test_what_was_edited_in_a_run_is_said_and_applied(tmp_path: Path):
-    """The script was rendered once: whoever edited recipe.yaml and resumed got the old settings, without a word."""
+def test_what_was_edited_in_a_run_is_printed_and_applied(tmp_path: Path):
+    """The script was rendered once: whoever edited recipe.yaml and resumed silently got the old settings."""
     run = make(tmp_path)
     script = run.script.read_text()
     assert edits.apply(Run(run.path)) == [] and run.script.read_text() == script
@@ -345,6 +355,20 @@ def test_what_was_edited_in_a_run_is_said_and_applied(tmp_path: Path):
     assert all(words in script for words in ("--lr 0.001", "--train-iters 999", "--save-interval 7", flag))
     assert edits.apply(Run(run.path)) == [], "applied once"
     assert Run(run.path).job.recipe.flags == (flag,)
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(tmp_path: Path):
+    """Its script named the old folder: a demonstration that was set aside trained on in the one that came after it."""
+    run = make(tmp_path)
+    moved = run.path.rename(tmp_path / "runs/größer")
+    assert edits.apply(Run(moved)) == [f"folder {run.path} -> {moved}"]
+    script = Run(moved).script.read_text()
+    assert str(run.path) not in script and f"run='{moved}'" in script
+    assert edits.apply(Run(moved)) == [], "applied once"
+    about = json.loads(Run(moved).about.read_text())
+    del about["settings"]["folder"]
+    Run(moved).about.write_text(json.dumps(about))
+    assert edits.apply(Run(moved)) == [], "made before the folder was written down"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Runs on ranks: S3 in plain PyTorch's FSDP2 (``fully_shard``), against the unsharded run.
 
 A check is a function whose name starts with ``check_``, here or in a ..._ranks.py, and one test in
-test_fsdp2.py; tests/checks.py runs them.
+test_fsdp2.py; tests/rank_checks.py runs them.
 """
 
 import copy
@@ -36,9 +36,9 @@ from torch.distributed.tensor.parallel import (
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3, from_adam_state
 from s3_megatron.watch.file import read_metrics
 from s3_megatron.watch.observer import Observer
-from tests import checks
-from tests.checks import refuses, shared_folder
+from tests import rank_checks
 from tests.optim.dtensors import replicas_are_equal, whole
+from tests.rank_checks import refuses, shared_folder
 
 STEPS = 10
 LR, DECAY = 3e-3, 0.1
@@ -390,6 +390,6 @@ if __name__ == "__main__":
     from tests.optim import softmuon_ranks, softsignum_ranks  # which import this module
 
     dist.init_process_group("gloo")
-    found = checks.named(sys.modules[__name__], softsignum_ranks, softmuon_ranks)
-    checks.run(found, sys.argv[3:], Path(sys.argv[1]))
+    found = rank_checks.named(sys.modules[__name__], softsignum_ranks, softmuon_ranks)
+    rank_checks.run(found, sys.argv[3:], Path(sys.argv[1]))
     dist.destroy_process_group()

@@ -18,9 +18,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from s3_megatron.optim.softmuon import SoftMuon
 from s3_megatron.optim.state import EXP_AVG
-from tests.checks import refuses
 from tests.optim.dtensors import replicas_are_equal, whole
 from tests.optim.fsdp2 import Run, load, save
+from tests.rank_checks import refuses
 
 LR, DECAY, STEPS = 1e-2, 0.1, 8
 # Hard until step 3, soft until 9.

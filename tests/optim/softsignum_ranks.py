@@ -15,9 +15,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from s3_megatron.optim import EXP_AVG, SoftSignum
 from s3_megatron.optim.pooled_median import median_and_deviation
-from tests.checks import refuses, shared_folder
 from tests.optim import fsdp2
 from tests.optim.fsdp2 import DECAY, LR, SHARED, Block, Run, load, plans, save, share_out
+from tests.rank_checks import refuses, shared_folder
 
 STEPS = 10
 # Hard to step 4, soft from step 5.

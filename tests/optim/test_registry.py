@@ -14,7 +14,7 @@ from s3_megatron.jobs import compose
 from s3_megatron.jobs.job import Job
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3, from_adam_state, registry
 from s3_megatron.optim.spec import OVERRIDE, Hyperparameter, Range, Spec
-from s3_megatron.optim.state import accept, check_entry, check_not_ours, written_by
+from s3_megatron.optim.state import accept, check_convertible, check_entry, written_by
 from tests.toy import Toy
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -205,7 +205,9 @@ def test_a_state_of_ours_is_no_adams() -> None:
         with pytest.raises(S3Error, match=f"was written by {wrong.spec.name} and not by Adam"):
             from_adam_state(wrong.state_dict(), into)
         with pytest.raises(S3Error, match=r"another form|written by optimizer toy"):
-            check_not_ours([{wrong.spec.mark: "what a later version has"}], registry.S3, "start afresh")
+            check_convertible(
+                [{wrong.spec.mark: "a later version's"}], registry.S3, asked=True, ask="", fresh="start afresh"
+            )
     for source, target in ((s3, toy), (toy, s3)):
         with pytest.raises(S3Error, match=f"was not written by {target.spec.title}"):
             target.load_state_dict(source.state_dict())

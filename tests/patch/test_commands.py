@@ -97,7 +97,7 @@ def test_versions_that_have_no_patch(host: str, root: Path, terminal: Terminal) 
         assert f"rc1, which there is no patch for; there are {', '.join(versions(host))}: docs/new-host-" in error
     code, shown, _ = terminal("status", root)
     assert code == 0 and shown.endswith("rc1, unknown version\n")
-    source.write_text("raise SystemExit('nobody runs this')\n")
+    source.write_text("raise SystemExit('never run')\n")
     code, _, error = terminal("status", root)
     assert code == 2 and f"does not say which version of {host} this is" in error
 
@@ -122,7 +122,7 @@ def test_paths_without_a_host_or_with_both(tmp_path: Path, terminal: Terminal) -
     for host in DISTRIBUTIONS:
         copy_some(host, tmp_path)
     code, _, error = terminal("status", tmp_path)
-    assert code == 2 and "holds both Megatron and DeepSpeed: say --host megatron-lm or --host deepspeed" in error
+    assert code == 2 and "holds both Megatron and DeepSpeed: pass --host megatron-lm or --host deepspeed" in error
     for host in DISTRIBUTIONS:
         assert f": {host} " in terminal("status", "--host", host, tmp_path)[1]
         package = tmp_path / Path(TOUCHED[host]).parts[0]

@@ -12,10 +12,11 @@ import pytest
 from rich.console import Console
 
 from s3_megatron import rehearsal
-from s3_megatron.demo.runs import trial
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs import compose
 from s3_megatron.jobs.forecast import Forecast
+from s3_megatron.jobs.submit import here
+from s3_megatron.jobs.trial import Trial
 from s3_megatron.train import entry
 from s3_megatron.watch.events import Train
 from s3_megatron.watch.file import Metrics, Tail, read_metrics
@@ -264,7 +265,7 @@ def convert(source: Path, target: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_kill_and_resume_through_the_real_launch(tmp_path: Path) -> None:
+def test_kill_and_resume_through_the_real_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank of a real torchrun dies; the same command goes on from the last checkpoint.
 
     It does again what the killed run had done since, and every loss must be the same, bit by bit.
@@ -272,9 +273,10 @@ def test_kill_and_resume_through_the_real_launch(tmp_path: Path) -> None:
     small = ["model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=2", "model.seq_length=32"]
     short = ["schedule.train_iters=24", "schedule.lr_warmup_iters=2", "schedule.eval_interval=24"]
     others = ["engine=deepspeed", "model.vocab_size=256", "checkpoint.save_interval=8", "cluster.accelerator=cpu"]
-    job = compose.load("gpt2_tiny", "local", [*small, *short, *others])
-    forecast = Forecast(print, starts=2, work=24)
-    interruption = trial(job, tmp_path / "run", "S3", forecast).train_through_a_kill(12, Console(quiet=True))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    job = here(compose.load("gpt2_tiny", "local", [*small, *short, *others]))
+    trial = Trial.of(job, tmp_path / "run", "S3", Forecast(print, starts=2, work=24))
+    interruption = trial.train_through_a_kill(12, Console(quiet=True))
     assert 12 <= interruption.killed_at and interruption.resumed_from in (8, 16)
     seen: dict[int, list[float]] = {}
     for event in Tail(tmp_path / "run/watch", from_start=True).events():

@@ -186,14 +186,14 @@ def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, caplog: pytest.
     os.utime(tmp_path / FILE_NAME, (0, 0))
     with pytest.MonkeyPatch.context() as patch:
         # What a disk does that is full in the middle of a line: no file system here is small enough.
-        patch.setattr(Writer, "_append", _disk_is_full)
+        patch.setattr(file, "append_line", _disk_is_full)
         writer.write(train(4))
     assert (tmp_path / FILE_NAME).stat().st_mtime > 0 and len(caplog.records) == 2
     writer.write(train(5))
     assert sorted(losses(tmp_path)) == [3, 5]
 
 
-def _disk_is_full(self: Writer, line: bytes) -> None:
+def _disk_is_full(path: Path, line: bytes) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from s3_megatron.errors import S3Error
-from s3_megatron.optim import S3
+from s3_megatron.optim import S3, SoftSignum
 from s3_megatron.watch import observer as watch_observer
 from s3_megatron.watch.events import Event, Updates
 from s3_megatron.watch.file import read_metrics
@@ -80,6 +80,20 @@ def test_agreement_is_of_weights_that_move_against_their_gradient(tmp_path: Path
     assert bool(((param.detach() - before) < 0).all()), "all go down"
     shares = [event.updates.agreement for event in read_metrics(tmp_path).train.values()]
     assert shares == [1.0, 1.0, 1.0, 0.5]
+
+
+def test_softsignum_collects_too(tmp_path: Path) -> None:
+    """It is no single pass, and was once taken not to collect: its sizes were null. A hard step moves every weight by
+    the rate, in float32: 2^-20 as above."""
+    model = net(0)
+    optimizer = SoftSignum(model.parameters(), lr=1.0, weight_decay=0.1, soft_start=1)
+    assert not optimizer.single_pass
+    observer = Observer(tmp_path / "watch", optimizer)
+    moved = step(model, optimizer, 1).abs()
+    observer.train(1, {"loss": 1.0})
+    updates = read_metrics(tmp_path / "watch").train[1].updates
+    assert updates.mean == pytest.approx(moved.mean().item(), rel=2**-20)
+    assert updates.max == pytest.approx(1.0, rel=2**-20)
 
 
 def test_two_optimizers_have_their_own_numbers(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from s3_megatron.errors import S3Error
 from s3_megatron.optim import EngineOptimizer, from_adam_state, registry
 from s3_megatron.optim.engine_optimizer import warn_of_change
 from s3_megatron.optim.spec import FROM_ADAM, NAMES, OVERRIDE
-from s3_megatron.optim.state import accept, check_not_ours, convert_from_adam, is_marked, written_by
+from s3_megatron.optim.state import accept, check_convertible, convert_from_adam, is_marked, written_by
 from s3_megatron.swap import SymbolSwap
 
 Groups = list[dict[str, Any]]
@@ -127,17 +127,9 @@ class _LoadGuard:
                 "the checkpoint's run did"
             )
         if not is_marked(saved, spec):
+            ask = f'add "{spec.field(FROM_ADAM)}": true to the params of optimizer {spec.title}'
             weights = f"load the weights alone: {_weights_alone(self.wrapper, universal)}"
-            check_not_ours(saved, spec, weights)
-            if not self.from_adam:
-                convert = (
-                    f'to go on from Adam\'s ({spec.from_adam_help}) add "{spec.field(FROM_ADAM)}": true to the params '
-                    f"of optimizer {spec.title}; or "
-                )
-                raise S3Error(
-                    f"the checkpoint's optimizer state was not written by {spec.title}: "
-                    f"{convert if spec.from_adam else ''}{weights}"
-                )
+            check_convertible(saved, spec, asked=self.from_adam, ask=ask, fresh=weights)
             return True
         accept(saved, ours, spec, self._on_change)
         names = [name for name in _TAKEN_OVER if name in ours[0]]

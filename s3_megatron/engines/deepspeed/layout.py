@@ -42,7 +42,7 @@ def model_groups(wrapper: Any) -> list[list[Tensor]]:
 
 
 def has_gradscaler(engine: Any) -> bool:
-    """Whether torch.autocast's GradScaler decides about a step, which tells nobody (0.19.8)."""
+    """Whether torch.autocast's GradScaler decides about a step, which it does not report (0.19.8)."""
     return bool(
         getattr(engine, "torch_autocast_z0_gradscaler", None)
         or getattr(engine.optimizer, "torch_autocast_gradscaler", None)

@@ -12,7 +12,7 @@ def grow_after_the_step(wrapper: Any) -> None:
 
     ``step`` calls ``_update_scale`` before it unscales. Where the scale grows, every ``loss_scale_window`` steps, the
     gradients are then divided by twice their scale, and m and r take up halves. (Clipping, where it binds, hides it;
-    the comments of DeepSpeed's pull request 8588 tell of it.) An overflow is still told at once: its step is skipped.
+    the comments of DeepSpeed's pull request 8588 describe it.) An overflow still counts at once: its step is skipped.
     """
     finite = False
     update_scale = wrapper._update_scale

@@ -38,7 +38,7 @@ def register() -> None:
     _swap.replace(engine, "_configure_lr_scheduler", schedule.configure_lr_scheduler)
     _swap.replace(engine, "_take_model_step", stepping.take_model_step)
     _swap.replace(engine, "load_checkpoint", loading.load_checkpoint)
-    # Importing accelerate takes seconds, so it is left alone where nobody has; build.py stops what then slips by.
+    # Importing accelerate takes seconds, so it is not imported here; build.py stops what then slips by.
     accelerate = sys.modules.get("accelerate.accelerator")
     if accelerate is not None:
         _swap.replace(accelerate, "map_pytorch_optim_to_deepspeed", build.keep_ours)

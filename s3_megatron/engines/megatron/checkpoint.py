@@ -11,7 +11,7 @@ from s3_megatron.engines.megatron.config import SpecOptimizerConfig
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import registry
 from s3_megatron.optim.spec import FROM_ADAM, OVERRIDE
-from s3_megatron.optim.state import accept, check_not_ours, convert_from_adam, is_marked, written_by
+from s3_megatron.optim.state import accept, check_convertible, convert_from_adam, is_marked, written_by
 
 
 def guard_own(part: MegatronOptimizer, config: SpecOptimizerConfig) -> None:
@@ -35,7 +35,8 @@ def guard_own(part: MegatronOptimizer, config: SpecOptimizerConfig) -> None:
             return
         foreign = not is_marked(saved, spec)
         if foreign:
-            _check_is_adams(saved, config)
+            advice = {"ask": f"pass {spec.flag(FROM_ADAM)}", "fresh": "pass --no-load-optim to start with fresh state"}
+            check_convertible(saved, spec, asked=config.asks(FROM_ADAM), **advice)
         ours = part.optimizer.param_groups
         kept: list[dict[str, Any]] = []
         if foreign:
@@ -64,17 +65,6 @@ def guard_own(part: MegatronOptimizer, config: SpecOptimizerConfig) -> None:
     if isinstance(part, DistributedOptimizer):
         original_parameters: Callable[..., None] = part.load_parameter_state
         part.load_parameter_state = load_parameter_state
-
-
-def _check_is_adams(saved: list[dict[str, Any]], config: SpecOptimizerConfig) -> None:
-    """Raise S3Error unless a foreign state is Adam's, and its conversion was asked for."""
-    spec, fresh = config.spec, "pass --no-load-optim to start with fresh state"
-    check_not_ours(saved, spec, fresh)
-    if not config.asks(FROM_ADAM):
-        convert = f"pass {spec.flag(FROM_ADAM)} to convert Adam's ({spec.from_adam_help}), or "
-        raise S3Error(
-            f"the checkpoint's optimizer state is not {spec.title}'s: {convert if spec.from_adam else ''}{fresh}"
-        )
 
 
 def guard_other(part: MegatronOptimizer) -> None:

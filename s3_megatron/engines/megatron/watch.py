@@ -50,57 +50,51 @@ def observe_parts(parts: list[MegatronOptimizer], model_chunks: list[Any]) -> No
         return
     mine = []
     # MimoOptimizer (0.19.2) has its modules' optimizers, which are watched since they were made, and none itself.
-    for each in [part for part in parts if part.optimizer is not None]:
+    for each in (part for part in parts if part.optimizer is not None):
         copies = [param for name in _MASTERS for group in getattr(each, name, []) for param in group]
         size = sum(param.numel() * param.element_size() for param in copies if param is not None)
-        kind, wrapper = current.args.optimizer, type(each).__name__
-        mine.append(Part(each.optimizer, kind=kind, wrapper=wrapper, master_bytes=size))
+        mine.append(Part(each.optimizer, kind=current.args.optimizer, wrapper=type(each).__name__, master_bytes=size))
     current.observer.add(mine, sum(param.numel() for chunk in model_chunks for param in chunk.parameters()))
 
 
-def log_training(original: Callable[..., Any]) -> Callable[..., Any]:
+def _wrapping(see: Callable[[_Run, _Given, _Call], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make ``see`` a wrapper of a host's function: where there is a run it stands for the call, which it gets."""
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            call, current = functools.partial(original, *args, **kwargs), run()
+            return call() if current is None else see(current, signature.bind(*args, **kwargs).arguments, call)
+
+        return wrapper
+
+    return wrap
+
+
+@_wrapping
+def log_training(current: _Run, given: _Given, call: _Call) -> Any:
     """Wrap ``megatron.training.training.training_log`` (0.17.1 to 0.19.2), called by every rank after every step."""
-
-    def log(current: _Run, given: _Given, call: _Call) -> Any:
-        result = call()
-        if given["iteration"] % current.args.log_interval == 0:
-            lr, norm, skipped = given["learning_rate"], given["grad_norm"], bool(given["skipped_iter"])
-            current.observer.train(given["iteration"], given["loss_dict"], lr=lr, grad_norm=norm, skipped=skipped)
-        return result
-
-    return _seen_by(log, original)
+    result = call()
+    if given["iteration"] % current.args.log_interval == 0:
+        lr, norm, skipped = given["learning_rate"], given["grad_norm"], bool(given["skipped_iter"])
+        current.observer.train(given["iteration"], given["loss_dict"], lr=lr, grad_norm=norm, skipped=skipped)
+    return result
 
 
-def remember_evaluation(original: Callable[..., Any]) -> Callable[..., Any]:
+@_wrapping
+def remember_evaluation(current: _Run, given: _Given, call: _Call) -> Any:
     """Wrap ``megatron.training.training.evaluate_and_print_results`` (0.17.1 to 0.19.2): what is evaluated, when."""
-
-    def remember(current: _Run, given: _Given, call: _Call) -> Any:
-        # The prefix is "iteration 8", "iteration 8 on validation set", or "iteration 8 on test set".
-        current.evaluating = ("test" if given["prefix"].endswith("test set") else "validation", given["iteration"])
-        return call()
-
-    return _seen_by(remember, original)
+    # The prefix is "iteration 8", "iteration 8 on validation set", or "iteration 8 on test set".
+    current.evaluating = ("test" if given["prefix"].endswith("test set") else "validation", given["iteration"])
+    return call()
 
 
-def log_validation(original: Callable[..., Any]) -> Callable[..., Any]:
+@_wrapping
+def log_validation(current: _Run, _: _Given, call: _Call) -> Any:
     """Wrap ``megatron.training.training.evaluate`` (0.17.1 to 0.19.2): it returns the validation losses."""
-
-    def log(current: _Run, _: _Given, call: _Call) -> Any:
-        result = call()
-        if losses := result[0]:
-            current.observer.evaluation(*current.evaluating, losses)
-        return result
-
-    return _seen_by(log, original)
-
-
-def _seen_by(see: Callable[[_Run, _Given, _Call], Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """Give ``see`` the run, the arguments by name, and the call that it stands for, where there is a run."""
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        call, current = functools.partial(original, *args, **kwargs), run()
-        return call() if current is None else see(current, signature.bind(*args, **kwargs).arguments, call)
-
-    return wrapper
+    result = call()
+    if losses := result[0]:
+        current.observer.evaluation(*current.evaluating, losses)
+    return result

@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, required=True, help="GPUs that a node must have")
     parser.add_argument("--min-free-gib", type=float, required=True, help="in --scratch and in the run folder")
     parser.add_argument("--min-free-inodes", type=int, required=True, help="in --scratch and in the run folder")
-    # Scripts that were queued before 2026-11-28 do not say it.
+    # Scripts that were queued before 2026-11-28 do not pass it.
     parser.add_argument("--max-clock-skew", type=float, default=5, help="from the file server's, in seconds")
     parser.add_argument("--scratch", type=Path, required=True, help="the node's own folder for caches")
     parser.add_argument("--cpu", action="store_true", help="a rehearsal: look for no GPUs")
@@ -47,7 +47,7 @@ def main() -> int:
         if wrong:
             attempt.report_bad_node(name, "; ".join(f"{check.name}: {check.found}" for check in wrong))
         write_file(attempt.health(name), json.dumps([asdict(check) for check in checks], indent=2).encode())
-    except (OSError, ValueError) as error:  # the table above says it, too: the run folder cannot be written
+    except (OSError, ValueError) as error:  # the table above has it, too: the run folder cannot be written
         print(f"health: {name}  cannot leave its findings in {attempt.path}: {error}", file=sys.stderr)
     if wrong:
         return verdict.BAD_NODES

@@ -22,7 +22,6 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from s3_megatron.engines.deepspeed import activity
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import S3
-from tests.checks import refuses, shared_folder
 from tests.engines.deepspeed.harness import (
     ALONE,
     DECAY,
@@ -40,6 +39,7 @@ from tests.engines.deepspeed.harness import (
     same,
 )
 from tests.engines.deepspeed.window import OLD, ZERO_OF_16_BIT
+from tests.rank_checks import refuses, shared_folder
 
 BEFORE, AFTER = 4, 3  # steps before a checkpoint, and after it
 ADAM = {"optimizer": "AdamW", "params": {"torch_adam": True}}

@@ -19,7 +19,6 @@ from torch.optim import lr_scheduler as schedules
 from s3_megatron.engines.deepspeed import activity, decay_groups
 from s3_megatron.engines.deepspeed.layout import masters
 from s3_megatron.optim import S3
-from tests.checks import refuses
 from tests.engines.deepspeed.harness import (
     DECAY,
     FLOAT32_ACCUMULATION,
@@ -38,6 +37,7 @@ from tests.engines.deepspeed.harness import (
     same,
 )
 from tests.engines.deepspeed.window import OLD, ZERO_OF_16_BIT
+from tests.rank_checks import refuses
 
 # Where a step does not use every parameter: stage, precision, and what else makes the run.
 UNUSED: list[tuple[int, str, dict[str, Any]]] = [

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from tests.checks import refuses, shared_folder
 from tests.engines.deepspeed.checkpoints import ADAM, convert, load, save
 from tests.engines.deepspeed.harness import FLOAT32_ACCUMULATION, Net, Run, gradients
+from tests.rank_checks import refuses, shared_folder
 
 
 def fails(call: Callable[[], object], error: type[Exception], message: str) -> None:

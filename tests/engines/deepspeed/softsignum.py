@@ -11,10 +11,10 @@ from torch import nn
 from s3_megatron.engines.deepspeed import activity
 from s3_megatron.engines.deepspeed.watch import part
 from s3_megatron.optim import EXP_AVG, SoftMuon, SoftSignum
-from tests.checks import refuses, shared_folder
 from tests.engines.deepspeed import harness as on
 from tests.engines.deepspeed.checkpoints import convert, load, save, spoil
 from tests.engines.deepspeed.window import OLD
+from tests.rank_checks import refuses, shared_folder
 
 STEPS, HARD = 8, 4
 PARAMS = {"total_steps": STEPS, "soft_start": 0.5}

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from tests import checks
+from tests import rank_checks
 from tests.engines.deepspeed.window import OLD
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 NAMES = ("worker.py", "features.py", "checkpoints.py", "toy.py", "softsignum.py", *(("limits.py",) if OLD else ()))
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
-CHECKS = checks.in_files(SOURCES)
+CHECKS = rank_checks.in_files(SOURCES)
 UNIVERSAL = [check for check in CHECKS if "universal" in check]
 # They write the checkpoints that all others load.
 WRITERS = [UNIVERSAL[0], "check_universal_checkpoints_of_softsignum"]
@@ -20,10 +20,10 @@ Results = dict[str, str]
 
 def launch(request: pytest.FixtureRequest, nproc: int, folder: Path) -> Results:
     """The outcome of every selected check, from one launch."""
-    names = checks.selected(request, nproc=nproc)
-    if nproc == 2 and any("universal" in name for name in checks.selected(request)):
+    names = rank_checks.selected(request, nproc=nproc)
+    if nproc == 2 and any("universal" in name for name in rank_checks.selected(request)):
         names += [name for name in WRITERS if name not in names]
-    return checks.launch("tests.engines.deepspeed.worker", sorted(names, key=CHECKS.index), nproc, folder)
+    return rank_checks.launch("tests.engines.deepspeed.worker", sorted(names, key=CHECKS.index), nproc, folder)
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +49,16 @@ def on_one(request: pytest.FixtureRequest, folder: Path, on_two: Results) -> Res
 @pytest.mark.parametrize("nproc", [2])
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_two_ranks(on_two: Results, nproc: int, check: str) -> None:
-    checks.passed(on_two[check])
+    rank_checks.passed(on_two[check])
 
 
 @pytest.mark.parametrize("nproc", [4])
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_four_ranks(on_four: Results, nproc: int, check: str) -> None:
-    checks.passed(on_four[check])
+    rank_checks.passed(on_four[check])
 
 
 @pytest.mark.parametrize("nproc", [1])
 @pytest.mark.parametrize("check", UNIVERSAL)
 def test_on_one_rank(on_one: Results, nproc: int, check: str) -> None:
-    checks.passed(on_one[check])
+    rank_checks.passed(on_one[check])

@@ -4,9 +4,9 @@ import torch
 
 from s3_megatron.engines.deepspeed import activity
 from s3_megatron.optim import registry
-from tests.checks import refuses, shared_folder
 from tests.engines.deepspeed import harness as on
 from tests.engines.deepspeed.checkpoints import load, save
+from tests.rank_checks import refuses, shared_folder
 from tests.toy import Toy
 
 

@@ -1,6 +1,6 @@
 """Runs on ranks: the checks of test_engine.py that need several ranks and the real DeepSpeed.
 
-A check is a function whose name starts with ``check_``, and one test there; tests/checks.py runs them.
+A check is a function whose name starts with ``check_``, and one test there; tests/rank_checks.py runs them.
 """
 
 import functools
@@ -16,8 +16,7 @@ from s3_megatron.engines.deepspeed import activity, register, unregister, use_gl
 from s3_megatron.engines.deepspeed.layout import masters
 from s3_megatron.engines.deepspeed.watch import part
 from s3_megatron.optim.settings import _warn_of_ignored
-from tests import checks
-from tests.checks import refuses
+from tests import rank_checks
 from tests.engines.deepspeed import checkpoints, features, limits, softsignum, toy
 from tests.engines.deepspeed.harness import (
     ALONE,
@@ -36,6 +35,7 @@ from tests.engines.deepspeed.harness import (
     same,
 )
 from tests.engines.deepspeed.window import OLD, ZERO_OF_16_BIT
+from tests.rank_checks import refuses
 
 
 def check_float32_at_every_stage_equals_the_unsharded_run() -> None:
@@ -194,7 +194,7 @@ def check_the_first_line_says_what_s3_holds() -> None:
 def check_no_note_of_the_hosts_in_a_param_group_is_reported() -> None:
     """S3 names what it ignores in a group; ZeRO's own entries, of a load too, and ours are none of that."""
     for stage in (0, 1, 2, 3):
-        run, folder = Run(stage), checks.shared_folder()
+        run, folder = Run(stage), rank_checks.shared_folder()
         run.step(gradients(0))
         run.engine.save_checkpoint(str(folder), tag="saved")
         Run(stage).engine.load_checkpoint(str(folder), tag="saved")
@@ -274,9 +274,9 @@ def main(output: Path, folder: Path, names: list[str]) -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     # DeepSpeed collects garbage for every engine: a quarter of a second, unless it passes over what was imported.
     gc.freeze()
-    found = checks.named(sys.modules[__name__], checkpoints, features, toy, softsignum, *([limits] if OLD else []))
+    found = rank_checks.named(sys.modules[__name__], checkpoints, features, toy, softsignum, *([limits] if OLD else []))
     universal = {name: functools.partial(found[name], folder) for name in vars(softsignum) if "check_universal" in name}
-    checks.run({**found, **checkpoints.checks(folder), **universal}, names, output)  # whose checks take the folder
+    rank_checks.run({**found, **checkpoints.checks(folder), **universal}, names, output)  # whose checks take the folder
     dist.destroy_process_group()
 
 

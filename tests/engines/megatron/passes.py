@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from s3_megatron.engines.megatron import install, single_pass, uninstall
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT
-from tests.checks import refuses, shared_folder
 from tests.engines.megatron.harness import LR, Net, Run, gradients, load, save, set_decay, since
+from tests.rank_checks import refuses, shared_folder
 
 TWENTY = 20
 HALVES = (torch.bfloat16, torch.float16)

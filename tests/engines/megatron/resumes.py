@@ -16,8 +16,8 @@ from megatron.training import global_vars
 from s3_megatron.engines.megatron.checkpoint import guard_other, guard_own
 from s3_megatron.optim import S3
 from s3_megatron.optim.settings import _warn_of_ignored
-from tests.checks import refuses, shared_folder
 from tests.engines.megatron.harness import LR, Run, Scattered, Single, gradients, load, save, set_decay
+from tests.rank_checks import refuses, shared_folder
 
 OVERRIDE, KEEP = "override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"
 KINDS = ("dp_reshardable", "fully_reshardable")

@@ -12,8 +12,8 @@ from s3_megatron.engines.megatron import SoftSignumOptimizerConfig
 from s3_megatron.engines.megatron.temperature import take_over_all_ranks
 from s3_megatron.optim import EXP_AVG, SoftMuon, SoftSignum
 from s3_megatron.optim.pooled_median import median_and_deviation
-from tests.checks import refuses, shared_folder
 from tests.engines.megatron import harness as on
+from tests.rank_checks import refuses, shared_folder
 
 STEPS, HARD = 8, 4
 LENGTH = {"total_steps": STEPS, "soft_start": 0.5}
@@ -128,7 +128,7 @@ def check_softsignum_by_its_configuration_and_not_from_adam() -> None:
     adam, folder = on.Run(optimizer="adam"), shared_folder()
     adam.step(on.gradients(adam.net, 0))
     on.save(adam, folder, "fully_reshardable")
-    refuses(lambda: on.load(run, folder, "fully_reshardable"), "is not SoftSignum's: pass --no-load-optim")
+    refuses(lambda: on.load(run, folder, "fully_reshardable"), "was not written by SoftSignum: pass --no-load-optim")
 
 
 def check_softsignum_skips_an_overflow_and_its_schedule_does_not_advance() -> None:

@@ -4,22 +4,22 @@ from pathlib import Path
 
 import pytest
 
-from tests import checks
+from tests import rank_checks
 
 NAMES = ("worker.py", "passes.py", "resumes.py", "watching.py", "toy.py", "softsignum.py")
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
-CHECKS = checks.in_files(SOURCES)
+CHECKS = rank_checks.in_files(SOURCES)
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n}-ranks")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The outcome of every selected check, from one launch for each world size."""
-    names = sorted(checks.selected(request, results=request.param))
-    return checks.launch("tests.engines.megatron.worker", names, request.param, tmp_path_factory.mktemp("worker"))
+    names = sorted(rank_checks.selected(request, results=request.param))
+    return rank_checks.launch("tests.engines.megatron.worker", names, request.param, tmp_path_factory.mktemp("worker"))
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_ranks(results: dict[str, str], check: str) -> None:
-    checks.passed(results[check])
+    rank_checks.passed(results[check])

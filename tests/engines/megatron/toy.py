@@ -3,8 +3,8 @@
 import torch
 
 from s3_megatron.optim import registry
-from tests.checks import refuses, shared_folder
 from tests.engines.megatron import harness as on
+from tests.rank_checks import refuses, shared_folder
 from tests.toy import Toy
 
 

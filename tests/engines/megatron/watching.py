@@ -17,8 +17,8 @@ from s3_megatron.engines.megatron import watch
 from s3_megatron.optim import S3
 from s3_megatron.watch.file import Metrics, read_metrics
 from s3_megatron.watch.part import Part
-from tests.checks import shared_folder
 from tests.engines.megatron.harness import DECAY, LR, Run, Single, gradients, set_decay
+from tests.rank_checks import shared_folder
 
 
 @contextmanager

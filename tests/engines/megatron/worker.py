@@ -1,6 +1,6 @@
 """Runs on ranks: the checks of test_engine.py that need several ranks and the real megatron-core.
 
-A check is a function whose name starts with ``check_``, and one test there; tests/checks.py runs them.
+A check is a function whose name starts with ``check_``, and one test there; tests/rank_checks.py runs them.
 """
 
 import sys
@@ -24,8 +24,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from s3_megatron.engines.megatron import S3OptimizerConfig, install, uninstall
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
-from tests import checks
-from tests.checks import refuses, shared_folder
+from tests import rank_checks
 from tests.engines.megatron import passes, resumes, softsignum, toy, watching
 from tests.engines.megatron.harness import (
     LR,
@@ -37,6 +36,7 @@ from tests.engines.megatron.harness import (
     load,
     save,
 )
+from tests.rank_checks import refuses, shared_folder
 
 
 def check_float32_shards_equal_the_unsharded_run() -> None:
@@ -276,8 +276,8 @@ def main(output: Path, names: list[str]) -> None:
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    found = checks.named(sys.modules[__name__], passes, resumes, watching, toy, softsignum)
-    checks.run(found, names, output)
+    found = rank_checks.named(sys.modules[__name__], passes, resumes, watching, toy, softsignum)
+    rank_checks.run(found, names, output)
     dist.destroy_process_group()
 
 

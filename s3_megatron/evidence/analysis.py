@@ -86,7 +86,7 @@ class Recovery:
     largest: float  # max |u| from the kicked step on
 
 
-class Findings:
+class Analysis:
     """An experiment's cells, looked at by its plan."""
 
     def __init__(self, experiment: Experiment, results: Iterable[Result]) -> None:
@@ -244,7 +244,7 @@ def _windows[T](values: list[T]) -> Iterator[list[T]]:
         yield values[i : i + RECOVERED_STEPS]
 
 
-def read(path: Path, experiment: Experiment) -> tuple[Mapping[str, str], Findings]:
+def read(path: Path, experiment: Experiment) -> tuple[Mapping[str, str], Analysis]:
     """Read a cells file; a line that is being written, or was cut short, is passed over.
 
     Raises:
@@ -259,7 +259,7 @@ def read(path: Path, experiment: Experiment) -> tuple[Mapping[str, str], Finding
     return parse(path, data[: data.rfind(b"\n") + 1], experiment, "name its experiment")
 
 
-def parse(path: Path, data: bytes, experiment: Experiment, otherwise: str) -> tuple[Mapping[str, str], Findings]:
+def parse(path: Path, data: bytes, experiment: Experiment, otherwise: str) -> tuple[Mapping[str, str], Analysis]:
     """Read the content of a cells file, and its first line apart.
 
     Raises:
@@ -267,4 +267,4 @@ def parse(path: Path, data: bytes, experiment: Experiment, otherwise: str) -> tu
     """
     head, *results = read_lines(path, data) or [{}]
     check_head(path, head, {"experiment": experiment.name, "rules": experiment.sha256[:16]}, otherwise)
-    return head, Findings(experiment, results)
+    return head, Analysis(experiment, results)

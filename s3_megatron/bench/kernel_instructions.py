@@ -1,33 +1,29 @@
 """What binds each of the C++ kernel's loops: instructions an element, the time they take, and the time its bytes take.
 
-    python benchmarks/kernel_instructions.py [--json FILE]
-
 Instructions are counted where they run, one by one (a child is stepped by ptrace), over 1,024 elements and over 2,048:
 the difference leaves out what a call costs. Arithmetic is a step over a hundred rows that are one and the same 1,024
 elements, which stay in the first cache; memory is what the machine's a <- a + 3 b in place gives one thread, for the
-bytes a step moves. The larger of the two is what is left to bind. x86-64 Linux. ATEN_CPU_CAPABILITY=avx2 leaves out
+bytes a step moves. The larger of the two is what is left to bind. Linux on x86-64. ATEN_CPU_CAPABILITY=avx2 leaves out
 the loops of a better CPU.
 """
 
-import argparse
 import ctypes
-import json
 import os
+import platform
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from s3_megatron.bench.about import about
 from s3_megatron.bench.step import ceilings
+from s3_megatron.errors import S3Error
 from s3_megatron.kernels.cpu import library
-from s3_megatron.machine import processor
 
 ELEMENTS = 1024  # a multiple of every loop's block
 TRACEME, SINGLESTEP = 0, 9  # of sys/ptrace.h
@@ -96,7 +92,9 @@ def instructions(run: Callable[[], None]) -> int:
             break
         count += 1
         if libc.ptrace(SINGLESTEP, child, None, None) < 0:
-            raise OSError(ctypes.get_errno(), "ptrace is not allowed here")
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise S3Error("instructions are counted by ptrace, which is not allowed here: leave the container")
     return count
 
 
@@ -120,32 +118,26 @@ def rows(bandwidth: float) -> Iterator[Row]:
                 yield Row(name, p, states, (long - short) / ELEMENTS, arithmetic * 1e9, moved / bandwidth * 1e9)
 
 
-def main() -> None:
-    """Count, time, print, and write the file that was asked for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures there too")
-    args = parser.parse_args()
+def measure() -> dict[str, Any]:
+    """Count and time on one thread; returns the rows, and what they were measured on.
+
+    Raises:
+        S3Error: this is another system than Linux on x86-64, or it allows no ptrace.
+    """
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        raise S3Error(f"instructions are counted on Linux on x86-64, and this is {sys.platform}, {platform.machine()}")
     torch.set_num_threads(1)
     bandwidth, _ = ceilings("cpu", ROUNDS)
-    found = list(rows(bandwidth))
-    table = Table(title=f"{processor()}: {bandwidth / 1e9:.1f} GB/s a thread", title_justify="left")
+    return {**about("cpu"), "bandwidth": bandwidth / 1e9, "rows": [asdict(row) for row in rows(bandwidth)]}
+
+
+def tables(measured: dict[str, Any]) -> Iterator[Table]:
+    """Lay out the table."""
+    table = Table(title=f"{measured['processor']}: {measured['bandwidth']:.1f} GB/s a thread", title_justify="left")
     for column in ("loop", "p", "states", "instructions an element", "arithmetic ns", "memory ns", "bound by"):
         table.add_column(column, justify="left" if column in ("loop", "states") else "right")
-    for row in found:
+    for row in (Row(**row) for row in measured["rows"]):
         bound = "arithmetic" if row.arithmetic > row.memory else "memory"
         times = f"{row.arithmetic:.2f}", f"{row.memory:.2f}"
         table.add_row(row.loop, f"{row.p:g}", row.states, f"{row.instructions:.1f}", *times, bound)
-    Console().print(table)
-    if args.json is not None:
-        record = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "command": " ".join(["python", "benchmarks/kernel_instructions.py", *sys.argv[1:]]),
-            "processor": processor(),
-            "bandwidth": bandwidth / 1e9,
-            "rows": [asdict(row) for row in found],
-        }
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    yield table

@@ -1,53 +1,24 @@
 """The time of one optimizer step inside Megatron, by part: S3 with the host's separate passes, and with its single one.
 
-    python benchmarks/megatron_step.py [--rounds 15] [--json benchmarks/results/megatron_step.json]
-
 One process, on a GPU or in Megatron's rehearsal on the CPU, a GPT of 20 million parameters under DistributedOptimizer,
 random gradients in its buffers, clipped at every step. Two copies of the model take turns, and Megatron's own timers
 measure the parts, so both runs are the same host code but for what S3 replaces. Medians, in milliseconds.
 """
 
-import argparse
-import json
-import logging
-import os
-import platform
 import statistics
-import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 
-from s3_megatron import __version__, rehearsal
-
-# isort: split  (the rehearsal has to come before Megatron is imported)
-GPU = torch.cuda.is_available()
-if not GPU:
-    rehearsal.activate()
-
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
-from megatron.core.timers import Timers  # noqa: E402
-from megatron.core.transformer import TransformerConfig  # noqa: E402
-
-from s3_megatron.engines.megatron import S3OptimizerConfig, install, single_pass  # noqa: E402
-
-install()
-
-from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402  (the installed one)
+from s3_megatron.bench import alone
+from s3_megatron.bench.about import about
 
 WIDTH, LAYERS, VOCABULARY, LENGTH = 384, 8, 8192, 128
 WARM_UP = 3
-MACHINE = torch.cuda.get_device_name() if GPU else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 # Megatron's timers (0.19.2, MixedPrecisionOptimizer), by what a reader calls them.
 PARTS = {
     "unscale": "optimizer-unscale-and-check-inf",
@@ -62,6 +33,15 @@ class Side:
 
     def __init__(self, dtype: torch.dtype, merged: bool) -> None:
         """Build both; the weights are the same on either side."""
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.optimizer import get_megatron_optimizer
+        from megatron.core.timers import Timers
+        from megatron.core.transformer import TransformerConfig
+
+        from s3_megatron.engines.megatron import S3OptimizerConfig, single_pass
+
         torch.manual_seed(1)
         shape = TransformerConfig(num_layers=LAYERS, hidden_size=WIDTH, num_attention_heads=8, params_dtype=dtype)
         net = GPTModel(shape, get_gpt_layer_local_spec(), vocab_size=VOCABULARY, max_sequence_length=LENGTH)
@@ -97,7 +77,16 @@ class Side:
         return float(norm)
 
 
-def measure(dtype: torch.dtype, rounds: int) -> dict[str, object]:
+def measure(rounds: int) -> dict[str, Any]:
+    """Step bf16 and fp16, ``rounds`` of each; returns milliseconds, and what they were measured on."""
+    device = alone.device()
+    made = about(device, "megatron-core")
+    with alone.megatron(device):
+        results = {name: _measure(getattr(torch, name), rounds) for name in ("bfloat16", "float16")}
+    return {**made, "rounds": rounds, "unit": "ms, median", "results": results}
+
+
+def _measure(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """Step both sides in turn; returns the median milliseconds of every part and of their sum."""
     sides = {"separate": Side(dtype, merged=False), "single": Side(dtype, merged=True)}
     size = max(buffer.numel for side in sides.values() for buffer in side.ddp.buffers)
@@ -108,58 +97,22 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, object]:
         order = list(sides.values())[:: 1 if round_ % 2 else -1]
         norms = [side.step(gradients) for side in order]
         assert abs(norms[0] / norms[1] - 1) < 1e-5, norms
-    result: dict[str, object] = {"parameters": sides["single"].elements}
+    result: dict[str, Any] = {"parameters": sides["single"].elements}
     for name, side in sides.items():
         timed = {part: times[WARM_UP:] for part, times in side.times.items()}
         timed["total"] = [sum(parts) for parts in zip(*timed.values(), strict=True)]
         result[name] = {part: round(statistics.median(times), 3) for part, times in timed.items()}
-    separate, single = result["separate"], result["single"]
-    assert isinstance(separate, dict) and isinstance(single, dict)
-    result["ratio"] = round(single["total"] / separate["total"], 3)
+    result["ratio"] = round(result["single"]["total"] / result["separate"]["total"], 3)
     return result
 
 
-def show(results: dict[str, dict[str, object]]) -> None:
-    """Print a table a precision."""
-    for precision, result in results.items():
+def tables(measured: dict[str, Any]) -> Iterator[Table]:
+    """Lay out a table a precision."""
+    for precision, result in measured["results"].items():
         table = Table(title=f"{precision}: one step of {result['parameters']:,} parameters, ms")
         for column in ("part", "separate passes", "single pass", "ratio"):
             table.add_column(column, justify="left" if column == "part" else "right")
-        separate, single = result["separate"], result["single"]
-        assert isinstance(separate, dict) and isinstance(single, dict)
-        for part, before in separate.items():
-            ratio = f"{single[part] / before:.2f}" if before else "-"
-            table.add_row(part, f"{before:.2f}", f"{single[part]:.2f}", ratio)
-        Console().print(table)
-
-
-def main() -> None:
-    """Measure bf16 and fp16, print, and write the file that was asked for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each side that count (default: 15)")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures there too")
-    args = parser.parse_args()
-    logging.disable(logging.WARNING)  # Megatron lists every parameter
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29555", "RANK": "0", "WORLD_SIZE": "1"}
-    dist.init_process_group("nccl" if GPU else "gloo")
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    results = {name: measure(getattr(torch, name), args.rounds) for name in ("bfloat16", "float16")}
-    show(results)
-    if args.json is not None:
-        record = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "command": " ".join(["python", "benchmarks/megatron_step.py", *sys.argv[1:]]),
-            "machine": MACHINE,
-            "threads": torch.get_num_threads(),
-            "versions": {name: version(name) for name in ("torch", "megatron-core")} | {"s3-megatron": __version__},
-            "rounds": args.rounds,
-            "unit": "ms, median",
-            **results,
-        }
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+        for part, before in result["separate"].items():
+            after = result["single"][part]
+            table.add_row(part, f"{before:.2f}", f"{after:.2f}", f"{after / before:.2f}" if before else "-")
+        yield table

@@ -1,24 +1,18 @@
 """How far SoftMuon's map lies from the exact one, by precision and steps; and how many products it takes beside Muon.
 
-    python benchmarks/softmuon_map.py [--columns 256] [--json FILE]
-
 The errors are Frobenius norms of the difference from the map by singular values in float64, relative to the map's own,
 for matrices of 1.5 times as many rows as columns whose largest singular value is 1. One thread; 15 seconds.
 """
 
-import argparse
-import json
-import sys
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from s3_megatron.bench.about import about
 from s3_megatron.optim.polar import SHORTEST, plan, polar, soft_polar
 from s3_megatron.optim.softmuon_reference import softmuon_map
 from s3_megatron.optim.temperature import Schedule
@@ -94,36 +88,24 @@ def phase(columns: int) -> dict[str, float]:
     return {"mean steps": sum(steps for steps, _ in plans) / 1000, "share in bf16": coarse / 1000}
 
 
-def main() -> None:
-    """Measure, print, and write the file that was asked for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--columns", type=int, default=256, help="of the matrices (default: 256)")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures there too")
-    args = parser.parse_args()
+def measure(columns: int) -> dict[str, Any]:
+    """Measure errors, operations and a soft phase; returns them, and what they were measured on."""
     torch.set_num_threads(1)
-    rows, flops, soft = errors(args.columns), work(args.columns), phase(args.columns)
-    table = Table(title=f"Relative error of the map, {args.columns} columns")
+    found = {"errors": errors(columns), "operations": work(columns), "soft phase": phase(columns)}
+    return {**about("cpu", "emerging-optimizers"), "columns": columns, **found}
+
+
+def tables(measured: dict[str, Any]) -> Iterator[Table]:
+    """Lay out the errors, and below them the operations and the soft phase."""
+    table = Table(
+        title=f"Relative error of the map, {measured['columns']} columns",
+        caption=f"operations, square matrix, Muon's hard step (5 steps, 15 products) = 1: {measured['operations']}\n"
+        f"a soft phase of Gaussian matrices: {measured['soft phase']}",
+        caption_justify="left",
+    )
+    rows = measured["errors"]
     for name in rows[0]:
         table.add_column(name, justify="right" if name != "spectrum" else "left")
     for row in rows:
         table.add_row(*(f"{value:g}" if key == "tau" else str(value) for key, value in row.items()))
-    console = Console()
-    console.print(table)
-    console.print(f"operations, square matrix, Muon's hard step (5 steps, 15 products) = 1: {flops}")
-    console.print(f"a soft phase of Gaussian matrices: {soft}")
-    if args.json is not None:
-        record = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "command": " ".join(["python", "benchmarks/softmuon_map.py", *sys.argv[1:]]),
-            "machine": str(torch.cpu.get_capabilities().get("cpu_name", "")),
-            "versions": {name: version(name) for name in ("torch", "emerging-optimizers", "s3-megatron")},
-            "columns": args.columns,
-            "errors": rows,
-            "operations": flops,
-            "soft phase": soft,
-        }
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    yield table
