@@ -8,6 +8,7 @@ from torch import Tensor
 
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels import formats
+from s3_megatron.kernels.call import Columns
 from s3_megatron.kernels.examine import examine
 
 # Elements of the lists that a pass takes at once: more would only make its copies larger.
@@ -61,8 +62,7 @@ def softsignum_step_(
         raise S3Error(f"a param group's beta is {beta}: it must lie in [0, 1)")
     if not params:
         return
-    # m in the place of S3's second state, too.
-    examine([params, grads, exp_avgs, exp_avgs])
+    examine(Columns({"weight": params, "gradient": grads, "m": exp_avgs}))
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     first = 0
     for weights, gradients, states in _batches(params, grads, exp_avgs):

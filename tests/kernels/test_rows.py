@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from s3_megatron.errors import S3Error
-from s3_megatron.kernels import cpu, examine, foreach, guards, metadata, rows
+from s3_megatron.kernels import examine, guards, metadata, rows
 from s3_megatron.optim import S3
+from tests.kernels.by_keyword import cpu, foreach
 
 HYPER = {"beta1": 0.95, "beta2": 0.95, "p": 3.0, "weight_decay": 0.1, "nesterov": True}
 RATE = torch.tensor(0.1, dtype=torch.float64)
