@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
+from s3_megatron.kernels.formats import Format, find
 from s3_megatron.watch.statistics import FIELDS
 
 type Kind = Literal["weight", "gradient", "m", "r", "model weight"]
@@ -18,6 +19,7 @@ type Role = Literal["in", "in-out", "out"]
 # table of addresses, S3Row of cpu/step.h included.
 ROLES: dict[Kind, Role] = {"weight": "in-out", "gradient": "in", "m": "in-out", "r": "in-out", "model weight": "out"}
 GRADIENTS = list(ROLES).index("gradient")
+STATES: tuple[Kind, ...] = ("m", "r")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +28,12 @@ class Columns:
 
     Args:
         lists: by kind, in the order of ``ROLES``. Weights and gradients are always there; model weights, the
-            low-precision copies to which new weights are written too, may be left out.
+            low-precision copies to which new weights are written too, may be left out, as may r.
+        format: the name of the states' format.
     """
 
     lists: dict[Kind, Sequence[Tensor]]
+    format: str = "float32"
 
     def __getitem__(self, kind: Kind) -> Sequence[Tensor]:
         return self.lists[kind]
@@ -48,7 +52,11 @@ class Columns:
 
     def of(self, rows: Iterable[Sequence[Tensor]]) -> "Columns":
         """Return other rows, at least one, in the same kinds."""
-        return Columns(dict(zip(self.lists, map(list, zip(*rows, strict=True)), strict=True)))
+        return Columns(dict(zip(self.lists, map(list, zip(*rows, strict=True)), strict=True)), self.format)
+
+    def stored(self) -> Format | None:
+        """Return the format that the first row's states are in, None if it is not known."""
+        return find(self.format, tuple(self.lists[kind][0].dtype for kind in STATES if kind in self.lists))
 
     def written(self) -> dict[Kind, Sequence[Tensor]]:
         """Return the lists that a step writes."""

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
-from s3_megatron.kernels import formats
-from s3_megatron.kernels.call import ROLES, Columns
+from s3_megatron.kernels.call import ROLES, STATES, Columns
+from s3_megatron.kernels.formats import PLAIN, find
 
 
 def examine(columns: Columns) -> None:
@@ -32,7 +32,7 @@ def examine(columns: Columns) -> None:
                 )
             if x.device != weight.device:
                 raise S3Error(f"a weight on {weight.device} has a {name} on {x.device}: they must be on one device")
-            if not x.is_floating_point():
+            if name not in STATES and not x.is_floating_point():
                 raise S3Error(f"the step takes real floating-point tensors, and a {name} is {x.dtype}")
             if exceeds_its_storage(x):
                 raise S3Error(f"a {name} of shape {list(x.shape)} is longer than its storage, which was resized")
@@ -41,10 +41,10 @@ def examine(columns: Columns) -> None:
                     f"a {name} of shape {list(x.shape)} and strides {list(x.stride())} has several elements in one "
                     "place in memory and cannot be written: clone() it"
                 )
-        states = {name: x.dtype for name, x in zip(columns.lists, row, strict=True) if name in ("m", "r")}
-        if len({*states.values()}) > 1 or states["m"] not in formats.FORMATS:
+        states = {name: x.dtype for name, x in zip(columns.lists, row, strict=True) if name in STATES}
+        if find(columns.format, tuple(states.values())) is None:
             found = " and ".join(f"{name} is {dtype}" for name, dtype in states.items())
-            raise S3Error(f"{found}: they must have one dtype, float32, bfloat16 or float64")
+            raise S3Error(f"{found}: they must have one dtype, {', '.join(each.name for each in PLAIN.values())}")
 
 
 def same_lengths(columns: Columns) -> None:

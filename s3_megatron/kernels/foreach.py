@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from s3_megatron.kernels import formats
 from s3_megatron.kernels.call import Columns, Rule, Step, check_numbers
 from s3_megatron.kernels.examine import examine
 from s3_megatron.watch.statistics import LARGEST
@@ -31,8 +30,11 @@ def s3_step_(columns: Columns, rule: Rule, step: Step) -> None:
     # As a tensor of one dimension would make one of a number.
     lr = rule.lr.reshape(()) if isinstance(rule.lr, Tensor) else rule.lr
     factor, found_inf = (None if x is None else x.reshape(()) for x in (step.factor, step.found_inf))
-    old_m, old_r = [formats.read(x) for x in exp_avgs], [formats.read(x) for x in roots]
-    dtype = old_m[0].dtype
+    format = columns.stored()
+    assert format is not None, "examined"
+    pairs = [format.read_pair(*stored) for stored in zip(exp_avgs, roots, strict=True)]
+    old_m, old_r = [m for m, _ in pairs], [r for _, r in pairs]
+    dtype = format.computed
     g = [grad.to(dtype) for grad in columns["gradient"]]
     if factor is not None:
         g = [x * factor for x in g]
@@ -65,11 +67,7 @@ def s3_step_(columns: Columns, rule: Rule, step: Step) -> None:
         _accumulate(step.statistics, update, g, found_inf)
     first = 0
     for i, ok in enumerate(moving):
-        seed = step.seed
-        formats.write_(exp_avgs[i], torch.where(ok, m[i], old_m[i]), seed=seed, first=first)
-        if seed is not None:
-            seed = seed ^ 0x5BD1E995  # r's noise must not be m's
-        formats.write_(roots[i], torch.where(ok, r[i], old_r[i]), seed=seed, first=first)
+        format.write_pair((exp_avgs[i], roots[i]), m[i], r[i], moving=ok, seed=step.seed, first=first)
         first += m[i].numel()
         # Low-precision weights are moved in the state's precision and rounded once.
         x = params[i].to(dtype)

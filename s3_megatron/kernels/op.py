@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, Literal, get_args
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels import cpu, foreach, triton
-from s3_megatron.kernels.call import ROLES, Columns, Rule, Step
+from s3_megatron.kernels.call import STATES, Columns, Kind, Rule, Step
 from s3_megatron.kernels.examine import examine
+from s3_megatron.kernels.formats import FORMATS
 from s3_megatron.kernels.metadata import Memory
 from s3_megatron.kernels.rows import Unfit, sort
 
@@ -22,9 +24,10 @@ type Implementation = Literal["auto", "foreach", "cpu", "triton"]
 IMPLEMENTATIONS = get_args(Implementation.__value__)
 
 _FAST_KERNELS = {"cpu": cpu, "triton": triton}
-# The fast kernel of each device, and the dtypes it takes; foreach takes everything.
+# The fast kernel of each device, and the dtypes and formats of states it takes; foreach takes everything.
 _FAST = {"cpu": "cpu", "cuda": "triton"}
 _FAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+_FAST_FORMATS = ("float32", "bfloat16")
 
 
 def step_(columns: Columns, rule: Rule, step: Step, implementation: str, memory: Memory | None = None) -> None:
@@ -82,7 +85,8 @@ def _kernel_for(columns: Columns, implementation: str) -> str:
     """Choose by the first row."""
     if not all(columns.lists.values()):
         return "foreach"  # which refuses lists of several lengths
-    return choose(implementation, columns["weight"][0].device.type, frozenset(columns.dtypes()))
+    stored, device = columns.stored(), columns["weight"][0].device.type
+    return choose(implementation, device, frozenset(columns.dtypes()), "float32" if stored is None else stored.name)
 
 
 def _run(kernel: str, columns: Columns, rule: Rule, step: Step, memory: Memory | None = None) -> None:
@@ -101,29 +105,47 @@ def _as_op(columns: Columns, rule: Rule, step: Step, implementation: str) -> Non
         # Not as_tensor, for which torch's compiler takes a float as it is, and compiles again for the next.
         lr = torch.full((), lr, dtype=torch.float64, device="cpu")
     numbers = {name: getattr(rule, name) for name in ("beta1", "beta2", "p", "weight_decay", "nesterov", "maximize")}
-    lists = [columns.lists.get(kind, []) for kind in ROLES]
+    states = [*chain.from_iterable(columns[kind] for kind in STATES)]
+    lists = columns["weight"], columns["gradient"], states, columns.lists.get("model weight", [])
     given = step.factor, step.found_inf, step.statistics, step.seed
-    torch.ops.s3.step_(*lists, lr, *given, **numbers, implementation=implementation)
+    torch.ops.s3.step_(*lists, lr, *given, **numbers, format=columns.format, implementation=implementation)
 
 
-def _op_(*given: Any, implementation: str, **numbers: Any) -> None:
-    """``step_`` for compiled code, which no S3 object has looked at: it refuses a wrong rate."""
-    lists, lr, step = given[: len(ROLES)], given[len(ROLES)], Step(*given[len(ROLES) + 1 :])
+def _op_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[Tensor],
+    model_params: list[Tensor],
+    lr: Tensor,
+    *given: Tensor | None,
+    format: str,
+    implementation: str,
+    **numbers: Any,
+) -> None:
+    """``step_`` for compiled code, which no S3 object has looked at: it refuses a wrong rate.
+
+    ``states`` are those of the format, column after column.
+    """
     if lr.device.type == "cpu" and lr.numel() == 1 and not 0 <= float(lr) < math.inf:
         raise S3Error(f"lr is {float(lr)}: it must be a finite number >= 0; look at what writes it")
-    columns = {kind: column for kind, column in zip(ROLES, lists, strict=True) if column or kind != "model weight"}
-    step_(Columns(columns), Rule(lr, **numbers), step, implementation)
+    if format not in FORMATS:
+        raise S3Error(f"format is {format!r}: it must be one of {', '.join(FORMATS)}")
+    lists: dict[Kind, Sequence[Tensor]] = {"weight": params, "gradient": grads}
+    for i, kind in enumerate(FORMATS[format].columns):
+        lists[kind] = states[i * len(params) : (i + 1) * len(params)]
+    if model_params:
+        lists["model weight"] = model_params
+    step_(Columns(lists, format), Rule(lr, **numbers), Step(*given), implementation)
 
 
 _op = torch.library.custom_op(
     "s3::step_",
     _op_,
-    mutates_args=("params", "exp_avgs", "exp_avg_roots", "model_params", "statistics"),
+    mutates_args=("params", "states", "model_params", "statistics"),
     schema=(
-        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_roots, "
-        "Tensor(d!)[] model_params, Tensor lr, Tensor? factor, Tensor? found_inf, Tensor(e!)? statistics, "
-        "Tensor? seed, *, float beta1, float beta2, float p, float weight_decay, bool nesterov, bool maximize, "
-        "str implementation) -> ()"
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] model_params, Tensor lr, "
+        "Tensor? factor, Tensor? found_inf, Tensor(d!)? statistics, Tensor? seed, *, float beta1, float beta2, "
+        "float p, float weight_decay, bool nesterov, bool maximize, str format, str implementation) -> ()"
     ),
 )
 
@@ -134,8 +156,10 @@ def _(*args: object, **kwargs: object) -> None:
 
 
 @functools.cache
-def choose(implementation: str, device: str, dtypes: frozenset[torch.dtype]) -> str:
+def choose(implementation: str, device: str, dtypes: frozenset[torch.dtype], format: str = "float32") -> str:
     """Name the kernel that runs for tensors of these dtypes on this type of device; says so once.
+
+    ``format`` is the states', one of ``FORMATS``.
 
     Raises:
         S3Error: the implementation asked for is unknown, or cannot run.
@@ -144,14 +168,14 @@ def choose(implementation: str, device: str, dtypes: frozenset[torch.dtype]) -> 
         raise S3Error(f"implementation is {implementation!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "foreach":
         return "foreach"
-    reason = _obstacle(_FAST.get(device) if implementation == "auto" else implementation, device, dtypes)
+    reason = _obstacle(_FAST.get(device) if implementation == "auto" else implementation, device, dtypes, format)
     if implementation != "auto":
         if reason is not None:
             raise S3Error(f"implementation={implementation!r} cannot run here: {reason}; 'auto' takes what can")
         return implementation
     if reason is None:
         return _announce(device, None)
-    if device in _FAST and dtypes <= _FAST_DTYPES:
+    if device in _FAST and dtypes <= _FAST_DTYPES and format in _FAST_FORMATS:
         return _announce(device, reason)
     return "foreach"
 
@@ -168,10 +192,12 @@ def _announce(device: str, obstacle: str | None) -> str:
     return "foreach"
 
 
-def _obstacle(kernel: str | None, device: str, dtypes: frozenset[torch.dtype]) -> str | None:
+def _obstacle(kernel: str | None, device: str, dtypes: frozenset[torch.dtype], format: str) -> str | None:
     """Say why a fast kernel cannot run, if it cannot."""
     if kernel is None or _FAST.get(device) != kernel:
         return f"the tensors are on {device}"
     if not dtypes <= _FAST_DTYPES:
         return f"it takes float32, bfloat16 and float16, and not {', '.join(map(str, dtypes - _FAST_DTYPES))}"
+    if format not in _FAST_FORMATS:
+        return f"it takes states in {' and '.join(_FAST_FORMATS)}, and not in {format}"
     return _FAST_KERNELS[kernel].unavailable()

@@ -1,7 +1,7 @@
 """Where lists of tensors lie, for a kernel that loops over memory: looked at before the first write, each time."""
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from operator import is_
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
-from s3_megatron.kernels import formats, guards, metadata
+from s3_megatron.kernels import guards, metadata
 from s3_megatron.kernels.call import GRADIENTS, Columns
 from s3_megatron.kernels.examine import examine, is_memory, same_lengths
 from s3_megatron.kernels.metadata import Memory
@@ -106,7 +106,7 @@ def lay_out(columns: Columns, takes: Container[torch.dtype], memory: Memory | No
     if torch._C._functorch.maybe_current_level() is not None:
         raise Unfit("a transform of torch.func runs")
     dtypes = columns.dtypes()
-    if all(dtype in takes for dtype in dtypes) and dtypes[2] == dtypes[3] in formats.FORMATS:
+    if all(dtype in takes for dtype in dtypes) and columns.stored() is not None:
         memory = memory or read(columns)
         table = memory.table if memory is not None else _known_otherwise(columns)
         if table is not None:
@@ -119,7 +119,7 @@ def lay_out(columns: Columns, takes: Container[torch.dtype], memory: Memory | No
         found = {x.dtype for x in column}
         if len(found) > 1 or dtype not in takes:
             raise Unfit(f"it takes tensors of one dtype a kind, and not {', '.join(sorted(map(str, found)))}")
-    if dtypes[2] != dtypes[3] or dtypes[2] not in formats.FORMATS:
+    if columns.stored() is None:
         raise Unfit("m and r are stored otherwise")
     try:
         return _look_closely(columns, every)
@@ -170,10 +170,10 @@ def _look_closely(columns: Columns, every: list[Tensor]) -> Rows:
 def _straight(columns: Columns) -> Columns:
     """Return columns with copies of gradients that have the negative bit, and of what is in no order its row shares."""
     grads = [x.resolve_neg() for x in columns["gradient"]]
-    rows = list(Columns(columns.lists | {"gradient": grads}).rows())
+    rows = list(replace(columns, lists=columns.lists | {"gradient": grads}).rows())
     used = columns.of([row if _in_one_order(row) else [x.contiguous() for x in row] for row in rows]).lists
     kept = {kind: column for kind, column in columns.lists.items() if all(map(is_, column, used[kind]))}
-    return Columns(used | kept)
+    return replace(columns, lists=used | kept)
 
 
 def _in_one_order(row: Sequence[Tensor]) -> bool:

@@ -163,14 +163,15 @@ class S3(EngineOptimizer):
         if self.model_params:
             models = lookups[1].of(params) if lookups else [self.model_params.get(param) for param in params]
         if lookups is not None and type(None) not in set(map(type, models)):
-            columns = _columns(params, grads, exp_avgs, roots, models)
+            lists: dict[Kind, Sequence[Tensor]] = {"weight": params, "gradient": grads, "m": exp_avgs, "r": roots}
+            columns = Columns({**lists, "model weight": models} if models else lists, self.format)
             memory = rows.read(columns)
             if memory is not None:
                 return [(columns, memory)]
         local: list[tuple[Tensor, ...]] = list(zip(params, grads, exp_avgs, roots, strict=True))
         if any(issubclass(kind, DTensor) for kind in set(map(type, params))):
             local = [localize(*row, NAMES) for row in zip(params, grads, entries, strict=True)]
-        return [(part, None) for part in _apart(local, models or [None] * len(params))]
+        return [(Columns(part, self.format), None) for part in _apart(local, models or [None] * len(params))]
 
     def _states(self, params: list[Tensor], lookups: Lookups | None) -> tuple[list[Any], list[Tensor], list[Tensor]]:
         """Return the entries of parameters in the state, which get one if they have none, and m and r of each."""
@@ -204,19 +205,12 @@ class S3(EngineOptimizer):
             group[name] = held.copy_(value) if isinstance(held, Tensor) else value
 
 
-def _columns(
-    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], roots: list[Tensor], models: list[Tensor]
-) -> Columns:
-    lists: dict[Kind, Sequence[Tensor]] = {"weight": params, "gradient": grads, "m": exp_avgs, "r": roots}
-    return Columns({**lists, "model weight": models} if models else lists)
-
-
-def _apart(rows: list[tuple[Tensor, ...]], models: list[Tensor | None]) -> list[Columns]:
+def _apart(rows: list[tuple[Tensor, ...]], models: list[Tensor | None]) -> list[dict[Kind, Sequence[Tensor]]]:
     """Sort rows apart by device, and by whether they have a model parameter."""
     parts: dict[tuple[torch.device, bool], list[tuple[Tensor, ...]]] = {}
     for row, model in zip(rows, models, strict=True):
         parts.setdefault((row[0].device, model is None), []).append(row if model is None else (*row, model))
-    return [Columns(dict(zip(ROLES, map(list, zip(*part, strict=True)), strict=False))) for part in parts.values()]
+    return [dict(zip(ROLES, map(list, zip(*part, strict=True)), strict=False)) for part in parts.values()]
 
 
 def _on(device: torch.device, seed: int | Tensor | None) -> Tensor | None:

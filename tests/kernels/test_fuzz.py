@@ -117,7 +117,8 @@ def test_a_step_moves_what_fits_and_refuses_the_rest_before_it_writes(columns: l
         elif way == "op":
             model = models[0] if models else []
             none = (lr, None, None, None, None)
-            torch.ops.s3.step_(params, grads, exp_avgs, roots, model, *none, **HYPER, implementation="auto")
+            names = {"format": "float32", "implementation": "auto"}
+            torch.ops.s3.step_(params, grads, [*exp_avgs, *roots], model, *none, **HYPER, **names)
         else:
             model = models[0] if models else ()
             step_(params, grads, exp_avgs, roots, model_params=model, lr=lr, **HYPER, implementation=way)

@@ -54,7 +54,8 @@ def s3_step_(columns: Columns, rule: Rule, step: Step, memory: Memory | None = N
     if isinstance(rule.lr, Tensor):
         rule = replace(rule, lr=float(rule.lr))
     factor = 1.0 if step.factor is None else float(step.factor)
-    seed = None if step.seed is None or columns["m"][0].dtype != torch.bfloat16 else int(step.seed)
+    format = columns.stored()
+    seed = None if step.seed is None or format is None or format.name != "bfloat16" else int(step.seed)
     settings = _settings(rule, factor, seed, *columns.dtypes())
     threads = torch.get_num_threads()
     out = None if step.statistics is None else step.statistics.data_ptr()

@@ -44,14 +44,14 @@ RUN_TIME = [
 
 
 @triton.jit
-def load_state(exp_avg, exp_avg_root, mask, TOGETHER: tl.constexpr):
-    """Read m and r as float32: with ``store_state`` the only place that knows the state's format."""
+def load_states(exp_avg, exp_avg_root, mask, TOGETHER: tl.constexpr):
+    """Read m and r as float32: with ``store_states`` the only place that knows the state's format."""
     m = tl.load(exp_avg, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
     return m, tl.load(exp_avg_root, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
 
 
 @triton.jit
-def store_state(exp_avg, exp_avg_root, m, r, mask, noise):
+def store_states(exp_avg, exp_avg_root, m, r, mask, noise):
     """Write m and r, to nearest even, or where ``noise`` is given stochastically with 16 of its bits each."""
     if noise is None:
         low_m = m.to(exp_avg.dtype.element_ty)
@@ -164,7 +164,7 @@ def s3_step(
     r_at = _pointers(tl.load(entry + 3), start, lane, STATE, ALIGNED)
     x = tl.load(x_at, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
     g = tl.load(g_at, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
-    m, r = load_state(m_at, r_at, mask, TOGETHER)
+    m, r = load_states(m_at, r_at, mask, TOGETHER)
 
     if factor is not None:
         sign *= tl.load(factor)
@@ -193,7 +193,7 @@ def s3_step(
     noise = None
     if seed is not None and STATE == tl.bfloat16:
         noise = _noise(tl.load(seed), row, chunk, lane)
-    store_state(m_at, r_at, m1, r1, mask, noise)
+    store_states(m_at, r_at, m1, r1, mask, noise)
     if MODEL is not None:
         model_at = _pointers(tl.load(entry + 4), start, lane, MODEL, ALIGNED)
         tl.store(model_at, x1.to(MODEL), mask=mask)
