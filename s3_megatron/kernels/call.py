@@ -1,9 +1,9 @@
 """What a kernel is called with: tensors by what is in them, the numbers of the update, and what one step has beside."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ GRADIENTS = list(ROLES).index("gradient")
 STATES: tuple[Kind, ...] = ("m", "r")
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, and the two below not dataclasses: in a step of one small tensor what they take to be made would be seen.
+@dataclass(slots=True)
 class Columns:
     """The tensors of a step: lists of one length, one a kind; a row is one parameter's.
 
@@ -56,15 +57,14 @@ class Columns:
 
     def stored(self) -> Format | None:
         """Return the format that the first row's states are in, None if it is not known."""
-        return find(self.format, tuple(self.lists[kind][0].dtype for kind in STATES if kind in self.lists))
+        return find(self.format, [self.lists[kind][0].dtype for kind in STATES if kind in self.lists])
 
     def written(self) -> dict[Kind, Sequence[Tensor]]:
         """Return the lists that a step writes."""
         return {kind: column for kind, column in self.lists.items() if ROLES[kind] != "in"}
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """The numbers of the S3 update.
 
     Args:
@@ -96,8 +96,7 @@ def form(p: float) -> int:
     return {1: 1, 1.5: 15, 2: 2, 3: 3}.get(p, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """What one step has beside its tensors and its rule; all of it may be None.
 
     Args:
@@ -108,12 +107,15 @@ class Step:
             place); u is the update in units of the rate, 0 where a coordinate was left out.
         seed: one int64 on the parameters' device; bfloat16 states are then rounded stochastically, with noise of this
             seed, not to nearest even.
+        models: by weight, the model's low-precision copies, of which an optimizer makes the column of model weights;
+            kernels look at that alone.
     """
 
     factor: Tensor | None = None
     found_inf: Tensor | None = None
     statistics: Tensor | None = None
     seed: Tensor | None = None
+    models: Mapping[Tensor, Tensor] | None = None
 
 
 def check_numbers(weight: Tensor, rule: Rule, step: Step) -> None:

@@ -42,16 +42,16 @@ def examine(columns: Columns) -> None:
                     "place in memory and cannot be written: clone() it"
                 )
         states = {name: x.dtype for name, x in zip(columns.lists, row, strict=True) if name in STATES}
-        if find(columns.format, tuple(states.values())) is None:
+        if find(columns.format, [*states.values()]) is None:
             found = " and ".join(f"{name} is {dtype}" for name, dtype in states.items())
             raise S3Error(f"{found}: they must have one dtype, {', '.join(each.name for each in PLAIN.values())}")
 
 
 def same_lengths(columns: Columns) -> None:
     """Raise S3Error unless the lists are of one length."""
-    lengths = {name: len(column) for name, column in columns.lists.items()}
-    if len({*lengths.values()}) > 1:
-        shown = ", ".join(f"{count} of kind {name}" for name, count in lengths.items())
+    lengths = [*map(len, columns.lists.values())]
+    if lengths.count(lengths[0]) != len(lengths):
+        shown = ", ".join(f"{count} of kind {name}" for count, name in zip(lengths, columns.lists, strict=True))
         raise S3Error(f"the step takes lists of one length, and got {shown}")
 
 

@@ -117,7 +117,11 @@ def _op_(
     states: list[Tensor],
     model_params: list[Tensor],
     lr: Tensor,
-    *given: Tensor | None,
+    factor: Tensor | None,
+    found_inf: Tensor | None,
+    statistics: Tensor | None,
+    seed: Tensor | None,
+    *,
     format: str,
     implementation: str,
     **numbers: Any,
@@ -135,7 +139,7 @@ def _op_(
         lists[kind] = states[i * len(params) : (i + 1) * len(params)]
     if model_params:
         lists["model weight"] = model_params
-    step_(Columns(lists, format), Rule(lr, **numbers), Step(*given), implementation)
+    step_(Columns(lists, format), Rule(lr, **numbers), Step(factor, found_inf, statistics, seed), implementation)
 
 
 _op = torch.library.custom_op(

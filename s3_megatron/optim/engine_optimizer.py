@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
+from s3_megatron.kernels.call import Step
 from s3_megatron.kernels.formats import FORMATS, Format
 from s3_megatron.machine import is_first_rank
 from s3_megatron.optim.spec import LR, Spec
@@ -31,13 +32,11 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     spec: ClassVar[Spec]
 
-    # Whether ``step`` obeys the three below; else the hosts do that work themselves.
+    # Whether ``step`` obeys the two below; else the hosts do that work themselves.
     single_pass: ClassVar[bool] = False
-    # The model's low-precision copy of a weight, for the step to write.
-    model_params: Mapping[Tensor, Tensor] = {}
-    # One float32 on the device, by which gradients are multiplied first: 1 / loss scale, and the clip coefficient.
-    # torch's fused optimizers divide by a ``grad_scale``.
-    grad_factor: Tensor | None = None
+    # What an engine has for the next step alone, which takes it from here: a factor of the gradients (torch's fused
+    # optimizers divide by a ``grad_scale``), a flag to do nothing, the model's copies to write.
+    next_step: Step | None = None
     # Over the last step, where ``watch.statistics.zeros`` were put here, on the weights' device; not every class does.
     update_statistics: Tensor | None = None
     counts_updates: ClassVar[bool] = False

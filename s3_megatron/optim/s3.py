@@ -1,6 +1,6 @@
 """S3 as a ``torch.optim.Optimizer``."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
@@ -20,7 +20,7 @@ from s3_megatron.optim.settings import check_step, names_what_it_takes, report_i
 from s3_megatron.optim.spec import NAMES, Spec
 from s3_megatron.optim.state import EXP_AVG, EXP_AVG_ROOT, check_groups
 
-type Lookups = tuple[Lookup, Lookup]  # of states, and of model parameters
+type Lookups = tuple[Lookup, Lookup]  # of states, and of the model's copies
 
 
 class S3(EngineOptimizer):
@@ -118,35 +118,34 @@ class S3(EngineOptimizer):
         check_groups(self.param_groups, self.spec)
         if self.update_statistics is not None:
             self.update_statistics.zero_()
+        given, self.next_step = self.next_step or Step(), None
         # torch's compiler cannot follow them, and needs them not.
-        lookups = None if torch.compiler.is_compiling() else (Lookup(self.state), Lookup(self.model_params))
+        lookups = None if torch.compiler.is_compiling() else (Lookup(self.state), Lookup(given.models or {}))
         for group in self.param_groups:
             check_step(group)  # of all, before the first moves
         for group in self.param_groups:
-            self._step_group(group, lookups)
+            self._step_group(group, given, lookups)
         return loss
 
-    def _step_group(self, group: dict[str, Any], lookups: Lookups | None) -> None:
+    def _step_group(self, group: dict[str, Any], given: Step, lookups: Lookups | None) -> None:
         self._keep_on_device(group, {})
         seed, (beta1, beta2) = group["rounding_seed"], group["betas"]
         rule = Rule(
             *(group["lr"], beta1, beta2, group["p"]),
             *(group["weight_decay"], group["nesterov"], group["maximize"]),
         )
-        for columns, memory in self._rows(group, lookups):
-            step = Step(
-                factor=self.grad_factor,
-                # found_inf is not given: both hosts know on the CPU, before they step, and skip the step.
-                statistics=self.update_statistics,
-                seed=_on(columns["weight"][0].device, seed),
-            )
+        for columns, memory in self._rows(group, given.models or {}, lookups):
+            on_device = _on(columns["weight"][0].device, seed)
+            step = Step(given.factor, given.found_inf, self.update_statistics, on_device)
             step_(columns, rule, step, self.implementation, memory)
         if isinstance(seed, Tensor):
             seed += 1
         elif seed is not None:
             group["rounding_seed"] = seed + 1
 
-    def _rows(self, group: dict[str, Any], lookups: Lookups | None) -> list[tuple[Columns, Memory | None]]:
+    def _rows(
+        self, group: dict[str, Any], copies: Mapping[Tensor, Tensor], lookups: Lookups | None
+    ) -> list[tuple[Columns, Memory | None]]:
         """List a group's parameters, gradients, m, r and model parameters, one device and kind of row at a time.
 
         Beside each list is what ``rows.read`` found, if it is as a kernel wants it.
@@ -160,8 +159,8 @@ class S3(EngineOptimizer):
             return []
         entries, exp_avgs, roots = self._states(params, lookups)
         models: list[Any] = []
-        if self.model_params:
-            models = lookups[1].of(params) if lookups else [self.model_params.get(param) for param in params]
+        if copies:
+            models = lookups[1].of(params) if lookups else [copies.get(param) for param in params]
         if lookups is not None and type(None) not in set(map(type, models)):
             lists: dict[Kind, Sequence[Tensor]] = {"weight": params, "gradient": grads, "m": exp_avgs, "r": roots}
             columns = Columns({**lists, "model weight": models} if models else lists, self.format)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from s3_megatron.kernels import metadata, rows
+from s3_megatron.kernels.call import GRADIENTS, ROLES
 from s3_megatron.kernels.cpu import library
 from s3_megatron.optim import S3
 from tests.kernels.by_keyword import columns_of, cpu
@@ -209,3 +210,8 @@ def test_the_structures_are_those_of_the_header() -> None:
     header = Path(library.__file__).with_name("metadata.h").read_text()
     body = re.sub("//.*", "", header.split("struct S3Torch {")[1].split("};")[0])
     assert re.findall(r"(\w+)(?=\)\(|[,;\[])", body) == [name for name, _ in metadata._Torch._fields_]
+    # A kind of tensor that one side lacks would shift every address behind it.
+    header = Path(library.__file__).with_name("step.h").read_text()
+    kinds = re.search(r"enum S3Kind {(.*)}", header)[1].split(",")
+    assert f"constexpr int S3_KINDS = {len(ROLES)};" in header
+    assert len(kinds) == len(ROLES) and kinds[GRADIENTS].strip() == "S3_GRAD"

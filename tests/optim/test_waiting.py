@@ -39,11 +39,11 @@ def stepped(**settings: Any) -> None:
     params = [torch.nn.Parameter(torch.randn(size, device="cuda")) for size in (3, 5)]
     optimizer = S3(params, lr=0.1, weight_decay=0.1, **settings)
     optimizer.update_statistics = torch.zeros(5, dtype=torch.float64, device="cuda")
-    optimizer.grad_factor = torch.ones(1, device="cuda")
     for param in params:
         param.grad = torch.randn_like(param)
     with never_waiting():
         for _ in range(3):
+            optimizer.next_step = Step(factor=torch.ones(1, device="cuda"))
             optimizer.step()
 
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -52,10 +51,11 @@ def s3_step_(columns: Columns, rule: Rule, step: Step, memory: Memory | None = N
         return
     # They are looked up by their values.
     if isinstance(rule.lr, Tensor):
-        rule = replace(rule, lr=float(rule.lr))
+        rule = rule._replace(lr=float(rule.lr))
     factor = 1.0 if step.factor is None else float(step.factor)
-    format = columns.stored()
-    seed = None if step.seed is None or format is None or format.name != "bfloat16" else int(step.seed)
+    seed = None
+    if step.seed is not None and (stored := columns.stored()) is not None and stored.name == "bfloat16":
+        seed = int(step.seed)
     settings = _settings(rule, factor, seed, *columns.dtypes())
     threads = torch.get_num_threads()
     out = None if step.statistics is None else step.statistics.data_ptr()

@@ -16,12 +16,12 @@ PLAIN = {dtype: Dtype(dtype) for dtype in (torch.float32, torch.bfloat16, torch.
 FORMATS: dict[str, Format] = {each.name: each for each in PLAIN.values()}
 
 
-def find(name: str, dtypes: tuple[torch.dtype, ...]) -> Format | None:
+def find(name: str, dtypes: list[torch.dtype]) -> Format | None:
     """Return the format of states found in these dtypes: the one asked for, or a plain one that an engine put there.
 
     None where they are stored in no way that is known.
     """
     asked = FORMATS[name]
-    if tuple(asked.columns.values())[: len(dtypes)] == dtypes:
+    if [*asked.columns.values()][: len(dtypes)] == dtypes:
         return asked
     return PLAIN.get(dtypes[0]) if dtypes.count(dtypes[0]) == len(dtypes) else None

@@ -107,7 +107,7 @@ def test_lr_is_read_from_a_pointer(dtype, monkeypatch):
     arguments = launch._arguments
 
     def by_pointer(rule, step):
-        return arguments(rule, step) | {"lr": 0.0, "lr_pointer": rule.lr}
+        return arguments(rule, step) | {"lr": -1.0, "lr_pointer": rule.lr}
 
     monkeypatch.setattr(launch, "_arguments", by_pointer)
     check(before, before.step())
