@@ -25,17 +25,19 @@ from torch import Tensor
 from benchmarks.gpu.runner import write_numbers
 from s3_megatron.bench import timing
 from s3_megatron.bench.timing import WARM_UP
+from s3_megatron.kernels.call import Columns, Kind, Rule, Step
 from s3_megatron.kernels.triton import kernel, s3_step_
 
 ROUNDS = 15
 _TOGETHER = "volatile=TOGETHER"
 F32, BF16 = torch.float32, torch.bfloat16
-# Name: dtypes of the states and of the model's weights, if any, and settings; weights and gradients are float32.
+# Name: dtypes of the states and of the model's weights, if any, and p or dtypes of what a step has beside; weights and
+# gradients are float32.
 CASES: dict[str, tuple[torch.dtype, torch.dtype | None, dict[str, Any]]] = {
     "fp32": (F32, None, {}),
     "bf16 states": (BF16, None, {}),
-    "bf16 stochastic": (BF16, None, {"rounding_seed": torch.int64}),
-    "Megatron bf16": (F32, BF16, {"scale": F32}),
+    "bf16 stochastic": (BF16, None, {"seed": torch.int64}),
+    "Megatron bf16": (F32, BF16, {"factor": F32}),
     "p=1.5": (F32, None, {"p": 1.5}),
 }
 
@@ -85,7 +87,7 @@ def measure(elements: int, device: str, rounds: int = ROUNDS) -> dict[str, Any]:
         found = variants(Path(name))
         try:
             for case, (state, model, settings) in CASES.items():
-                run, size = _problem(elements, device, state, model, settings)
+                run, size = _problem(elements, device, state, model, dict(settings))
                 times: dict[str, list[float]] = {variant: [] for variant in found}
                 for _ in range(WARM_UP + rounds):
                     for variant, one in found.items():
@@ -109,12 +111,14 @@ def _problem(
     x, g = torch.randn(elements, device=device), torch.randn(elements, device=device)
     r = torch.rand(elements, device=device).add_(0.1).to(state)
     m = (r * 0.5).to(state)
-    models: list[Tensor] = [] if model is None else [x.to(model)]
-    given: dict[str, Any] = {"lr": torch.tensor(1e-4), "beta1": 0.95, "beta2": 0.95, "p": 3, "weight_decay": 0.1}
-    for name, value in settings.items():
-        given[name] = torch.ones(1, dtype=value, device=device) if isinstance(value, torch.dtype) else value
-    size = 12 + 4 * m.element_size() + sum(one.element_size() for one in models)
-    return lambda: s3_step_([x], [g], [m], [r], model_params=models, nesterov=True, **given), size
+    lists: dict[Kind, list[Tensor]] = {"weight": [x], "gradient": [g], "m": [m], "r": [r]}
+    if model is not None:
+        lists["model weight"] = [x.to(model)]
+    columns = Columns({**lists})
+    rule = Rule(torch.tensor(1e-4), 0.95, 0.95, settings.pop("p", 3), weight_decay=0.1, nesterov=True)
+    step = Step(**{name: torch.ones(1, dtype=dtype, device=device) for name, dtype in settings.items()})
+    size = 12 + 4 * m.element_size() + (0 if model is None else lists["model weight"][0].element_size())
+    return lambda: s3_step_(columns, rule, step), size
 
 
 def table(found: dict[str, Any]) -> Table:

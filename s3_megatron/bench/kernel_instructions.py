@@ -23,6 +23,7 @@ from rich.table import Table
 from s3_megatron.bench.about import about
 from s3_megatron.bench.step import ceilings
 from s3_megatron.errors import S3Error
+from s3_megatron.kernels.call import form
 from s3_megatron.kernels.cpu import library
 
 ELEMENTS = 1024  # a multiple of every loop's block
@@ -60,9 +61,9 @@ def step(loop: int, p: float, states: str, size: int, times: int = 1) -> Callabl
     x, g = torch.randn(2, size, generator=generator)
     m, r = torch.zeros(2, size, dtype=dtype)
     settings = library.Settings(
-        lr=1e-4, weight_decay=0.1, scale=1.0, beta1=0.95, one_minus_beta1=0.05, beta2=0.95, one_minus_beta2=0.05, p=p,
-        bound=1.0, form=library.form(p), nesterov=1, stochastic=stochastic,
-        state=library.TYPES[dtype],
+        lr=1e-4, weight_decay=0.1, factor=1.0, beta1=0.95, one_minus_beta1=0.05, beta2=0.95, one_minus_beta2=0.05, p=p,
+        bound=1.0, form=form(p), nesterov=1, stochastic=stochastic,
+        types=(0, 0, library.TYPES[dtype], library.TYPES[dtype]),
     )  # fmt: skip
     row = (x.data_ptr(), g.data_ptr(), m.data_ptr(), r.data_ptr(), None, size)
     table = (ctypes.c_void_p * (6 * times))(*row * times)

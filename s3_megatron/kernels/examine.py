@@ -1,21 +1,13 @@
-"""What belongs together and can be written: lists of tensors are examined before the first write, one by one.
-
-A row is one parameter's tensors; a column is a kind of them: weights, gradients, m, r and, at times, model weights.
-"""
+"""What belongs together and can be written: lists of tensors are examined before the first write, one by one."""
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
-from s3_megatron.kernels import formats
-
-type Columns = list[Sequence[Tensor]]
-
-NAMES = ("weight", "gradient", "m", "r", "model weight")
-GRADIENTS = 1
+from s3_megatron.kernels.call import ROLES, STATES, Columns
+from s3_megatron.kernels.formats import PLAIN, find
 
 
 def examine(columns: Columns) -> None:
@@ -26,9 +18,9 @@ def examine(columns: Columns) -> None:
             of two dtypes; tensors longer than their storage; written ones with several elements in one place.
     """
     same_lengths(columns)
-    for row in zip(*columns, strict=True):
+    for row in columns.rows():
         weight = row[0]
-        for name, x in zip(NAMES, row, strict=False):
+        for name, x in zip(columns.lists, row, strict=True):
             if x.layout is not torch.strided:
                 raise S3Error(
                     f"the step takes dense tensors, and a {name} of shape {list(x.shape)} is {x.layout}: build the "
@@ -40,26 +32,26 @@ def examine(columns: Columns) -> None:
                 )
             if x.device != weight.device:
                 raise S3Error(f"a weight on {weight.device} has a {name} on {x.device}: they must be on one device")
-            if not x.is_floating_point():
+            if name not in STATES and not x.is_floating_point():
                 raise S3Error(f"the step takes real floating-point tensors, and a {name} is {x.dtype}")
             if exceeds_its_storage(x):
                 raise S3Error(f"a {name} of shape {list(x.shape)} is longer than its storage, which was resized")
-            if x is not row[GRADIENTS] and _meets_itself(x):
+            if ROLES[name] != "in" and _meets_itself(x):
                 raise S3Error(
                     f"a {name} of shape {list(x.shape)} and strides {list(x.stride())} has several elements in one "
                     "place in memory and cannot be written: clone() it"
                 )
-        if row[2].dtype != row[3].dtype or row[2].dtype not in formats.FORMATS:
-            raise S3Error(
-                f"m is {row[2].dtype} and r is {row[3].dtype}: they must have one dtype, float32, bfloat16 or float64"
-            )
+        states = {name: x.dtype for name, x in zip(columns.lists, row, strict=True) if name in STATES}
+        if find(columns.format, [*states.values()]) is None:
+            found = " and ".join(f"{name} is {dtype}" for name, dtype in states.items())
+            raise S3Error(f"{found}: they must have one dtype, {', '.join(each.name for each in PLAIN.values())}")
 
 
 def same_lengths(columns: Columns) -> None:
     """Raise S3Error unless the lists are of one length."""
-    lengths = [len(column) for column in columns]
+    lengths = [*map(len, columns.lists.values())]
     if lengths.count(lengths[0]) != len(lengths):
-        shown = ", ".join(f"{count} of kind {name}" for name, count in zip(NAMES, lengths, strict=False))
+        shown = ", ".join(f"{count} of kind {name}" for count, name in zip(lengths, columns.lists, strict=True))
         raise S3Error(f"the step takes lists of one length, and got {shown}")
 
 

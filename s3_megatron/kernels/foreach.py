@@ -1,9 +1,11 @@
 """The S3 update over lists of tensors with ``torch._foreach_*``: any device, about ten passes over memory."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from s3_megatron.kernels import formats, scalars
+from s3_megatron.kernels.call import Columns, Rule, Step, check_numbers
 from s3_megatron.kernels.examine import examine
 from s3_megatron.watch.statistics import LARGEST
 
@@ -11,46 +13,32 @@ from s3_megatron.watch.statistics import LARGEST
 type Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
-def s3_step_(
-    params: Tensors,
-    grads: Tensors,
-    exp_avgs: Tensors,
-    exp_avg_roots: Tensors,
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    p: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool = False,
-    scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    model_params: Tensors = (),
-    statistics: Tensor | None = None,
-    rounding_seed: Tensor | None = None,
-) -> None:
-    """Move every parameter by one S3 step; for arguments and effects see ``kernels.op``.
+def s3_step_(columns: Columns, rule: Rule, step: Step) -> None:
+    """Move every parameter by one S3 step; for arguments and effects see ``kernels.call``.
 
     The tensors of one kind may differ in dtype here, but for the states'. Any class of tensors will do.
 
     Raises:
         S3Error: the lists do not belong together, or a tensor cannot be written; nothing has been written.
     """
-    if not params:
+    if not columns:
         return
-    examine([params, grads, exp_avgs, exp_avg_roots, *([model_params] if model_params else [])])
-    rate = lr if isinstance(lr, Tensor) else None
-    scalars.check(params[0], statistics, lr=rate, scale=scale, found_inf=found_inf, rounding_seed=rounding_seed)
+    examine(columns)
+    params, exp_avgs, roots = columns["weight"], columns["m"], columns["r"]
+    models = columns.lists.get("model weight")
+    check_numbers(params[0], rule, step)
     # As a tensor of one dimension would make one of a number.
-    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
-    scale, found_inf = (None if x is None else x.reshape(()) for x in (scale, found_inf))
-    old_m, old_r = [formats.read(x) for x in exp_avgs], [formats.read(x) for x in exp_avg_roots]
-    dtype = old_m[0].dtype
-    g = [grad.to(dtype) for grad in grads]
-    if scale is not None:
-        g = [x * scale for x in g]
-    if maximize:
+    lr = rule.lr.reshape(()) if isinstance(rule.lr, Tensor) else rule.lr
+    factor, found_inf = (None if x is None else x.reshape(()) for x in (step.factor, step.found_inf))
+    format = columns.stored()
+    assert format is not None, "examined"
+    pairs = [format.read_pair(*stored) for stored in zip(exp_avgs, roots, strict=True)]
+    old_m, old_r = [m for m, _ in pairs], [r for _, r in pairs]
+    dtype = format.computed
+    g = [grad.to(dtype) for grad in columns["gradient"]]
+    if factor is not None:
+        g = [x * factor for x in g]
+    if rule.maximize:
         g = list(torch._foreach_neg(g))
     # A quarter of the range, or g - m overflows and leaves an infinite m behind; NaN compares false.
     limit = torch.finfo(dtype).max / 4
@@ -58,10 +46,10 @@ def s3_step_(
     if found_inf is not None:
         moving = [ok & (found_inf == 0) for ok in moving]
 
-    m = _average(old_m, g, beta1)
-    r, b = _next_roots(old_r, torch._foreach_abs(g), beta2=beta2, p=p)
-    if nesterov:
-        n = _average(m, g, beta1)
+    m = _average(old_m, g, rule.beta1)
+    r, b = _next_roots(old_r, torch._foreach_abs(g), rule)
+    if rule.nesterov:
+        n = _average(m, g, rule.beta1)
     else:
         n, b = m, r
     update: Tensors = torch._foreach_div(n, b)
@@ -69,37 +57,34 @@ def s3_step_(
         # 0/0 where no gradient came yet; and where none comes any more, m and r stop fading at a few units of the
         # smallest denormal, whose ratio would move the weight for ever.
         u.masked_fill_(root < torch.finfo(dtype).tiny, 0.0)
-    if beta1 == beta2:
-        torch._foreach_clamp_min_(update, -1.0)
-        torch._foreach_clamp_max_(update, 1.0)
+    if rule.bound < math.inf:
+        torch._foreach_clamp_min_(update, -rule.bound)
+        torch._foreach_clamp_max_(update, rule.bound)
 
     # From here on broken gradients select the old value; multiplying by zero would write NaN.
     update = [torch.where(ok, u, 0.0) for ok, u in zip(moving, update, strict=True)]
-    if statistics is not None:
-        _accumulate(statistics, update, g, found_inf)
+    if step.statistics is not None:
+        _accumulate(step.statistics, update, g, found_inf)
     first = 0
     for i, ok in enumerate(moving):
-        seed = rounding_seed
-        formats.write_(exp_avgs[i], torch.where(ok, m[i], old_m[i]), seed=seed, first=first)
-        if seed is not None:
-            seed = seed ^ 0x5BD1E995  # r's noise must not be m's
-        formats.write_(exp_avg_roots[i], torch.where(ok, r[i], old_r[i]), seed=seed, first=first)
+        format.write_pair((exp_avgs[i], roots[i]), m[i], r[i], moving=ok, seed=step.seed, first=first)
         first += m[i].numel()
         # Low-precision weights are moved in the state's precision and rounded once.
         x = params[i].to(dtype)
-        moved = torch.where(ok, x - lr * (update[i] + weight_decay * x), x)
+        moved = torch.where(ok, x - lr * (update[i] + rule.weight_decay * x), x)
         params[i].copy_(moved)
-        if model_params:
-            model = model_params[i]
+        if models is not None:
+            model = models[i]
             # A broken coordinate's model weight is its master's all the same; a step that does nothing writes nothing.
             model.copy_(moved if found_inf is None else torch.where(found_inf == 0, moved.to(model.dtype), model))
 
 
-def _next_roots(roots: Tensors, magnitudes: Tensors, *, beta2: float, p: float) -> tuple[Tensors, Tensors]:
+def _next_roots(roots: Tensors, magnitudes: Tensors, rule: Rule) -> tuple[Tensors, Tensors]:
     """Return the new roots r and the look-ahead roots b, neither in place.
 
     Dividing by ``M = max(r, |g|)`` first keeps both powers in [0, 1], and one of them 1.
     """
+    beta2, p = rule.beta2, rule.p
     if beta2 == 0:  # nothing is remembered; below, |g|/M to the p would underflow after one larger gradient
         return magnitudes, magnitudes
     largest = torch._foreach_maximum(roots, magnitudes)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s3_megatron.kernels.examine import Columns
+from s3_megatron.kernels.call import ROLES
 
 try:
     # Type, dispatch keys, dtype, device, shape and strides of a whole list in one call (torch 2.8 and 2.13). It is
@@ -19,12 +19,14 @@ try:
 except (ImportError, TypeError):
     TensorGuards = None  # type: ignore[assignment,misc]
 
+type Lists = Sequence[Sequence[Tensor]]  # in the order of ROLES
+
 # By the addresses of the first weight and m and the number of tensors; no tensor is kept alive.
 _known: dict[tuple[int, ...], Any] = {}
 _KNOWN_AT_MOST = 64
 
 
-def keep(columns: Columns) -> None:
+def keep(columns: Lists) -> None:
     """Remember a call whose tensors all passed every look, and are their memory without copies."""
     if TensorGuards is None:
         return
@@ -34,7 +36,7 @@ def keep(columns: Columns) -> None:
     _known[_name(columns)] = TensorGuards(*every, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
 
-def read(columns: Columns) -> np.ndarray | None:
+def read(columns: Lists) -> np.ndarray | None:
     """Return the table of a call (``metadata.Memory``) that is as one kept in all but addresses and storages.
 
     None if there is none, or a tensor has no memory or exceeds its storage.
@@ -52,9 +54,9 @@ def read(columns: Columns) -> np.ndarray | None:
     return table if fits.all() else None
 
 
-def table_of(columns: Sequence[Sequence[Tensor]]) -> np.ndarray:
-    """Return int64 [row, 6]: addresses of weight, gradient, m, r, model weight (or 0); elements."""
-    table = np.zeros((len(columns[0]), 6), np.int64)
+def table_of(columns: Lists) -> np.ndarray:
+    """Return the table of a call, looked up one by one."""
+    table = np.zeros((len(columns[0]), len(ROLES) + 1), np.int64)
     for kind, column in enumerate(columns):
         table[:, kind] = np.fromiter(map(Tensor.data_ptr, column), np.int64, len(column))
     table[:, -1] = list(map(Tensor.numel, columns[0]))
@@ -66,5 +68,5 @@ def _room(x: Tensor) -> int:
     return int(x.untyped_storage().nbytes() // x.element_size() - x.storage_offset())
 
 
-def _name(columns: Columns) -> tuple[int, ...]:
+def _name(columns: Lists) -> tuple[int, ...]:
     return columns[0][0].data_ptr(), columns[2][0].data_ptr(), sum(map(len, columns))

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from s3_megatron.kernels.call import GRADIENTS, ROLES
+
 logger = logging.getLogger(__name__)
 
 _GETTERS = (
@@ -50,7 +52,7 @@ class Memory:
 
     Args:
         objects: the tensors, column after column.
-        table: int64 [row, 6]: addresses of weight, gradient, m, r, model weight (or 0); elements.
+        table: int64 [row, kinds + 1]: addresses in the order of ``call.ROLES``, 0 of a kind left out; elements.
     """
 
     objects: np.ndarray
@@ -73,7 +75,7 @@ class _Reader:
         count = len(columns[0])
         objects = np.fromiter(chain.from_iterable(columns), object, count * len(columns))
         types = np.fromiter(map(id, kinds), np.int64)
-        table = np.empty((count, 6), np.int64)
+        table = np.empty((count, len(ROLES) + 1), np.int64)
         fits = self.library.s3_read(
             *(self.torch, _address(objects), count, len(columns)),
             *(_address(types), len(types), _address(table)),
@@ -91,7 +93,7 @@ def read(columns: Sequence[Sequence[Tensor]], kinds: Iterable[type]) -> Memory |
     All that ``examine`` looks for is looked for, each time, but for tensors that share memory.
 
     Args:
-        columns: weights, gradients, m, r, and perhaps model weights: one length each, at least 1.
+        columns: lists in the order of ``call.ROLES``, of which the last may be left out: one length each, at least 1.
         kinds: classes whose tensors are their memory.
     """
     reader = _reader()
@@ -175,7 +177,7 @@ def _trial(reader: _Reader) -> str | None:
         return "versions cannot be counted"
     for kind, (column, before) in enumerate(zip(columns, versions, strict=True)):
         # Views count with their base.
-        if (kind == 1) != ([x._version for x in column] == before):
+        if (kind == GRADIENTS) != ([x._version for x in column] == before):
             return f"versions of column {kind} were {before} and are {[x._version for x in column]}"
     short = torch.zeros(4)
     short.untyped_storage().resize_(12)

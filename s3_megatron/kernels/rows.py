@@ -1,7 +1,7 @@
 """Where lists of tensors lie, for a kernel that loops over memory: looked at before the first write, each time."""
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from operator import is_
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
-from s3_megatron.kernels import formats, guards, metadata
-from s3_megatron.kernels.examine import GRADIENTS, Columns, examine, is_memory, same_lengths
+from s3_megatron.kernels import guards, metadata
+from s3_megatron.kernels.call import GRADIENTS, Columns
+from s3_megatron.kernels.examine import examine, is_memory, same_lengths
 from s3_megatron.kernels.metadata import Memory
 
 # The kinds of tensors that are their memory, of those met so far; and the last calls whose tensors lay apart, by the
@@ -29,7 +30,7 @@ class Unfit(S3Error):
 class Rows:
     """The memory of a call: its columns, with contiguous copies of what is in no order of memory that a row shares.
 
-    ``table`` is int64 [row, 6]: addresses of weight, gradient, m, r, model weight (or 0); elements.
+    ``table`` is ``metadata.Memory``'s.
     """
 
     columns: Columns
@@ -39,7 +40,7 @@ class Rows:
     @property
     def addresses(self) -> np.ndarray:
         """int64 [column, row]."""
-        return self.table[:, : len(self.columns)].T
+        return self.table[:, : len(self.columns.lists)].T
 
     @property
     def sizes(self) -> np.ndarray:
@@ -47,10 +48,11 @@ class Rows:
         return self.table[:, -1]
 
     def put_back(self) -> None:
-        """Copy what a kernel wrote to the copies (modifies weights, states and model weights)."""
-        for index, (originals, used) in enumerate(zip(self.columns, self.straight, strict=True)):
-            if used is not originals and index != GRADIENTS:
-                torch._foreach_copy_(list(originals), list(used))
+        """Copy what a kernel wrote to the copies (modifies all that a step writes)."""
+        used = self.straight.lists
+        for kind, originals in self.columns.written().items():
+            if used[kind] is not originals:
+                torch._foreach_copy_(list(originals), list(used[kind]))
 
 
 @dataclass(slots=True)
@@ -79,7 +81,7 @@ class _Apart:
 
 def read(columns: Columns) -> Memory | None:
     """Return where rows lie if they are in every point as a kernel wants them, but that they may share memory."""
-    return metadata.read(columns, _plain)
+    return metadata.read([*columns.lists.values()], _plain)
 
 
 def lay_out(columns: Columns, takes: Container[torch.dtype], memory: Memory | None = None) -> Rows:
@@ -90,7 +92,7 @@ def lay_out(columns: Columns, takes: Container[torch.dtype], memory: Memory | No
     new; for what is not as a kernel wants it, tensors are looked at one by one, and copied.
 
     Args:
-        columns: weights, gradients, m, r, and perhaps model weights.
+        columns: at least one row.
         takes: the kernel's dtypes.
         memory: what ``read`` returned of these columns just now.
 
@@ -103,21 +105,21 @@ def lay_out(columns: Columns, takes: Container[torch.dtype], memory: Memory | No
     # Inside vmap, grad and functionalize a Tensor is a wrapper that its type does not show.
     if torch._C._functorch.maybe_current_level() is not None:
         raise Unfit("a transform of torch.func runs")
-    dtypes = [column[0].dtype for column in columns]
-    if all(dtype in takes for dtype in dtypes) and dtypes[2] == dtypes[3] in formats.FORMATS:
+    dtypes = columns.dtypes()
+    if all(dtype in takes for dtype in dtypes) and columns.stored() is not None:
         memory = memory or read(columns)
         table = memory.table if memory is not None else _known_otherwise(columns)
         if table is not None:
             _keep_apart(columns, table)
             return Rows(columns, columns, table)
-    every = list(chain.from_iterable(columns))
+    every = list(chain.from_iterable(columns.lists.values()))
     if not _plain.issuperset(map(type, every)):
         _meet(set(map(type, every)))
-    for dtype, column in zip(dtypes, columns, strict=True):
+    for dtype, column in zip(dtypes, columns.lists.values(), strict=True):
         found = {x.dtype for x in column}
         if len(found) > 1 or dtype not in takes:
             raise Unfit(f"it takes tensors of one dtype a kind, and not {', '.join(sorted(map(str, found)))}")
-    if dtypes[2] != dtypes[3] or dtypes[2] not in formats.FORMATS:
+    if columns.stored() is None:
         raise Unfit("m and r are stored otherwise")
     try:
         return _look_closely(columns, every)
@@ -129,38 +131,37 @@ def lay_out(columns: Columns, takes: Container[torch.dtype], memory: Memory | No
 
 def sort(columns: Columns) -> list[Columns]:
     """Return the rows sorted apart by device, dtypes and whether they are memory, in their order (no copies)."""
-    parts: dict[object, Columns] = {}
-    for row in zip(*columns, strict=True):
-        key = (row[0].device, tuple(x.dtype for x in row), all(is_memory(type(x)) for x in row))  # type: ignore[arg-type]
-        for column, x in zip(parts.setdefault(key, [[] for _ in columns]), row, strict=True):
-            column.append(x)  # type: ignore[attr-defined]
-    return list(parts.values())
+    parts: dict[object, list[tuple[Tensor, ...]]] = {}
+    for row in columns.rows():
+        key = (row[0].device, tuple(x.dtype for x in row), all(is_memory(type(x)) for x in row))
+        parts.setdefault(key, []).append(row)
+    return [columns.of(part) for part in parts.values()]
 
 
 def _known_otherwise(columns: Columns) -> np.ndarray | None:
-    if metadata.available() or not _plain.issuperset(map(type, (columns[0][0], columns[2][0]))):
+    if metadata.available() or not _plain.issuperset(map(type, (columns["weight"][0], columns["m"][0]))):
         return None
-    return guards.read(columns)
+    return guards.read([*columns.lists.values()])
 
 
 def _look_closely(columns: Columns, every: list[Tensor]) -> Rows:
     """Look at tensors one by one; copy those that are in no order of memory that their row shares."""
-    count = len(columns[0])
     straight = columns
-    if not all(map(Tensor.is_contiguous, every)) or any(map(Tensor.is_neg, columns[GRADIENTS])):
+    if not all(map(Tensor.is_contiguous, every)) or any(map(Tensor.is_neg, columns["gradient"])):
         straight = _straight(columns)
     numbers = list(map(Tensor.numel, every))
-    if len({*map(Tensor.get_device, every)}) > 1 or numbers != numbers[:count] * len(columns):
+    if len({*map(Tensor.get_device, every)}) > 1 or numbers != numbers[: len(columns)] * len(columns.lists):
         raise Unfit("the tensors of a row differ in size or place")
-    table = guards.table_of(straight)
-    if ((table[:, : len(columns)].T == 0) & (table[:, -1] > 0)).any():
+    lists = [*straight.lists.values()]
+    table = guards.table_of(lists)
+    if ((table[:, : len(lists)].T == 0) & (table[:, -1] > 0)).any():
         raise Unfit("a tensor has no memory")
     examine(columns)
-    if any(any(map(Tensor.is_neg, column)) for index, column in enumerate(straight) if index != GRADIENTS):
+    if any(any(map(Tensor.is_neg, column)) for column in straight.written().values()):
         raise Unfit("a tensor has the negative bit")
     if straight is columns:
         _keep_apart(columns, table)
-        guards.keep(columns)
+        guards.keep(lists)
     else:  # of copies the addresses are new each time
         _find_apart(table, _widths(straight))
     return Rows(columns, straight, table)
@@ -168,11 +169,11 @@ def _look_closely(columns: Columns, every: list[Tensor]) -> Rows:
 
 def _straight(columns: Columns) -> Columns:
     """Return columns with copies of gradients that have the negative bit, and of what is in no order its row shares."""
-    params, grads, *rest = columns
-    rows = list(zip(params, [x.resolve_neg() for x in grads], *rest, strict=True))
-    rows = [row if _in_one_order(row) else tuple(x.contiguous() for x in row) for row in rows]
-    used = [list(column) for column in zip(*rows, strict=True)]
-    return [column if all(map(is_, column, its)) else its for column, its in zip(columns, used, strict=True)]
+    grads = [x.resolve_neg() for x in columns["gradient"]]
+    rows = list(replace(columns, lists=columns.lists | {"gradient": grads}).rows())
+    used = columns.of([row if _in_one_order(row) else [x.contiguous() for x in row] for row in rows]).lists
+    kept = {kind: column for kind, column in columns.lists.items() if all(map(is_, column, used[kind]))}
+    return replace(columns, lists=used | kept)
 
 
 def _in_one_order(row: Sequence[Tensor]) -> bool:
@@ -187,7 +188,7 @@ def _in_one_order(row: Sequence[Tensor]) -> bool:
 
 
 def _widths(columns: Columns) -> list[int]:
-    return [column[0].element_size() for column in columns]
+    return [column[0].element_size() for column in columns.lists.values()]
 
 
 def _keep_apart(columns: Columns, table: np.ndarray) -> None:

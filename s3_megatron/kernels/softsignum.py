@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
-from s3_megatron.kernels import formats
+from s3_megatron.kernels.call import Columns
 from s3_megatron.kernels.examine import examine
+from s3_megatron.kernels.formats import PLAIN
 
 # Elements of the lists that a pass takes at once: more would only make its copies larger.
 _AT_ONCE = 1 << 24
@@ -61,13 +62,13 @@ def softsignum_step_(
         raise S3Error(f"a param group's beta is {beta}: it must lie in [0, 1)")
     if not params:
         return
-    # m in the place of S3's second state, too.
-    examine([params, grads, exp_avgs, exp_avgs])
+    examine(Columns({"weight": params, "gradient": grads, "m": exp_avgs}))
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     first = 0
     for weights, gradients, states in _batches(params, grads, exp_avgs):
-        dtype = formats.FORMATS[states[0].dtype]
-        m = [formats.read(state) for state in states]  # a float32 state itself
+        stored = PLAIN[states[0].dtype]
+        dtype = stored.computed
+        m = [stored.read(state) for state in states]  # a float32 state itself
         g = [grad.to(dtype) for grad in gradients]
         if maximize:
             g = list(torch._foreach_neg(g))
@@ -95,7 +96,7 @@ def softsignum_step_(
             seed = None
             if rounding_seed is not None:
                 seed = torch.full((), rounding_seed, dtype=torch.int64, device=state.device)
-            formats.write_(state, values, seed=seed, first=first)
+            stored.write_(state, values, seed=seed, first=first)
             first += values.numel()
             # On float32 weights y is x itself.
             x.copy_(y.sub_(u))

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
+from s3_megatron.kernels.call import Step
+from s3_megatron.kernels.formats import FORMATS, Format
 from s3_megatron.machine import is_first_rank
 from s3_megatron.optim.spec import LR, Spec
 from s3_megatron.optim.state import accept, check_entry, check_groups
@@ -30,13 +32,11 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     spec: ClassVar[Spec]
 
-    # Whether ``step`` obeys the three below; else the hosts do that work themselves.
+    # Whether ``step`` obeys the two below; else the hosts do that work themselves.
     single_pass: ClassVar[bool] = False
-    # The model's low-precision copy of a weight, for the step to write.
-    model_params: Mapping[Tensor, Tensor] = {}
-    # One float32 on the device, by which gradients are multiplied first: 1 / loss scale, and the clip coefficient.
-    # torch's fused optimizers divide by a ``grad_scale``.
-    grad_factor: Tensor | None = None
+    # What an engine has for the next step alone, which takes it from here: a factor of the gradients (torch's fused
+    # optimizers divide by a ``grad_scale``), a flag to do nothing, the model's copies to write.
+    next_step: Step | None = None
     # Over the last step, where ``watch.statistics.zeros`` were put here, on the weights' device; not every class does.
     update_statistics: Tensor | None = None
     counts_updates: ClassVar[bool] = False
@@ -82,9 +82,11 @@ class EngineOptimizer(torch.optim.Optimizer):
         """
         for group in self.param_groups:
             for param in group["params"]:
-                state = self.state_of(param)
-                for name in self.spec.state_names:
-                    state[name] = state[name].to(self._state_dtype(param))
+                state, format = self.state_of(param), self._format(param)
+                stored = [state[name] for name in self.spec.state_names]
+                # Columns of a format beyond the optimizer's states are not there.
+                if any(x.dtype != dtype for x, dtype in zip(stored, format.columns.values(), strict=False)):
+                    state.update(zip(self.spec.state_names, format.from_full(stored), strict=True))
 
     def state_of(self, param: Tensor) -> dict[str, Tensor]:
         """Give a parameter's state, allocated where it is missing.
@@ -94,13 +96,32 @@ class EngineOptimizer(torch.optim.Optimizer):
         """
         state: dict[str, Tensor] = self.state[param]
         check_entry(state, param.shape, self.spec)
-        for name in self.spec.state_names:
+        format = self._format(param)
+        for name, kind in zip(self.spec.state_names, format.columns, strict=False):
             if name not in state:
-                state[name] = torch.zeros_like(param, dtype=self._state_dtype(param), requires_grad=False)
+                state[name] = format.allocate(kind, param)
         return state
 
-    def _state_dtype(self, param: Tensor) -> torch.dtype:
-        return torch.float64 if param.dtype == torch.float64 else self.state_dtype
+    @property
+    def format(self) -> str:
+        """The name of the states' format; float64 parameters have theirs."""
+        return str(self.state_dtype).removeprefix("torch.")
+
+    def _format(self, param: Tensor) -> Format:
+        return FORMATS["float64" if param.dtype == torch.float64 else self.format]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return param groups and state, which is such that every format of states loads it."""
+        found: dict[str, Any] = super().state_dict()
+        names = self.spec.state_names
+        for index, param in _by_index(found, self.param_groups):
+            entry = found["state"].get(index, {})
+            if entry.keys() >= {*names}:
+                stored = [entry[name] for name in names]
+                full = self._format(param).to_full(stored)
+                if any(a is not b for a, b in zip(stored, full, strict=True)):
+                    found["state"][index] = {**entry, **dict(zip(names, full, strict=True))}
+        return found
 
     def go_on_from(self, groups: list[dict[str, Any]]) -> None:
         """Let what is this run's own count in loaded param ``groups`` (modified in place), past ``load_state_dict``."""
@@ -157,19 +178,25 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     def _restore_dtypes(self, groups: list[dict[str, Any]], entries: dict[Any, dict[str, Any]]) -> None:
         """Replace states that torch has cast to their parameter's dtype by what was saved, in this optimizer's."""
-        indices = chain.from_iterable(group["params"] for group in self._uncast["param_groups"])
-        params = chain.from_iterable(group["params"] for group in groups)
-        for index, param in zip(indices, params, strict=True):
-            source, dtype = self._uncast["state"].get(index, {}), self._state_dtype(param)
-            for name in self.spec.state_names:
-                if name in source and entries[param][name].dtype != dtype:
-                    entries[param][name] = source[name].to(device=param.device, dtype=dtype)
+        names = self.spec.state_names
+        for index, param in _by_index(self._uncast, groups):
+            source = self._uncast["state"].get(index, {})
+            if source.keys() >= {*names}:
+                stored = self._format(param).from_full([source[name].to(param.device) for name in names])
+                entries[param].update(zip(names, stored, strict=True))
+
+
+def _by_index(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> Iterator[tuple[int, Tensor]]:
+    """Yield each parameter of ``groups`` with its number in a state dict."""
+    indices, params = (chain.from_iterable(x["params"] for x in each) for each in (state_dict["param_groups"], groups))
+    return zip(indices, params, strict=True)
 
 
 def check_rounding(state_dtype: torch.dtype, rounding_seed: int | None) -> None:
     """Raise S3Error for a dtype that states cannot have, or noise for states that are not rounded."""
-    if state_dtype not in (torch.float32, torch.bfloat16):
-        raise S3Error(f"state_dtype is {state_dtype}: it must be torch.float32 or torch.bfloat16")
+    names = [f"torch.{name}" for name in FORMATS if name != "float64"]
+    if str(state_dtype) not in names:
+        raise S3Error(f"state_dtype is {state_dtype}: it must be {' or '.join(names)}")
     if rounding_seed is not None and state_dtype != torch.bfloat16:
         raise S3Error("rounding_seed is for state_dtype=torch.bfloat16: float32 states are not rounded")
 

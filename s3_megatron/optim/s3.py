@@ -1,6 +1,6 @@
 """S3 as a ``torch.optim.Optimizer``."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels import rows
-from s3_megatron.kernels.examine import Columns
+from s3_megatron.kernels.call import ROLES, Columns, Kind, Rule, Step
 from s3_megatron.kernels.metadata import Memory
 from s3_megatron.kernels.op import IMPLEMENTATIONS, Implementation, step_
 from s3_megatron.optim import registry
@@ -20,7 +20,7 @@ from s3_megatron.optim.settings import check_step, names_what_it_takes, report_i
 from s3_megatron.optim.spec import NAMES, Spec
 from s3_megatron.optim.state import EXP_AVG, EXP_AVG_ROOT, check_groups
 
-type Lookups = tuple[Lookup, Lookup]  # of states, and of model parameters
+type Lookups = tuple[Lookup, Lookup]  # of states, and of the model's copies
 
 
 class S3(EngineOptimizer):
@@ -118,49 +118,34 @@ class S3(EngineOptimizer):
         check_groups(self.param_groups, self.spec)
         if self.update_statistics is not None:
             self.update_statistics.zero_()
+        given, self.next_step = self.next_step or Step(), None
         # torch's compiler cannot follow them, and needs them not.
-        lookups = None if torch.compiler.is_compiling() else (Lookup(self.state), Lookup(self.model_params))
+        lookups = None if torch.compiler.is_compiling() else (Lookup(self.state), Lookup(given.models or {}))
         for group in self.param_groups:
             check_step(group)  # of all, before the first moves
         for group in self.param_groups:
-            self._step_group(group, lookups)
+            self._step_group(group, given, lookups)
         return loss
 
-    def _step_group(self, group: dict[str, Any], lookups: Lookups | None) -> None:
+    def _step_group(self, group: dict[str, Any], given: Step, lookups: Lookups | None) -> None:
         self._keep_on_device(group, {})
-        seed, lr = group["rounding_seed"], group["lr"]
-        if lookups is None and not isinstance(lr, Tensor):
-            # The compiled op takes a tensor. Not as_tensor, for which torch's compiler takes a float as it is, and
-            # compiles again for the next.
-            lr = torch.full((), lr, dtype=torch.float64, device="cpu")
-        for columns, memory in self._rows(group, lookups):
-            params, grads, exp_avgs, exp_avg_roots, *low = columns
-            (torch.ops.s3.step_ if lookups is None else step_)(
-                params,
-                grads,
-                exp_avgs,
-                exp_avg_roots,
-                low[0] if low else [],
-                self.update_statistics,
-                lr,
-                self.grad_factor,
-                None,  # found_inf: both hosts know on the CPU, before they step, and skip the step
-                _on(params[0].device, seed),
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                p=group["p"],
-                weight_decay=group["weight_decay"],
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-                implementation=self.implementation,
-                **({} if memory is None else {"memory": memory}),
-            )
+        seed, (beta1, beta2) = group["rounding_seed"], group["betas"]
+        rule = Rule(
+            *(group["lr"], beta1, beta2, group["p"]),
+            *(group["weight_decay"], group["nesterov"], group["maximize"]),
+        )
+        for columns, memory in self._rows(group, given.models or {}, lookups):
+            on_device = _on(columns["weight"][0].device, seed)
+            step = Step(given.factor, given.found_inf, self.update_statistics, on_device)
+            step_(columns, rule, step, self.implementation, memory)
         if isinstance(seed, Tensor):
             seed += 1
         elif seed is not None:
             group["rounding_seed"] = seed + 1
 
-    def _rows(self, group: dict[str, Any], lookups: Lookups | None) -> list[tuple[Columns, Memory | None]]:
+    def _rows(
+        self, group: dict[str, Any], copies: Mapping[Tensor, Tensor], lookups: Lookups | None
+    ) -> list[tuple[Columns, Memory | None]]:
         """List a group's parameters, gradients, m, r and model parameters, one device and kind of row at a time.
 
         Beside each list is what ``rows.read`` found, if it is as a kernel wants it.
@@ -172,20 +157,20 @@ class S3(EngineOptimizer):
             grads = [grad for grad in grads if grad is not None]
         if not params:
             return []
-        entries, *states = self._states(params, lookups)
-        columns: Columns = [params, grads, *states]
+        entries, exp_avgs, roots = self._states(params, lookups)
         models: list[Any] = []
-        if self.model_params:
-            models = lookups[1].of(params) if lookups else [self.model_params.get(param) for param in params]
+        if copies:
+            models = lookups[1].of(params) if lookups else [copies.get(param) for param in params]
         if lookups is not None and type(None) not in set(map(type, models)):
-            whole: Columns = [*columns, models] if models else columns
-            memory = rows.read(whole)
+            lists: dict[Kind, Sequence[Tensor]] = {"weight": params, "gradient": grads, "m": exp_avgs, "r": roots}
+            columns = Columns({**lists, "model weight": models} if models else lists, self.format)
+            memory = rows.read(columns)
             if memory is not None:
-                return [(whole, memory)]
+                return [(columns, memory)]
+        local: list[tuple[Tensor, ...]] = list(zip(params, grads, exp_avgs, roots, strict=True))
         if any(issubclass(kind, DTensor) for kind in set(map(type, params))):
             local = [localize(*row, NAMES) for row in zip(params, grads, entries, strict=True)]
-            columns = [list(column) for column in zip(*local, strict=True)]
-        return [(part, None) for part in _apart(columns, models or [None] * len(params))]
+        return [(Columns(part, self.format), None) for part in _apart(local, models or [None] * len(params))]
 
     def _states(self, params: list[Tensor], lookups: Lookups | None) -> tuple[list[Any], list[Tensor], list[Tensor]]:
         """Return the entries of parameters in the state, which get one if they have none, and m and r of each."""
@@ -219,15 +204,12 @@ class S3(EngineOptimizer):
             group[name] = held.copy_(value) if isinstance(held, Tensor) else value
 
 
-def _apart(columns: Columns, models: list[Tensor | None]) -> list[Columns]:
+def _apart(rows: list[tuple[Tensor, ...]], models: list[Tensor | None]) -> list[dict[Kind, Sequence[Tensor]]]:
     """Sort rows apart by device, and by whether they have a model parameter."""
-    parts: dict[tuple[torch.device, bool], list[list[Tensor]]] = {}
-    for *row, model in zip(*columns, models, strict=True):
-        row += [] if model is None else [model]
-        part = parts.setdefault((row[0].device, model is None), [[] for _ in row])
-        for column, x in zip(part, row, strict=True):
-            column.append(x)
-    return [list(part) for part in parts.values()]
+    parts: dict[tuple[torch.device, bool], list[tuple[Tensor, ...]]] = {}
+    for row, model in zip(rows, models, strict=True):
+        parts.setdefault((row[0].device, model is None), []).append(row if model is None else (*row, model))
+    return [dict(zip(ROLES, map(list, zip(*part, strict=True)), strict=False)) for part in parts.values()]
 
 
 def _on(device: torch.device, seed: int | Tensor | None) -> Tensor | None:

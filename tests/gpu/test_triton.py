@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from s3_megatron.kernels import foreach
-from s3_megatron.kernels.triton import s3_step_
 from tests.gpu.card import (
     DEVICE,
     REAL,
@@ -16,6 +14,7 @@ from tests.gpu.card import (
     on_a_late_stream,
     size,
 )
+from tests.kernels.by_keyword import foreach, triton
 from tests.kernels.triton.triton_oracle import Problem, check
 
 if not REAL and needs_triton.args[0] is False:
@@ -31,7 +30,7 @@ ENGINE = {"param": F32, "grad": BF16, "state": BF16, "model": BF16, "device": DE
 
 def _step(problem: Problem) -> None:
     """One step in place."""
-    s3_step_(
+    triton.s3_step_(
         problem.params,
         problem.grads,
         problem.exp_avgs,
@@ -218,7 +217,7 @@ def test_more_than_two_to_the_31_elements():
     settings = Problem.of((), **ALL_F32).settings
     small = Problem(*([t[-2000:].clone()] for t in (x, g, m, r)), settings=settings)
     _step(small)
-    s3_step_([x], [g], [m], [r], **settings)
+    triton.s3_step_([x], [g], [m], [r], **settings)
     for whole, end in zip((x, m, r), (small.params, small.exp_avgs, small.exp_avg_roots), strict=True):
         assert torch.equal(whole[-2000:], end[0])
         for begin in range(0, many - 2000, 2**28):  # a block at a time: a comparison allocates

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s3_megatron.kernels import cpu, foreach
 from s3_megatron.kernels.cpu import library
+from tests.kernels.by_keyword import cpu, foreach
 
 
 def cpp(loop: int):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from s3_megatron.kernels.call import form
 from s3_megatron.kernels.cpu import build, library
 
 COMPILER, EMULATOR, ROOT = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
@@ -37,10 +38,9 @@ class Problem:
     def settings(self) -> library.Settings:
         kinds = [WIDE if x is None else x.dtype for x in self.columns]
         return library.Settings(
-            lr=LR, weight_decay=DECAY, scale=0.5, beta1=BETA, one_minus_beta1=1 - BETA, beta2=BETA,
-            one_minus_beta2=1 - BETA, p=self.p, bound=1.0, form=library.form(self.p),
-            nesterov=self.nesterov, stochastic=self.stochastic, param=library.TYPES[kinds[0]],
-            grad=library.TYPES[kinds[1]], state=library.TYPES[kinds[2]], model=library.TYPES[kinds[4]],
+            lr=LR, weight_decay=DECAY, factor=0.5, beta1=BETA, one_minus_beta1=1 - BETA, beta2=BETA,
+            one_minus_beta2=1 - BETA, p=self.p, bound=1.0, form=form(self.p),
+            nesterov=self.nesterov, stochastic=self.stochastic, types=tuple(library.TYPES[kind] for kind in kinds),
             seed=(0x243F6A88, 0x85A308D3),
         )  # fmt: skip
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from s3_megatron.kernels import foreach
+from tests.kernels.by_keyword import foreach
 from tests.kernels.kernels import KERNELS
 from tests.tensors import bits
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
-from s3_megatron.kernels import cpu, foreach
-from s3_megatron.kernels.op import step_
+from tests.kernels.by_keyword import cpu, foreach, step_
 
 HYPER = {"beta1": 0.95, "beta2": 0.95, "p": 3.0, "weight_decay": 0.1, "nesterov": True, "maximize": False}
 GUARD = 64
@@ -117,13 +116,12 @@ def test_a_step_moves_what_fits_and_refuses_the_rest_before_it_writes(columns: l
             cpu.s3_step_(params, grads, exp_avgs, roots, model_params=model, lr=lr, **HYPER)
         elif way == "op":
             model = models[0] if models else []
-            none = (None, lr, None, None, None)
-            torch.ops.s3.step_(params, grads, exp_avgs, roots, model, *none, **HYPER, implementation="auto")
+            none = (lr, None, None, None, None)
+            names = {"format": "float32", "implementation": "auto"}
+            torch.ops.s3.step_(params, grads, [*exp_avgs, *roots], model, *none, **HYPER, **names)
         else:
-            step_(
-                params, grads, exp_avgs, roots, models[0] if models else [], None, lr, None, None, None, **HYPER,
-                implementation=way,
-            )  # fmt: skip
+            model = models[0] if models else ()
+            step_(params, grads, exp_avgs, roots, model_params=model, lr=lr, **HYPER, implementation=way)
     except RuntimeError as error:  # torch's own, before it calls the op
         assert way == "op" and "negation inputs" in str(error)
         return
@@ -160,9 +158,9 @@ def test_a_loop_that_is_not_there_is_refused(loop: int) -> None:
 
 BAD_NUMBERS = {
     "lr": torch.tensor([0.1, 0.2]),
-    "scale": torch.rand(3),
+    "factor": torch.rand(3),
     "found_inf": torch.zeros(0),
-    "rounding_seed": torch.zeros(2, dtype=torch.int64),
+    "seed": torch.zeros(2, dtype=torch.int64),
     "statistics": torch.zeros(5),
 }
 
@@ -173,6 +171,7 @@ def test_numbers_are_one_number_and_statistics_five(kernel, name: str) -> None:
     """Five float32 given for statistics were written as five float64, past their end."""
     columns = [[torch.rand(9)] for _ in range(4)]
     before = values(columns)
+    keyword = {"factor": "scale", "seed": "rounding_seed"}.get(name, name)
     with pytest.raises(S3Error, match=name):
-        kernel(*columns, **{"lr": torch.tensor(0.1), **HYPER, name: BAD_NUMBERS[name]})
+        kernel(*columns, **{"lr": torch.tensor(0.1), **HYPER, keyword: BAD_NUMBERS[name]})
     assert same(columns, before)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from s3_megatron.kernels import cpu, metadata, rows
+from s3_megatron.kernels import metadata, rows
+from s3_megatron.kernels.call import GRADIENTS, ROLES
 from s3_megatron.kernels.cpu import library
 from s3_megatron.optim import S3
+from tests.kernels.by_keyword import columns_of, cpu
 
 HYPER = {"beta1": 0.95, "beta2": 0.95, "p": 3.0, "weight_decay": 0.1, "nesterov": True}
 KINDS = (Tensor, nn.Parameter)
@@ -195,8 +197,8 @@ def test_channels_last_is_moved_where_it_lies(columns_last: int) -> None:
     lists = [[x[0].clone()] for x in plain]
     for column in lists[:columns_last]:
         column[0] = column[0].contiguous(memory_format=torch.channels_last)
-    laid = rows.lay_out(lists, library.TYPES)
-    assert (laid.straight is lists) == (columns_last == 4)
+    laid = rows.lay_out(columns_of(*lists), library.TYPES)
+    assert (laid.straight is laid.columns) == (columns_last == 4)
     for each in (plain, lists):
         cpu.s3_step_(*each, lr=0.1, **HYPER)
     for (a,), (b,) in zip(plain, lists, strict=True):
@@ -205,6 +207,11 @@ def test_channels_last_is_moved_where_it_lies(columns_last: int) -> None:
 
 def test_the_structures_are_those_of_the_header() -> None:
     assert ctypes.sizeof(metadata._Torch) == 12 * 8 + 2 * 8 + 4 * 4
-    header = Path(cpu.__file__).with_name("metadata.h").read_text()
+    header = Path(library.__file__).with_name("metadata.h").read_text()
     body = re.sub("//.*", "", header.split("struct S3Torch {")[1].split("};")[0])
     assert re.findall(r"(\w+)(?=\)\(|[,;\[])", body) == [name for name, _ in metadata._Torch._fields_]
+    # A kind of tensor that one side lacks would shift every address behind it.
+    header = Path(library.__file__).with_name("step.h").read_text()
+    kinds = re.search(r"enum S3Kind {(.*)}", header)[1].split(",")
+    assert f"constexpr int S3_KINDS = {len(ROLES)};" in header
+    assert len(kinds) == len(ROLES) and kinds[GRADIENTS].strip() == "S3_GRAD"

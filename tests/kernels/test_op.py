@@ -31,7 +31,9 @@ def arguments(*, model: bool = True) -> tuple[tuple[object, ...], dict[str, obje
     models = [torch.zeros(5, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.bfloat16)] if model else []
     statistics, lr, scale = torch.zeros(5, dtype=torch.float64), torch.tensor(0.1), torch.ones(1)
     rest = {"beta1": 0.95, "beta2": 0.95, "p": 3.0, "weight_decay": 0.1, "nesterov": True, "maximize": False}
-    return (*columns, models, statistics, lr, scale, None, None), {**rest, "implementation": "auto"}
+    params, grads, *states = columns
+    given = (params, grads, [x for column in states for x in column], models, lr, scale, None, statistics, None)
+    return given, {**rest, "format": "float32", "implementation": "auto"}
 
 
 @pytest.mark.parametrize("model", [True, False])

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from s3_megatron.errors import S3Error
-from s3_megatron.kernels import cpu, examine, foreach, guards, metadata, rows
+from s3_megatron.kernels import examine, guards, metadata, rows
+from s3_megatron.kernels.call import Step
 from s3_megatron.optim import S3
+from tests.kernels.by_keyword import cpu, foreach
 
 HYPER = {"beta1": 0.95, "beta2": 0.95, "p": 3.0, "weight_decay": 0.1, "nesterov": True}
 RATE = torch.tensor(0.1, dtype=torch.float64)
@@ -162,7 +164,7 @@ def replace_moment(optimizer: S3, params: list[nn.Parameter]) -> None:
 
 
 def give_models(optimizer: S3, params: list[nn.Parameter]) -> None:
-    optimizer.model_params = {params[0]: torch.zeros(4, 6, dtype=torch.bfloat16)}
+    optimizer.next_step = Step(models={params[0]: torch.zeros(4, 6, dtype=torch.bfloat16)})
 
 
 OPTIMIZERS: dict[str, Callable[[S3, list[nn.Parameter]], S3 | None]] = {
@@ -174,7 +176,7 @@ OPTIMIZERS: dict[str, Callable[[S3, list[nn.Parameter]], S3 | None]] = {
     "param removed": lambda optimizer, params: optimizer.param_groups[0]["params"].__delitem__(0),
     "params in another order": lambda optimizer, params: optimizer.param_groups[0]["params"].reverse(),
     "load_state_dict": lambda optimizer, params: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
-    "model_params": give_models,
+    "next_step": give_models,
     "deepcopy": lambda optimizer, params: copy.deepcopy(optimizer),
 }
 

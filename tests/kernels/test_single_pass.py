@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from s3_megatron.kernels import cpu, foreach
 from s3_megatron.kernels.cpu import library
 from s3_megatron.optim.reference import s3_reference_step
+from tests.kernels.by_keyword import cpu, foreach
 from tests.kernels.kernels import KERNELS, cpp
 
 HYPER = {"lr": 0.1, "beta1": 0.95, "beta2": 0.95, "p": 3.0, "weight_decay": 0.1, "nesterov": True}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from s3_megatron.kernels import op, triton
+from s3_megatron.kernels.call import Step
 from s3_megatron.optim import S3
 from s3_megatron.watch.updates import adam_statistics
 from tests.fake_gpu import fake_gpu, never_waiting
@@ -22,11 +23,11 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(autouse=True)
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Step]]:
     """A Triton kernel that could run and does nothing, for tensors without values have no addresses; what it got."""
-    calls: list[dict[str, Any]] = []
+    calls: list[Step] = []
     monkeypatch.setattr(triton, "unavailable", lambda: None)
-    monkeypatch.setattr(triton, "s3_step_", lambda *columns, **settings: calls.append(settings))
+    monkeypatch.setattr(triton, "s3_step_", lambda columns, rule, step, memory: calls.append(step))
     for cached in (op.choose, op._announce):
         cached.cache_clear()
     yield calls
@@ -38,23 +39,23 @@ def stepped(**settings: Any) -> None:
     params = [torch.nn.Parameter(torch.randn(size, device="cuda")) for size in (3, 5)]
     optimizer = S3(params, lr=0.1, weight_decay=0.1, **settings)
     optimizer.update_statistics = torch.zeros(5, dtype=torch.float64, device="cuda")
-    optimizer.grad_factor = torch.ones(1, device="cuda")
     for param in params:
         param.grad = torch.randn_like(param)
     with never_waiting():
         for _ in range(3):
+            optimizer.next_step = Step(factor=torch.ones(1, device="cuda"))
             optimizer.step()
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ",".join(settings) or "defaults")
-def test_a_step_does_not_wait(launched: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+def test_a_step_does_not_wait(launched: list[Step], settings: dict[str, Any]) -> None:
     """With ``rounding_seed`` every step copied the seed from the host and waited for it: tests/gpu, which has torch
     watch over that, called the kernel and not the class. Making the optimizer may wait."""
     with fake_gpu():
         stepped(**settings)
     assert len(launched) == 3, "the kernel for GPUs was to be called"
-    for call in launched:
-        seed = call["rounding_seed"]
+    for step in launched:
+        seed = step.seed
         assert (seed is None) == ("rounding_seed" not in settings) and (seed is None or seed.device.type == "cuda")
 
 

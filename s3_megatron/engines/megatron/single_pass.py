@@ -1,7 +1,7 @@
 """One pass over memory where megatron-core makes four: unscale, clip, step, copy to the model's parameters.
 
 S3's kernel multiplies gradients by a factor and writes the model's low-precision weights as it goes. So here the host's
-unscaling and clipping only leave their factor in ``grad_factor`` of the optimizer, and its copy finds its work done.
+unscaling and clipping only leave their factor for the optimizer's ``next_step``, and its copy finds its work done.
 After a step the host's gradients are as the backward pass left them: scaled, and not clipped.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from s3_megatron.errors import S3Error
+from s3_megatron.kernels.call import Step
 from s3_megatron.optim import EngineOptimizer
 
 _WRITABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,6 +51,8 @@ class SinglePass:
         self.inner: EngineOptimizer = part.optimizer
         # The 2-norms, unscaled, of gradients that are still scaled.
         self.norms: dict[Tensor, Tensor] = {}
+        # By which the step is to multiply the gradients.
+        self._factor: Tensor | None = None
         self._copied = False
         self._sources: list[Tensor] = []
         self._addresses: list[int] = []
@@ -65,7 +68,8 @@ class SinglePass:
         """Forget what a skipped step left, and let the host collect the gradients."""
         self._forget()
         found = self._host["prepare_grads"]()
-        if _host_reads_norms_one_by_one():
+        # Where there are norms, the gradients are known as ours.
+        if not self.norms and not found and _host_reads_norms_one_by_one():
             self._own([param.grad for param in self.part.get_parameters() if param.grad is not None])
         return found
 
@@ -84,7 +88,7 @@ class SinglePass:
         if not norms.isfinite().all():
             return self._host["_unscale_main_grads_and_check_for_nan"]()
         inv_scale = self.part.grad_scaler.inv_scale
-        self.inner.grad_factor = inv_scale.reshape(1)
+        self._factor = inv_scale.reshape(1)
         self.norms = dict(zip(grads, (norms * inv_scale).unbind(), strict=True))
         self._own(grads)
         self.part.found_inf.fill_(0.0)
@@ -104,7 +108,7 @@ class SinglePass:
             device = self.part.get_parameters()[0].device
             coefficient = torch.full((1,), coefficient, dtype=torch.float32, device=device)
         factor = coefficient.reshape(1).clamp(max=1.0)
-        self.inner.grad_factor = factor if self.inner.grad_factor is None else self.inner.grad_factor * factor
+        self._factor = factor if self._factor is None else self._factor * factor
 
     def _own(self, grads: list[Tensor]) -> None:
         _grad_owners.update((grad, ref(self)) for grad in grads)
@@ -118,14 +122,13 @@ class SinglePass:
     def step_with_ready_grads(self) -> Any:
         """Step by the host's way, with the model's weights handed to S3."""
         targets = self._targets()
-        if targets is not None:
-            self.inner.model_params = targets
-            # S3 passes over weights without a gradient; the host copies those as well.
-            self._copied = all(main.grad is not None for main in targets)
+        self.inner.next_step = Step(factor=self._factor, models=targets)
+        # S3 passes over weights without a gradient; the host copies those as well.
+        self._copied = targets is not None and all(main.grad is not None for main in targets)
         try:
             return self._host["step_with_ready_grads"]()
         finally:
-            self.inner.model_params, self._copied = {}, False
+            self.inner.next_step, self._copied = None, False
             self._forget()
 
     def _copy_main_params_to_model_params(self) -> None:
@@ -134,7 +137,7 @@ class SinglePass:
             self._host["_copy_main_params_to_model_params"]()
 
     def _forget(self) -> None:
-        self.inner.grad_factor, self.norms = None, {}
+        self._factor, self.norms = None, {}
 
     def _targets(self) -> dict[Tensor, Tensor] | None:
         """Find the model's weight for every master; None where the host has more to do than to copy."""
@@ -184,23 +187,23 @@ def norm_of_unscaled(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_grad_norm_fp32(grads_for_norm: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(grads_for_norm, Tensor) or not _grad_owners:
             return original(grads_for_norm, *args, **kwargs)
-        owners = [_owner(_grad_owners, grad) for grad in grads_for_norm]
-        known = [
-            None if owner is None else owner.norms.get(grad) for grad, owner in zip(grads_for_norm, owners, strict=True)
-        ]
-        norms = [norm for norm in known if norm is not None]
+        norms: list[Tensor] = []
+        ours: list[Tensor] = []
+        others: list[Tensor] = []
+        one_by_one = _host_reads_norms_one_by_one()
+        for grad in grads_for_norm:
+            owner = _owner(_grad_owners, grad)
+            norm = None if owner is None else owner.norms.get(grad)
+            if norm is not None:
+                norms.append(norm)
+            else:
+                (ours if owner is not None and type(grad) is Tensor and one_by_one else others).append(grad)
         if args or kwargs.get("norm_type", 2) != 2:
             if norms:
                 raise S3Error(
                     "megatron-core asks for another norm than the 2-norm, as 0.19.2 does not: report this one"
                 )
             return original(grads_for_norm, *args, **kwargs)
-        others: list[Tensor] = []
-        ours: list[Tensor] = []
-        for grad, owner, norm in zip(grads_for_norm, owners, known, strict=True):
-            if norm is None:
-                plain = owner is not None and type(grad) is Tensor and _host_reads_norms_one_by_one()
-                (ours if plain else others).append(grad)
         if ours:
             norms += torch._foreach_norm(ours)
         return original([*([torch.stack(norms)] if norms else []), *others], **kwargs)

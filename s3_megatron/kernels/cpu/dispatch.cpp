@@ -49,8 +49,7 @@ const std::vector<Loop> &loops() {
 constexpr int64_t AHEAD = 4;
 
 void prefetch(const S3Row &row) {
-    for (const void *place : {(const void *)row.param, row.grad, (const void *)row.exp_avg, (const void *)row.root})
-        __builtin_prefetch(place);
+    for (int kind = 0; kind < S3_MODEL; ++kind) __builtin_prefetch(row.at[kind]);
 }
 }  // namespace
 

@@ -128,16 +128,40 @@ S3_INLINE void store(Floats x, void *to, int64_t at, S3Type type) {
         put_float16(x, half);
 }
 
-// A state, rounded by its 16 random bits or to nearest. In bfloat16 NaN needs no care: it comes from a bfloat16 state or
-// is the CPU's own, so that adding to its lower half, which is 0, leaves the upper as it is.
+S3_INLINE Floats load(const S3Row &row, S3Kind kind, int64_t at, const S3Settings &s) {
+    return load(row.at[kind], at, s.types[kind]);
+}
+
+// And the model's, where there is one.
+S3_INLINE void store_weight(Floats x, const S3Row &row, int64_t at, const S3Settings &s) {
+    store(x, row.at[S3_PARAM], at, s.types[S3_PARAM]);
+    if (row.at[S3_MODEL]) store(x, row.at[S3_MODEL], at, s.types[S3_MODEL]);
+}
+
+// m and r, read and written together: with their like in foreach (kernels/formats) and Triton the only places that know
+// how states are stored.
+struct States {
+    Floats m, r;
+};
+S3_INLINE States load_states(const S3Row &row, int64_t at, const S3Settings &s) {
+    return {load(row, S3_EXP_AVG, at, s), load(row, S3_ROOT, at, s)};
+}
+
+// One of them, rounded by its 16 random bits or to nearest. In bfloat16 NaN needs no care: it comes from a bfloat16 state
+// or is the CPU's own, so that adding to its lower half, which is 0, leaves the upper as it is.
 S3_INLINE void store_state(Floats x, void *to, int64_t at, const S3Settings &s, Bits random) {
     uint16_t *const half = (uint16_t *)to + at;
-    if (s.state == S3_FLOAT32)
+    if (s.types[S3_EXP_AVG] == S3_FLOAT32)
         put(x, (float *)to + at);
     else if (s.stochastic)
         put_halves((bits(x) + random) >> 16u, half);
     else if (!put_normal_bfloat16(x, half))
         put_halves((bits(x) + to_nearest(x)) >> 16u, half);
+}
+// `random`: 16 bits for each.
+S3_INLINE void store_states(States x, const S3Row &row, int64_t at, const S3Settings &s, Bits random) {
+    store_state(x.m, row.at[S3_EXP_AVG], at, s, random & 0xffffu);
+    store_state(x.r, row.at[S3_ROOT], at, s, random >> 16u);
 }
 
 // 32 random bits an element, 16 for each of its states: a hash of its number and the step's two keys. AVX2 multiplies

@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from s3_megatron.errors import S3Error
 from s3_megatron.files import user_folder
+from s3_megatron.kernels.call import ROLES
 from s3_megatron.kernels.cpu.build import BuildError, compile_library, fingerprint
 
 INSTALLED = Path(__file__).parent
@@ -23,17 +24,12 @@ class Settings(ctypes.Structure):
     """``S3Settings`` of step.h."""
 
     _fields_ = [
-        *((name, ctypes.c_float) for name in ("lr", "weight_decay", "scale", "beta1", "one_minus_beta1", "beta2")),
+        *((name, ctypes.c_float) for name in ("lr", "weight_decay", "factor", "beta1", "one_minus_beta1", "beta2")),
         *((name, ctypes.c_float) for name in ("one_minus_beta2", "p", "bound")),
         *((name, ctypes.c_int32) for name in ("form", "nesterov", "forgets", "stochastic")),
-        *((name, ctypes.c_int32) for name in ("param", "grad", "state", "model")),
+        ("types", ctypes.c_int32 * len(ROLES)),
         ("seed", ctypes.c_uint32 * 2),
     ]
-
-
-def form(p: float) -> int:
-    """Return the formulas for an exponent, ``S3Settings.form``: 0 are those for any."""
-    return {1: 1, 2: 2, 3: 3, 1.5: 4}.get(p, 0)
 
 
 @functools.cache

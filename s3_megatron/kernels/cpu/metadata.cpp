@@ -57,11 +57,11 @@ int64_t bytes_of(int32_t type) { return type == S3_FLOAT32 ? 4 : 2; }
 // they are not, `table` means nothing. Reads no value.
 S3_EXPORT int32_t s3_read(const S3Torch *torch, const char *const *objects, int64_t rows, int64_t columns,
                           const void *const *types, int64_t type_count, S3Row *table) {
-    Column found[5];
+    Column found[S3_KINDS];
     for (int64_t begin = 0; begin < rows; begin += TOGETHER) {
         const int64_t count = rows - begin < TOGETHER ? rows - begin : TOGETHER;
-        const void *handles[5][TOGETHER];
-        void *places[5][TOGETHER] = {};
+        const void *handles[S3_KINDS][TOGETHER];
+        void *places[S3_KINDS][TOGETHER] = {};
         for (int64_t column = 0; column < columns; ++column) {
             const char *const *its = objects + column * rows + begin;
             for (int64_t row = count; row < 2 * TOGETHER && begin + row < rows; ++row) __builtin_prefetch(its[row]);
@@ -83,9 +83,9 @@ S3_EXPORT int32_t s3_read(const S3Torch *torch, const char *const *objects, int6
                     return 0;
                 if (begin + row == 0) {
                     found[column] = its;
-                    while (found[column].type < 3 && torch->dtypes[found[column].type] != its.dtype)
+                    while (found[column].type < S3_TYPES && torch->dtypes[found[column].type] != its.dtype)
                         ++found[column].type;
-                    if (found[column].type == 3) return 0;
+                    if (found[column].type == S3_TYPES) return 0;
                 }
                 if (its.dtype != found[column].dtype || its.device != found[0].device || its.index != found[0].index)
                     return 0;
@@ -110,19 +110,19 @@ S3_EXPORT int32_t s3_read(const S3Torch *torch, const char *const *objects, int6
                 if (torch->storage_size(x, &size) || torch->storage_offset(x, &offset)) return 0;
                 if (!places[column][row] || size / bytes_of(found[column].type) - offset < numel) return 0;
             }
-            table[begin + row] = {places[0][row], places[1][row], places[2][row],
-                                  places[3][row], places[4][row], numel};
+            for (int kind = 0; kind < S3_KINDS; ++kind) table[begin + row].at[kind] = places[kind][row];
+            table[begin + row].numel = numel;
         }
     }
     return 1;
 }
 
-// Counts up the versions of all but the gradients (column 1), by which autograd knows what was written since it was
+// Counts up the versions of all but the gradients, by which autograd knows what was written since it was
 // saved. Returns 0 where torch raised.
 S3_EXPORT int32_t s3_count_up(const S3Torch *torch, const char *const *objects, int64_t rows, int64_t columns) {
     try {
         for (int64_t i = 0; i < rows * columns; ++i)
-            if (i / rows != 1) torch->bump_version(objects[i] + torch->tensor_at);
+            if (i / rows != S3_GRAD) torch->bump_version(objects[i] + torch->tensor_at);
     } catch (...) {
         return 0;
     }

@@ -21,5 +21,5 @@ struct S3Torch {
     void (*bump_version)(const void *);
     int64_t type_at, tensor_at;  // bytes from a Python object's beginning to its type, to its at::Tensor
     int32_t strided;             // torch's number of this layout
-    int32_t dtypes[3];           // torch's numbers of the S3Types
+    int32_t dtypes[S3_TYPES];    // torch's numbers of the S3Types
 };

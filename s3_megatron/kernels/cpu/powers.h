@@ -68,7 +68,7 @@ template <> struct Power<3> {
 };
 
 // p = 1.5: t^1.5 by the CPU's square root, which every machine rounds alike; q^(2/3) by the guess of q^(-1/3).
-constexpr int HALVES = 4;
+constexpr int HALVES = 15;
 template <> struct Power<HALVES> {
     S3_INLINE Floats power(Floats t, float) { return t * square_root(t); }
     S3_INLINE Floats root(Floats q, float) {

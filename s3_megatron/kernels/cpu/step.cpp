@@ -38,14 +38,14 @@ S3_INLINE void count(Tally &tally, Floats u, Floats g) {
 constexpr float LARGEST = 0x1.fffffep125f;
 
 S3_INLINE Floats gradient(const S3Row &row, int64_t at, const S3Settings &s) {
-    return load(row.grad, at, s.grad) * s.scale;
+    return load(row, S3_GRAD, at, s) * s.factor;
 }
 
 S3_INLINE void prefetch(const S3Row &row, int64_t at, const S3Settings &s) {
-    prefetch(row.param, at, s.param);
-    prefetch(row.grad, at, s.grad);
-    prefetch(row.exp_avg, at, s.state);
-    prefetch(row.root, at, s.state);
+    prefetch(row.at[S3_PARAM], at, s.types[S3_PARAM]);
+    prefetch(row.at[S3_GRAD], at, s.types[S3_GRAD]);
+    prefetch(row.at[S3_EXP_AVG], at, s.types[S3_EXP_AVG]);
+    prefetch(row.at[S3_ROOT], at, s.types[S3_ROOT]);
 }
 
 // m and its look-ahead, n.
@@ -92,9 +92,9 @@ template <int P> S3_INLINE Floats root(Floats q, Floats whole, const S3Settings 
 
 template <int P> S3_INLINE Floats update(Floats n, Floats c, Floats whole, const S3Settings &s) {
     const Floats inverse = Power<P>::inverse_root(c, s.p);
-    const Floats reach = P == 0 ? inverse / whole : inverse * from_bits(0x7f000000u - bits(whole));
+    const Floats inverse_b = P == 0 ? inverse / whole : inverse * from_bits(0x7f000000u - bits(whole));
     // Where b is 0 or subnormal the coordinate rests: 0/0, or a quotient of what rounding left.
-    Floats u = select(reach <= 0x1p126f, n * reach, all(0.0f));
+    Floats u = select(inverse_b <= 0x1p126f, n * inverse_b, all(0.0f));
     u = select(u > s.bound, all(s.bound), u);
     return select(u < -s.bound, all(-s.bound), u);
 }
@@ -109,18 +109,16 @@ template <int P>
 __attribute__((noinline)) static void move_any(const S3Row &row, int64_t at, int64_t number, const S3Settings &s,
                                                Tally *tally) {
     prefetch(row, at, s);
-    const Floats x0 = load(row.param, at, s.param), g = gradient(row, at, s), a = magnitude(g);
-    const Floats m0 = load(row.exp_avg, at, s.state), r0 = load(row.root, at, s.state);
+    const Floats x0 = load(row, S3_PARAM, at, s), g = gradient(row, at, s), a = magnitude(g);
+    const States old = load_states(row, at, s);
     const Ints ok = a <= LARGEST;
-    const Average mean = average(m0, g, s);
-    const Means powers = means<P>(a, r0, s);
+    const Average mean = average(old.m, g, s);
+    const Means powers = means<P>(a, old.r, s);
     const Floats r = root<P>(powers.q, powers.whole, s), u = update<P>(mean.n, powers.c, powers.whole, s);
     const Floats x = select(ok, moved(x0, u, s), x0);
     const Bits random = s.stochastic ? noise(s.seed, number) : every(0);
-    store(x, row.param, at, s.param);
-    store_state(select(ok, mean.m, m0), row.exp_avg, at, s, random & 0xffffu);
-    store_state(select(ok, r, r0), row.root, at, s, random >> 16u);
-    if (row.model) store(x, row.model, at, s.model);
+    store_weight(x, row, at, s);
+    store_states({select(ok, mean.m, old.m), select(ok, r, old.r)}, row, at, s, random);
     if (tally) count(*tally, select(ok, u, all(0.0f)), g);
 }
 
@@ -129,9 +127,10 @@ __attribute__((noinline)) static void move_any(const S3Row &row, int64_t at, int
 enum Kind { ANY, FLOAT32_STATES, BFLOAT16_STATES, BFLOAT16_STOCHASTIC };
 
 static Kind kind_of(const S3Settings &s) {
-    const bool usual = s.param == S3_FLOAT32 && s.grad == S3_FLOAT32 && s.nesterov && !s.forgets;
+    const bool in_float32 = s.types[S3_PARAM] == S3_FLOAT32 && s.types[S3_GRAD] == S3_FLOAT32;
+    const bool usual = in_float32 && s.nesterov && !s.forgets;
     if (!usual) return ANY;
-    if (s.state == S3_FLOAT32) return FLOAT32_STATES;
+    if (s.types[S3_EXP_AVG] == S3_FLOAT32) return FLOAT32_STATES;
     return s.stochastic ? BFLOAT16_STOCHASTIC : BFLOAT16_STATES;
 }
 
@@ -153,15 +152,13 @@ S3_INLINE int64_t move_at_once(const S3Row &row, int64_t at, int64_t end, int64_
         prefetch(row, at, s);
         const Floats g = gradient(row, at, s), a = magnitude(g);
         if (any_above(a, LARGEST)) break;
-        const Average mean = average(load(row.exp_avg, at, s.state), g, s);
-        const Means powers = means<P>(a, load(row.root, at, s.state), s);
+        const States old = load_states(row, at, s);
+        const Average mean = average(old.m, g, s);
+        const Means powers = means<P>(a, old.r, s);
         const Bits random = s.stochastic ? noise(s.seed, first + at) : every(0);
-        store_state(mean.m, row.exp_avg, at, s, random & 0xffffu);
-        store_state(root<P>(powers.q, powers.whole, s), row.root, at, s, random >> 16u);
+        store_states({mean.m, root<P>(powers.q, powers.whole, s)}, row, at, s, random);
         const Floats u = update<P>(mean.n, powers.c, powers.whole, s);
-        const Floats x = moved(load(row.param, at, s.param), u, s);
-        store(x, row.param, at, s.param);
-        if (row.model) store(x, row.model, at, s.model);
+        store_weight(moved(load(row, S3_PARAM, at, s), u, s), row, at, s);
         if (tally) count(*tally, u, g);
     }
     return at;
@@ -175,7 +172,7 @@ template <int P>
 S3_INLINE int64_t move_sound(const S3Row &row, const int64_t at, int64_t end, int64_t first, const S3Settings &s,
                              Tally *tally) {
     if (WIDE && P != 0) return move_at_once<P>(row, at, end, first, s, tally);
-    alignas(64) float n[SPAN], q[SPAN], c[SPAN], whole[SPAN];
+    alignas(64) float m[SPAN], n[SPAN], q[SPAN], c[SPAN], whole[SPAN];
     alignas(64) uint32_t random[SPAN];
     int64_t count = 0;
     const int64_t most = end - at < SPAN ? end - at : SPAN;
@@ -183,26 +180,25 @@ S3_INLINE int64_t move_sound(const S3Row &row, const int64_t at, int64_t end, in
         prefetch(row, at + count, s);
         const Floats g = gradient(row, at + count, s), a = magnitude(g);
         if (any_above(a, LARGEST)) break;
-        const Average mean = average(load(row.exp_avg, at + count, s.state), g, s);
-        const Means powers = means<P>(a, load(row.root, at + count, s.state), s);
+        const States old = load_states(row, at + count, s);
+        const Average mean = average(old.m, g, s);
+        const Means powers = means<P>(a, old.r, s);
+        put(mean.m, m + count);
         put(mean.n, n + count);
         put(powers.q, q + count);
         put(powers.c, c + count);
         put(powers.whole, whole + count);
-        const Bits z = s.stochastic ? noise(s.seed, first + at + count) : every(0);
-        if (s.stochastic) put(z >> 16u, random + count);
-        store_state(mean.m, row.exp_avg, at + count, s, z & 0xffffu);
+        if (s.stochastic) put(noise(s.seed, first + at + count), random + count);
     }
     for (int64_t i = 0; i < count; i += WIDTH) {
         const Floats r = root<P>(fetch<FloatRegister>(q + i), fetch<FloatRegister>(whole + i), s);
-        store_state(r, row.root, at + i, s, s.stochastic ? fetch<BitRegister>(random + i) : every(0));
+        const Bits z = s.stochastic ? fetch<BitRegister>(random + i) : every(0);
+        store_states({fetch<FloatRegister>(m + i), r}, row, at + i, s, z);
     }
     for (int64_t i = 0; i < count; i += WIDTH) {
         const Floats u = update<P>(fetch<FloatRegister>(n + i), fetch<FloatRegister>(c + i),
                                    fetch<FloatRegister>(whole + i), s);
-        const Floats x = moved(load(row.param, at + i, s.param), u, s);
-        store(x, row.param, at + i, s.param);
-        if (row.model) store(x, row.model, at + i, s.model);
+        store_weight(moved(load(row, S3_PARAM, at + i, s), u, s), row, at + i, s);
         if (tally) S3_LOOP::count(*tally, u, gradient(row, at + i, s));
     }
     return at + count;
@@ -215,8 +211,8 @@ static void run(const S3Row &its_row, int64_t begin, int64_t end, int64_t first,
     const S3Row row = its_row;
     S3Settings s = settings;
     if (KIND != ANY) {
-        s.param = s.grad = S3_FLOAT32;
-        s.state = KIND == FLOAT32_STATES ? S3_FLOAT32 : S3_BFLOAT16;
+        s.types[S3_PARAM] = s.types[S3_GRAD] = S3_FLOAT32;
+        s.types[S3_EXP_AVG] = s.types[S3_ROOT] = KIND == FLOAT32_STATES ? S3_FLOAT32 : S3_BFLOAT16;
         s.stochastic = KIND == BFLOAT16_STOCHASTIC;
         s.nesterov = 1;
         s.forgets = 0;
@@ -241,17 +237,19 @@ static void run(const S3Row &its_row, int64_t begin, int64_t end, int64_t first,
     }
     if (at < end) {
         // The rest goes through the same arithmetic, in a copy padded with zeros, so that a result depends on nothing
-        // but its own element.
-        uint8_t copy[5][WIDTH * 4] = {};
-        void *const whole[5] = {row.param, (void *)row.grad, row.exp_avg, row.root, row.model};
-        const int64_t bytes[5] = {bytes_of(s.param), bytes_of(s.grad), bytes_of(s.state), bytes_of(s.state),
-                                  bytes_of(s.model)};
-        for (int i = 0; i < 5; ++i)
-            if (whole[i]) memcpy(copy[i], (uint8_t *)whole[i] + at * bytes[i], (end - at) * bytes[i]);
-        const S3Row rest = {copy[0], copy[1], copy[2], copy[3], row.model ? copy[4] : nullptr, WIDTH};
+        // but its own element. Not of the copies: an index that is no constant would put those into memory.
+        uint8_t copy[S3_KINDS][WIDTH * 4] = {};
+        S3Row rest = {{}, WIDTH};
+        const auto place = [&](int kind) { return (uint8_t *)its_row.at[kind] + at * bytes_of(settings.types[kind]); };
+        const auto length = [&](int kind) { return (end - at) * bytes_of(settings.types[kind]); };
+        for (int kind = 0; kind < S3_KINDS; ++kind) {
+            if (!its_row.at[kind]) continue;
+            rest.at[kind] = copy[kind];
+            memcpy(copy[kind], place(kind), length(kind));
+        }
         move_any<P>(rest, 0, first + at, settings, out ? &tally : nullptr);
-        for (int i = 0; i < 5; ++i)
-            if (whole[i] && i != 1) memcpy((uint8_t *)whole[i] + at * bytes[i], copy[i], (end - at) * bytes[i]);
+        for (int kind = 0; kind < S3_KINDS; ++kind)
+            if (its_row.at[kind] && kind != S3_GRAD) memcpy(place(kind), copy[kind], length(kind));
         if (out) tally.empty_into(*out);
     }
     if (out) out->elements += end - begin;

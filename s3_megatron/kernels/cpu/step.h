@@ -6,27 +6,30 @@
 
 // How an element is stored; the numbers are those of library.py's table.
 enum S3Type : int32_t { S3_FLOAT32 = 0, S3_BFLOAT16 = 1, S3_FLOAT16 = 2 };
+constexpr int S3_TYPES = 3;
 
-// One tensor of each kind, all of `numel` contiguous elements; `model`, a low-precision copy of the weights to write,
+// What a step takes of each parameter, in the order of kernels/call.py's ROLES; all but gradients are written.
+enum S3Kind { S3_PARAM, S3_GRAD, S3_EXP_AVG, S3_ROOT, S3_MODEL };
+constexpr int S3_KINDS = 5;
+
+// One tensor of each kind, all of `numel` contiguous elements; the model's, a low-precision copy of the weights to write,
 // may be null.
 struct S3Row {
-    void *param;
-    const void *grad;
-    void *exp_avg, *root, *model;
+    void *at[S3_KINDS];
     int64_t numel;
 };
 
 struct S3Settings {
     float lr, weight_decay;
-    float scale;              // of the gradient; negative to maximize
+    float factor;             // of the gradient; negative to maximize
     float beta1, one_minus_beta1, beta2, one_minus_beta2;
     float p;
     float bound;              // of |update|: 1, or infinity where the betas differ
-    int32_t form;             // 1, 2 or 3 for these exponents, 4 for 1.5, 0 for any other
+    int32_t form;             // kernels/call.py's: 1, 2 or 3 for these exponents, 15 for 1.5, 0 for any other
     int32_t nesterov;
     int32_t forgets;          // beta2 is 0: r plays no part
     int32_t stochastic;       // round the states stochastically (bfloat16 only)
-    S3Type param, grad, state, model;
+    S3Type types[S3_KINDS];
     uint32_t seed[2];         // the two keys of this step's noise
 };
 

@@ -1,7 +1,7 @@
 """What the compiled kernel reads, writes and holds in registers, from its assembly: no GPU is needed.
 
 Bytes are those of the instructions of one block over its elements. The few uniform loads of a program (its table
-entries, lr, scale, found_inf) are not counted: 64 bytes to 1,024 elements.
+entries, lr, factor, found_inf) are not counted: 64 bytes to 1,024 elements.
 """
 
 import re
@@ -13,8 +13,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from s3_megatron.kernels.call import ROLES, Kind, form
 from s3_megatron.kernels.triton import kernel, sass
-from s3_megatron.kernels.triton.launch import form, options
+from s3_megatron.kernels.triton.launch import options
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -27,10 +28,10 @@ _POINTERS = {
     "work": "*i64",
     "rows": "*i64",
     "lr_pointer": "*fp32",
-    "scale": "*fp32",
+    "factor": "*fp32",
     "found_inf": "*fp32",
     "statistics": "*fp64",
-    "rounding_seed": "*i64",
+    "seed": "*i64",
 }
 
 
@@ -45,14 +46,16 @@ class Layout:
     p: float = 3.0
     nesterov: bool = True
     aligned: bool = True
-    inputs: tuple[str, ...] = ("scale", "found_inf")
+    inputs: tuple[str, ...] = ("factor", "found_inf")
 
     @property
     def least(self) -> tuple[int, int]:
-        """Bytes an element that any implementation loads (x, g, m, r) and stores (x, m, r and the model's x)."""
-        param, grad, state = (_ITEM_SIZES[name] for name in (self.param, self.grad, self.state))
-        model = _ITEM_SIZES[self.model] if self.model else 0
-        return param + grad + 2 * state, param + 2 * state + model
+        """Bytes an element that any implementation loads and stores."""
+        dtypes: dict[Kind, str | None] = {"weight": self.param, "gradient": self.grad, "m": self.state, "r": self.state}
+        dtypes["model weight"] = self.model
+        sizes = {kind: _ITEM_SIZES[dtype] for kind, dtype in dtypes.items() if dtype}
+        loaded = sum(size for kind, size in sizes.items() if ROLES[kind] != "out")
+        return loaded, sum(size for kind, size in sizes.items() if ROLES[kind] != "in")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,7 @@ def _ptx_accesses(assembly: str) -> Iterable[tuple[str, int]]:
     pattern = r"\b(ld|st)\.(?:volatile\.)?(?:global|local)[\w:.]*?(?:\.v(\d))?\.[bfus](\d+)\s(.*)"
     for kind, vector, bits, operands in re.findall(pattern, assembly):
         address = re.search(r"\[\s*(%rd\d+)", operands)
-        # Uniform: 64-bit scalars are table entries and the seed, a bare argument is lr, scale or found_inf.
+        # Uniform: 64-bit scalars are table entries and the seed, a bare argument is lr, factor or found_inf.
         if kind == "ld" and ((bits == "64" and not vector) or (address and address[1] in arguments)):
             continue
         yield ("load" if kind == "ld" else "store"), int(vector or 1) * int(bits) // 8

@@ -7,13 +7,14 @@ another), Nesterov, dtypes, alignment and which optional pointers are given.
 import triton
 import triton.language as tl
 
-from s3_megatron.kernels.triton.roots import next_root_and_reach
+from s3_megatron.kernels.call import ROLES
+from s3_megatron.kernels.triton.roots import next_root_and_inverse
 from s3_megatron.watch import statistics as order
 
 # Where each of the sums is.
 SUM, LARGEST, SATURATED, AGREEING, ELEMENTS = (tl.constexpr(order.FIELDS.index(name)) for name in order.FIELDS)
-# Columns of the row table, int64: five addresses and the number of elements.
-COLUMNS = tl.constexpr(6)
+# Columns of the row table, int64: an address for each kind of tensor, and the number of elements.
+COLUMNS = tl.constexpr(len(ROLES) + 1)
 # Eight elements a thread: one 128-bit access for 2-byte types, two for float32, so some 100 bytes a thread are under
 # way at once where the loads stay together: ptxas, left alone, moves all but two of eight behind arithmetic, to save
 # registers (sass.py, and tests/kernels/triton/test_compiled.py). No autotune: nothing but memory binds here, and a
@@ -35,22 +36,22 @@ RUN_TIME = [
     "inverse_p",
     "bound",
     "weight_decay",
-    "scale",
+    "factor",
     "found_inf",
     "statistics",
-    "rounding_seed",
+    "seed",
 ]
 
 
 @triton.jit
-def load_state(exp_avg, exp_avg_root, mask, TOGETHER: tl.constexpr):
-    """Read m and r as float32: with ``store_state`` the only place that knows the state's format."""
+def load_states(exp_avg, exp_avg_root, mask, TOGETHER: tl.constexpr):
+    """Read m and r as float32: with ``store_states`` the only place that knows the state's format."""
     m = tl.load(exp_avg, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
     return m, tl.load(exp_avg_root, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
 
 
 @triton.jit
-def store_state(exp_avg, exp_avg_root, m, r, mask, noise):
+def store_states(exp_avg, exp_avg_root, m, r, mask, noise):
     """Write m and r, to nearest even, or where ``noise`` is given stochastically with 16 of its bits each."""
     if noise is None:
         low_m = m.to(exp_avg.dtype.element_ty)
@@ -115,7 +116,7 @@ def _accumulate(statistics, u, g, count):
 @triton.jit(do_not_specialize=RUN_TIME)
 def s3_step(
     work,  # int64 a program: row + 2^32 * block of the row
-    rows,  # int64 [rows, COLUMNS]: addresses of weight, gradient, m, r, model weight; elements
+    rows,  # int64 [rows, COLUMNS]: addresses in the order of ROLES; elements
     lr,
     lr_pointer,  # None: lr is a number
     sign,  # -1 to maximize
@@ -127,10 +128,10 @@ def s3_step(
     inverse_p,
     bound,  # of |u|: 1, or inf where the betas differ
     weight_decay,
-    scale,
+    factor,
     found_inf,
     statistics,
-    rounding_seed,
+    seed,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     STATE: tl.constexpr,
@@ -163,10 +164,10 @@ def s3_step(
     r_at = _pointers(tl.load(entry + 3), start, lane, STATE, ALIGNED)
     x = tl.load(x_at, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
     g = tl.load(g_at, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
-    m, r = load_state(m_at, r_at, mask, TOGETHER)
+    m, r = load_states(m_at, r_at, mask, TOGETHER)
 
-    if scale is not None:
-        sign *= tl.load(scale)
+    if factor is not None:
+        sign *= tl.load(factor)
     if lr_pointer is not None:
         lr = tl.load(lr_pointer).to(tl.float32)
     g *= sign
@@ -178,9 +179,9 @@ def s3_step(
     n = m1
     if NESTEROV:
         n = beta1 * m1 + ga
-    r1, reach = next_root_and_reach(r, a, beta2, one_minus_beta2, p, inverse_p, FORM, NESTEROV)
+    r1, inverse_b = next_root_and_inverse(r, a, beta2, one_minus_beta2, p, inverse_p, FORM, NESTEROV)
     # b is zero or subnormal: m and r stop fading at a few units of the smallest denormal.
-    u = tl.where(reach > 8.507059173023462e37, 0.0, n * reach)
+    u = tl.where(inverse_b > 8.507059173023462e37, 0.0, n * inverse_b)
     u = tl.minimum(tl.maximum(u, -bound), bound)
     x1 = x - lr * (u + weight_decay * x)
 
@@ -190,9 +191,9 @@ def s3_step(
     r1 = tl.where(ok, r1, r)
     tl.store(x_at, x1.to(PARAM), mask=mask)
     noise = None
-    if rounding_seed is not None and STATE == tl.bfloat16:
-        noise = _noise(tl.load(rounding_seed), row, chunk, lane)
-    store_state(m_at, r_at, m1, r1, mask, noise)
+    if seed is not None and STATE == tl.bfloat16:
+        noise = _noise(tl.load(seed), row, chunk, lane)
+    store_states(m_at, r_at, m1, r1, mask, noise)
     if MODEL is not None:
         model_at = _pointers(tl.load(entry + 4), start, lane, MODEL, ALIGNED)
         tl.store(model_at, x1.to(MODEL), mask=mask)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
-from s3_megatron.kernels import scalars
-from s3_megatron.kernels.examine import Columns
+from s3_megatron.kernels.call import Columns, Rule, Step, check_numbers, form
 from s3_megatron.kernels.metadata import Memory
 from s3_megatron.kernels.rows import lay_out
 from s3_megatron.kernels.triton import kernel
@@ -19,31 +19,23 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 _tables = Tables(kernel.BLOCK, kernel.COLUMNS.value)
 
 
-def step_(columns: Columns, hyperparameters: dict[str, Any], memory: Memory | None = None) -> None:
-    """Launch the kernel on rows of weight, gradient, m, r and, if there is a fifth column, model weight.
-
-    ``hyperparameters`` are the kernel's arguments by name, ``memory`` is ``rows.read``'s. All but the gradients are
-    modified in place.
-    """
-    if not columns[0]:
+def s3_step_(columns: Columns, rule: Rule, step: Step, memory: Memory | None = None) -> None:
+    """Launch the kernel once or twice; see ``kernels.triton``."""
+    if not columns:
         return
-    numbers = {"lr": hyperparameters["lr_pointer"]}
-    numbers |= {name: hyperparameters[name] for name in ("scale", "found_inf", "rounding_seed")}
-    scalars.check(columns[0][0], hyperparameters["statistics"], **numbers)
+    check_numbers(columns["weight"][0], rule, step)
     laid = lay_out(columns, DTYPES, memory)
-    param, grad, state, _, *model = (DTYPES[column[0].dtype] for column in columns)
-    device = columns[0][0].device
+    param, grad, state, _, *model = (DTYPES[dtype] for dtype in columns.dtypes())
+    arguments = _arguments(rule, step) | {"PARAM": param, "GRAD": grad, "STATE": state}
+    device = columns["weight"][0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         # Here, where the current stream is that of the tensors' device: it is asked whether it captures.
-        table = _tables.find([column[0] for column in laid.straight], laid.addresses, laid.sizes)
+        table = _tables.find([column[0] for column in laid.straight.lists.values()], laid.addresses, laid.sizes)
         for launch in table.launches:
             kernel.s3_step[(launch.work.numel(),)](
                 launch.work,
                 table.rows,
-                **hyperparameters,
-                PARAM=param,
-                GRAD=grad,
-                STATE=state,
+                **arguments,
                 MODEL=model[0] if model else None,
                 ALIGNED=launch.aligned,
                 # LLVM has AMD's GPUs wait for every volatile load.
@@ -54,9 +46,28 @@ def step_(columns: Columns, hyperparameters: dict[str, Any], memory: Memory | No
     laid.put_back()
 
 
-def form(p: float) -> int:
-    """The kernel's FORM: p by one of its own formulas, or 0."""
-    return {1: 1, 1.5: 15, 2: 2, 3: 3}.get(p, 0)
+def _arguments(rule: Rule, step: Step) -> dict[str, Any]:
+    """Name the kernel's arguments that no tensor of the columns decides."""
+    pointer = rule.lr if isinstance(rule.lr, Tensor) and rule.lr.device.type != "cpu" else None
+    return {
+        "lr": float(rule.lr) if pointer is None else 0.0,
+        "lr_pointer": pointer,
+        "sign": -1.0 if rule.maximize else 1.0,
+        "beta1": float(rule.beta1),
+        "one_minus_beta1": 1.0 - rule.beta1,
+        "beta2": float(rule.beta2),
+        "one_minus_beta2": 1.0 - rule.beta2,
+        "p": float(rule.p),
+        "inverse_p": 1.0 / rule.p,
+        "bound": rule.bound,
+        "weight_decay": float(rule.weight_decay),
+        "factor": step.factor,
+        "found_inf": step.found_inf,
+        "statistics": step.statistics,
+        "seed": step.seed,
+        "FORM": form(rule.p),
+        "NESTEROV": rule.nesterov,
+    }
 
 
 def options(warp_size: int) -> dict[str, Any]:

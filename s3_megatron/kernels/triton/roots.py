@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def next_root_and_reach(r, a, beta2, one_minus_beta2, p, inverse_p, FORM: tl.constexpr, NESTEROV: tl.constexpr):
+def next_root_and_inverse(r, a, beta2, one_minus_beta2, p, inverse_p, FORM: tl.constexpr, NESTEROV: tl.constexpr):
     """Return the new r and 1/b; where b is zero or subnormal 1/b exceeds 2^126 (or is 0: general p, b = 0).
 
     Both powers are taken of numbers divided by a power of two near ``max(r, a)`` (by the maximum itself for a general

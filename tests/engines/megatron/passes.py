@@ -84,7 +84,7 @@ def in_step(merged: Run, apart: Run, *, steps: int = TWENTY, broken: dict[int, f
             if broken and step in broken and dist.get_rank() == 0:
                 grads["linear.weight"][3, 4] = broken[step]
             results.append((run.step(grads), run.grad_norm, run.optimizer.get_loss_scale().item()))
-            assert all(part.optimizer.grad_factor is None for part in run.optimizer.chained_optimizers)
+            assert all(part.optimizer.next_step is None for part in run.optimizer.chained_optimizers)
         (took, norm, scale), (took_apart, norm_apart, scale_apart) = results
         assert (took, scale, norm is None) == (took_apart, scale_apart, norm_apart is None), f"step {step}: {results}"
         if norm is not None:

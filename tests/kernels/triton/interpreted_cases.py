@@ -4,7 +4,8 @@ is chosen when Triton is imported."""
 import pytest
 import torch
 
-from s3_megatron.kernels.triton import kernel, launch, s3_step_, trial, unavailable
+from s3_megatron.kernels.triton import kernel, launch, trial, unavailable
+from tests.kernels.by_keyword import triton
 from tests.kernels.triton.conversions import exact_conversions  # noqa: F401  (of every test here)
 from tests.kernels.triton.triton_oracle import EDGES, Problem, check, expected
 
@@ -47,7 +48,7 @@ def test_the_doctors_launch(monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("Triton Error [CUDA]: device kernel image is invalid\nand more")
 
-    monkeypatch.setattr(launch, "step_", fails)
+    monkeypatch.setattr(launch, "s3_step_", fails)
     wanted = "a launch fails: RuntimeError: Triton Error [CUDA]: device kernel image is invalid"
     assert trial.fault("cpu") == wanted
 
@@ -103,12 +104,12 @@ def test_found_inf_is_a_no_op_of_every_store():
 def test_lr_is_read_from_a_pointer(dtype, monkeypatch):
     """On a GPU lr is a pointer; on the CPU only the launch itself can be given one."""
     before = Problem.of((15, 200), lr=torch.tensor(0.25, dtype=dtype), **_types(DTYPES[0]))
-    launched = launch.step_
+    arguments = launch._arguments
 
-    def by_pointer(columns, hyperparameters, memory):
-        launched(columns, hyperparameters | {"lr": -1.0, "lr_pointer": before.settings["lr"]}, memory)
+    def by_pointer(rule, step):
+        return arguments(rule, step) | {"lr": -1.0, "lr_pointer": rule.lr}
 
-    monkeypatch.setattr(launch, "step_", by_pointer)
+    monkeypatch.setattr(launch, "_arguments", by_pointer)
     check(before, before.step())
 
 
@@ -132,7 +133,7 @@ def test_the_update_never_exceeds_one():
     grads = [torch.rand(2048, generator=torch.Generator().manual_seed(1)) + 0.5]
     for p in (1, 1.5, 2, 3):
         x = [torch.zeros(2048)]
-        s3_step_(
+        triton.s3_step_(
             x,
             grads,
             [g.clone() for g in grads],
@@ -217,7 +218,7 @@ def _columns(problem):
 
 def _arguments():
     """The kernel's arguments for Problem's defaults, written out once more."""
-    none = dict.fromkeys(["lr_pointer", "scale", "found_inf", "statistics", "rounding_seed", "MODEL"])
+    none = dict.fromkeys(["lr_pointer", "factor", "found_inf", "statistics", "seed", "MODEL"])
     numbers = {"sign": 1.0, "lr": 0.125, "beta1": 0.95, "beta2": 0.95, "p": 3.0}
     numbers |= {"one_minus_beta1": 0.05, "one_minus_beta2": 0.05}
     numbers |= {"inverse_p": 1 / 3, "bound": 1.0, "weight_decay": 0.25}
@@ -234,12 +235,12 @@ def test_thousands_of_tensors_need_two_launches(monkeypatch):
     problem = Problem.of([1 + i % 5 for i in range(40)], **_types(DTYPES[0]))
     hyper = problem.settings
     for _ in range(2):
-        s3_step_(problem.params, problem.grads, problem.exp_avgs, problem.exp_avg_roots, **hyper)
+        triton.s3_step_(problem.params, problem.grads, problem.exp_avgs, problem.exp_avg_roots, **hyper)
     assert tables[0] is tables[1]
     assert len(tables[0].launches) == 1  # all too short for vectors
 
 
 def test_nothing_to_do():
-    s3_step_([], [], [], [], **Problem.of((), **_types(DTYPES[0])).settings)
+    triton.s3_step_([], [], [], [], **Problem.of((), **_types(DTYPES[0])).settings)
     empty = Problem.of((0, 0), **_types(DTYPES[0]))
     check(empty, empty.step())

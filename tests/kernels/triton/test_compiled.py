@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from s3_megatron.kernels.triton import kernel, sass
 from s3_megatron.kernels.triton.audit import TARGETS, Layout, accesses, audit, compiled, resources
 
-EVERY_INPUT = ("lr_pointer", "scale", "found_inf", "statistics", "rounding_seed")
+EVERY_INPUT = ("lr_pointer", "factor", "found_inf", "statistics", "seed")
 LAYOUTS = [
     Layout(),
     Layout(grad="bfloat16", state="bfloat16", model="bfloat16"),

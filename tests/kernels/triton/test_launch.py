@@ -11,8 +11,9 @@ pytest.importorskip("triton")
 from triton.runtime import driver
 
 from s3_megatron.errors import S3Error
-from s3_megatron.kernels.triton import kernel, launch, s3_step_
+from s3_megatron.kernels.triton import kernel, launch
 from s3_megatron.kernels.triton.audit import TARGETS, Layout, compiled
+from tests.kernels.by_keyword import columns_of, triton
 
 BF16 = torch.bfloat16
 
@@ -54,7 +55,7 @@ def compiling(monkeypatch, tmp_path):
 def _step(*, sizes=(17, 40, 2000), dtype=BF16, **settings):
     columns = [[torch.zeros(size, dtype=kind) for size in sizes] for kind in (torch.float32, dtype, dtype, dtype)]
     defaults = {"lr": torch.tensor(0.1), "beta1": 0.95, "beta2": 0.95, "p": 3, "weight_decay": 0.1, "nesterov": True}
-    s3_step_(*columns, **defaults | settings)
+    triton.s3_step_(*columns, **defaults | settings)
 
 
 def _pointers(offset):
@@ -104,11 +105,10 @@ def test_the_stream_of_the_tensors_device_is_queried_for_a_capture(monkeypatch):
         raise S3Error("enough")
 
     columns = [[SimpleNamespace(device=device, dtype=torch.float32)] for _ in range(4)]
-    laid = SimpleNamespace(straight=columns, addresses=None, sizes=None)
+    laid = SimpleNamespace(straight=columns_of(*columns), addresses=None, sizes=None)
     monkeypatch.setattr(torch.cuda, "device", entering)
     monkeypatch.setattr(launch, "lay_out", lambda *_: laid)
     monkeypatch.setattr(launch, "_tables", SimpleNamespace(find=find))
-    settings = dict.fromkeys(("lr_pointer", "scale", "found_inf", "rounding_seed", "statistics"))
     with pytest.raises(S3Error, match="enough"):
-        launch.step_(columns, settings)
+        triton.s3_step_(*columns, lr=0.1, beta1=0.95, beta2=0.95, p=3, weight_decay=0.1, nesterov=True)
     assert queried == [[device]]

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s3_megatron.kernels.triton import s3_step_
 from s3_megatron.optim.reference import s3_reference_step
+from tests.kernels.by_keyword import triton
 
 TINY = 2.0**-126
 # Gradients at the edges, each with the (m, r) before it: see Problem.of.
@@ -64,7 +64,7 @@ class Problem:
     def step(self) -> "Problem":
         """Run the kernel on copies; the settings' tensors are shared and change."""
         after = self.clone()
-        s3_step_(
+        triton.s3_step_(
             after.params,
             after.grads,
             after.exp_avgs,
