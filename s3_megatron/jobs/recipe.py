@@ -183,9 +183,11 @@ class AdamW(Section):
         return self.weight_decay
 
 
-_OWN = [section(spec) for spec in registry.specs()]
+# One of matrices is no recipe's yet: what moves the rest has settings of its own.
+_SPECS = [spec for spec in registry.specs() if not spec.beside]
+_OWN = [section(spec) for spec in _SPECS]
 # What a union's member is called in a file.
-OPTIMIZERS = (*(spec.name for spec in registry.specs()), "adamw")
+OPTIMIZERS = (*(spec.name for spec in _SPECS), "adamw")
 if TYPE_CHECKING:
     type Optimizer = OwnOptimizer | AdamW
 else:

@@ -83,10 +83,11 @@ class EngineOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 state, format = self.state_of(param), self._format(param)
-                stored = [state[name] for name in self.spec.state_names]
+                names = self.spec_of(param).state_names
+                stored = [state[name] for name in names]
                 # Columns of a format beyond the optimizer's states are not there.
                 if any(x.dtype != dtype for x, dtype in zip(stored, format.columns.values(), strict=False)):
-                    state.update(zip(self.spec.state_names, format.from_full(stored), strict=True))
+                    state.update(zip(names, format.from_full(stored), strict=True))
 
     def state_of(self, param: Tensor) -> dict[str, Tensor]:
         """Give a parameter's state, allocated where it is missing.
@@ -95,12 +96,16 @@ class EngineOptimizer(torch.optim.Optimizer):
             S3Error: it is another optimizer's.
         """
         state: dict[str, Tensor] = self.state[param]
-        check_entry(state, param.shape, self.spec)
-        format = self._format(param)
-        for name, kind in zip(self.spec.state_names, format.columns, strict=False):
+        spec, format = self.spec_of(param), self._format(param)
+        check_entry(state, param.shape, spec)
+        for name, kind in zip(spec.state_names, format.columns, strict=False):
             if name not in state:
                 state[name] = format.allocate(kind, param)
         return state
+
+    def spec_of(self, param: Tensor) -> Spec:
+        """Give the Spec of a parameter's state: an optimizer that has another one in it has that one's for some."""
+        return self.spec
 
     @property
     def format(self) -> str:
@@ -113,9 +118,8 @@ class EngineOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return param groups and state, which is such that every format of states loads it."""
         found: dict[str, Any] = super().state_dict()
-        names = self.spec.state_names
         for index, param in _by_index(found, self.param_groups):
-            entry = found["state"].get(index, {})
+            entry, names = found["state"].get(index, {}), self.spec_of(param).state_names
             if entry.keys() >= {*names}:
                 stored = [entry[name] for name in names]
                 full = self._format(param).to_full(stored)
@@ -169,7 +173,7 @@ class EngineOptimizer(torch.optim.Optimizer):
             self.check_group(group)
         for param, entry in entries.items():
             if isinstance(param, Tensor):
-                check_entry(entry, param.shape, self.spec, marked=True)
+                check_entry(entry, param.shape, self.spec_of(param), marked=True)
                 if isinstance(entry.get("step"), Tensor):
                     del entry["step"]  # of an Adam whose state was converted, or of Megatron's own making
         if "_uncast" in self.__dict__:
@@ -178,9 +182,8 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     def _restore_dtypes(self, groups: list[dict[str, Any]], entries: dict[Any, dict[str, Any]]) -> None:
         """Replace states that torch has cast to their parameter's dtype by what was saved, in this optimizer's."""
-        names = self.spec.state_names
         for index, param in _by_index(self._uncast, groups):
-            source = self._uncast["state"].get(index, {})
+            source, names = self._uncast["state"].get(index, {}), self.spec_of(param).state_names
             if source.keys() >= {*names}:
                 stored = self._format(param).from_full([source[name].to(param.device) for name in names])
                 entries[param].update(zip(names, stored, strict=True))

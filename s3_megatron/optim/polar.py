@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
+from s3_megatron.optim.tensor_parallel import Cut
 
 Precision = Literal["medium", "highest"]  # bfloat16 and float32, by torch's names for products of float32 matrices
 
@@ -23,21 +25,21 @@ COARSE = 8.0
 MARGIN = 4.0
 
 
-def library() -> tuple[Callable[..., Tensor], Callable[..., float], Any, Any]:
-    """Return newton_schulz, get_muon_scale_factor, MuonScaleT and NSCoeffT of emerging-optimizers.
+def library() -> tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., float]]:
+    """Return newton_schulz, newton_schulz_tp and get_muon_scale_factor of emerging-optimizers.
 
     Raises:
         S3Error: the package is missing, or lacks them.
     """
     try:
-        from emerging_optimizers.orthogonalized_optimizers.muon import MuonScaleT, get_muon_scale_factor
-        from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT, newton_schulz
+        from emerging_optimizers.orthogonalized_optimizers.muon import get_muon_scale_factor
+        from emerging_optimizers.orthogonalized_optimizers.muon_utils import newton_schulz, newton_schulz_tp
     except ImportError as error:
         raise S3Error(
             f"SoftMuon needs emerging-optimizers 0.3 ({error}): pip install 's3-megatron[softmuon]', or "
             "pip install emerging-optimizers==0.3.0"
         ) from error
-    return newton_schulz, get_muon_scale_factor, MuonScaleT, NSCoeffT
+    return newton_schulz, newton_schulz_tp, get_muon_scale_factor
 
 
 def plan(tau: float, norm: float, largest: float) -> tuple[int, Precision]:
@@ -56,7 +58,9 @@ def plan(tau: float, norm: float, largest: float) -> tuple[int, Precision]:
     return steps, "medium" if tau * largest <= COARSE else "highest"
 
 
-def soft_polar(matrix: Tensor, tau: float, steps: int = LONGEST, precision: Precision = "highest") -> Tensor:
+def soft_polar(
+    matrix: Tensor, tau: float, steps: int = LONGEST, precision: Precision = "highest", cut: Cut | None = None
+) -> Tensor:
     """Return M (M^T M + tau^-2 I)^(-1/2): every singular value s becomes tau*s / sqrt(1 + (tau*s)^2).
 
     It is the top block of the polar factor of [M; I/tau], so the iteration that Muon uses computes it, and a matrix
@@ -64,9 +68,11 @@ def soft_polar(matrix: Tensor, tau: float, steps: int = LONGEST, precision: Prec
 
     Args:
         matrix: float32 [rows, cols], or a stack [n, rows, cols]; an entry that is not finite makes every one NaN.
+            With ``cut`` this rank's part of [rows, cols].
         tau: the temperature, > 0; the inverse of the size at which singular values stop counting as large.
         steps: of the iteration, each of three products.
         precision: "highest" computes them in float32, "medium" in bfloat16.
+        cut: the ranks that share the matrix, all of which come here.
 
     Returns:
         A new float32 tensor of the same shape.
@@ -76,50 +82,75 @@ def soft_polar(matrix: Tensor, tau: float, steps: int = LONGEST, precision: Prec
     """
     if not 0 < tau < math.inf:
         raise S3Error(f"tau is {tau}: it must be a finite number > 0; the limit of a large tau is Muon's own step")
-    if matrix.size(-2) < matrix.size(-1):
-        return soft_polar(matrix.mT, tau, steps, precision).mT
+    is_turned = matrix.size(-2) < matrix.size(-1) if cut is None else cut.dim == 1
+    if is_turned:
+        return soft_polar(matrix.mT, tau, steps, precision, cut and replace(cut, dim=0)).mT
     # The map depends on tau*M alone. Entries of 1 at most keep the iteration clear of its eps and of float32's ends.
-    size = matrix.abs().amax((-2, -1), keepdim=True).clamp_min(1 / tau)
+    size = _largest(matrix, cut).clamp_min(1 / tau)
     unit = torch.eye(matrix.size(-1), dtype=matrix.dtype, device=matrix.device) * (1 / tau / size)
+    if cut is not None:  # the rows of a stack may be shared out in any way
+        unit = unit.tensor_split(cut.group.size())[cut.mine]
     stacked = torch.cat([matrix / size, unit.expand(*matrix.shape[:-2], -1, -1)], dim=-2)
-    return polar(stacked, steps, "polar_express", precision)[..., : matrix.size(-2), :]
+    return polar(stacked, steps, "polar_express", precision, cut)[..., : matrix.size(-2), :]
 
 
-def direction(matrix: Tensor, soft: tuple[float, int, Precision] | None, group: dict[str, Any]) -> Tensor:
-    """Return the update of a whole matrix or stack in units of the learning rate: mapped, and scaled.
+def direction(
+    matrix: Tensor,
+    soft: tuple[float, int, Precision] | None,
+    group: dict[str, Any],
+    qkv: Sequence[int] | None,
+    cut: Cut | None = None,
+) -> Tensor:
+    """Return the update of a matrix or stack in units of the learning rate: mapped, and scaled.
 
     Args:
-        matrix: float32 [rows, cols] or [n, rows, cols].
+        matrix: float32 [rows, cols] or [n, rows, cols]; with ``cut`` this rank's part of [rows, cols].
         soft: temperature, steps and precision of ``soft_polar``; None is a hard step.
         group: a param group of SoftMuon's.
+        qkv: as ``pieces`` takes it.
+        cut: the ranks that share the matrix, and map it together.
 
     Returns:
-        The same shape; a matrix with an entry that is not finite is NaN everywhere.
+        The same shape; a matrix with an entry that is not finite, on whichever rank, is NaN everywhere.
     """
-    _, scale_factor, *_ = library()
+    *_, scale_factor = library()
     mapped = []
-    for piece in pieces(matrix, group["qkv_split_shapes"]):
+    for piece in pieces(matrix, qkv):
         if soft is None:
-            update = polar(piece, group["num_ns_steps"], group["coefficient_type"], group["fp32_matmul_prec"])
+            update = polar(piece, group["num_ns_steps"], group["coefficient_type"], group["fp32_matmul_prec"], cut)
         else:
-            update = soft_polar(piece, *soft)
-        scale = scale_factor(piece.size(-2), piece.size(-1), mode=group["scale_mode"])
+            update = soft_polar(piece, *soft, cut)
+        shape = [*piece.shape[-2:]]
+        if cut is not None:
+            shape[cut.dim] *= cut.group.size()
+        scale = scale_factor(*shape, mode=group["scale_mode"])
         mapped.append(update * (scale * group["extra_scale_factor"]))
-    is_finite = matrix.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    return torch.where(is_finite, joined(mapped, group["qkv_split_shapes"]), torch.nan)
+    is_bad = (~matrix.isfinite()).any(-1, keepdim=True).any(-2, keepdim=True)
+    if cut is not None:
+        is_bad = cut.largest(is_bad.float()) > 0
+    return torch.where(is_bad, torch.nan, joined(mapped, qkv))
 
 
-def polar(matrix: Tensor, steps: int, coefficients: str, precision: Precision) -> Tensor:
+def polar(matrix: Tensor, steps: int, coefficients: str, precision: Precision, cut: Cut | None = None) -> Tensor:
     """Return what ``steps`` of the iteration make of a float32 matrix or stack: near its polar factor.
 
-    Whatever precision of products the process has chosen, autocast too, is left out of it and is as before afterwards.
+    With ``cut`` the matrix is this rank's part. Whatever precision of products the process has chosen, autocast too,
+    is left out of it and is as before afterwards.
     """
-    newton_schulz, *_ = library()
+    newton_schulz, newton_schulz_tp, _ = library()
     # It takes norms below 1e-7 for that; a power of 2 changes nothing else.
-    exponent = torch.frexp(matrix.abs().amax((-2, -1), keepdim=True)).exponent.clamp(-125, 125)
+    exponent = torch.frexp(_largest(matrix, cut)).exponent.clamp(-125, 125)
     matrix = torch.ldexp(matrix, -exponent)
     with torch.autocast(matrix.device.type, enabled=False), _products(precision):
-        return newton_schulz(matrix, steps, coefficients)
+        if cut is None:
+            return newton_schulz(matrix, steps, coefficients)
+        return newton_schulz_tp(matrix, steps, coefficients, cut.group, cut.dim, "distributed")
+
+
+def _largest(matrix: Tensor, cut: Cut | None) -> Tensor:
+    """Return the largest entry's size, of each matrix of a stack."""
+    largest = matrix.abs().amax((-2, -1), keepdim=True)
+    return largest if cut is None else cut.largest(largest)
 
 
 def pieces(matrix: Tensor, qkv: Sequence[int] | None) -> list[Tensor]:

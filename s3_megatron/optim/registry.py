@@ -43,6 +43,27 @@ S3 = Spec(
 )
 
 
+def _phases(hard: str) -> tuple[Hyperparameter, ...]:
+    """List what says when a run is soft; ``hard`` is what the optimizer is called in the hard phase."""
+    return (
+        Hyperparameter(
+            *("total_steps", None, "steps of the run; none: Megatron's --train-iters"),
+            kind=int,
+            range=Range(1),
+        ),
+        Hyperparameter(
+            *("soft_start", 0.9, f"share of the run that is hard; at 1 every step is ({hard})"),
+            range=Range(0, 1, includes_high=True),
+            hint="0.9 is usual",
+        ),
+        Hyperparameter("sign_iters", None, "hard steps; in the place of the share", kind=int, range=Range(0)),
+        # Without a range: a run without soft steps has a 0 in its param groups.
+        Hyperparameter(
+            *("transition_iters", None, "soft steps, >= 1; with the hard ones, in the place of the length"), kind=int
+        ),
+    )
+
+
 _TEMPERATURE = (
     Hyperparameter(
         *("eps", 1e-4, "how far the map stays below 1 at each quantile of the momentum"),
@@ -73,27 +94,12 @@ SOFTSIGNUM = Spec(
     hyperparameters=(
         Hyperparameter(*("beta", 0.9, "decay of the average m"), range=_BETA, defines_state=True, hint="0.9 is usual"),
         Hyperparameter("nesterov", False, "look ahead one step", kind=bool, defines_state=True),
-        Hyperparameter(
-            *("total_steps", None, "steps of the run; none: Megatron's --train-iters"),
-            kind=int,
-            range=Range(1),
-        ),
-        Hyperparameter(
-            *("soft_start", 0.9, "share of the run that is hard; at 1 every step is (Signum)"),
-            range=Range(0, 1, includes_high=True),
-            hint="0.9 is usual",
-        ),
-        Hyperparameter("sign_iters", None, "hard steps; in the place of the share", kind=int, range=Range(0)),
-        # Without a range: a run without soft steps has a 0 in its param groups.
-        Hyperparameter(
-            *("transition_iters", None, "soft steps, >= 1; with the hard ones, in the place of the length"), kind=int
-        ),
+        *_phases("Signum"),
         *_TEMPERATURE,
     ),
     complete=_with_length,
 )
 
-# In no engine yet: it needs whole matrices.
 SOFTMUON = Spec(
     name="softmuon",
     optimizer="s3_megatron.optim.softmuon:SoftMuon",
@@ -103,11 +109,48 @@ SOFTMUON = Spec(
         Hyperparameter(
             *("beta", 0.95, "decay of the average m"), range=_BETA, defines_state=True, hint="0.95 is usual"
         ),
+        Hyperparameter("nesterov", True, "look ahead one step", kind=bool, defines_state=True),
+        *_phases("Muon"),
         *_TEMPERATURE,
+        Hyperparameter(
+            *("scale_mode", "spectral", "what an update is multiplied by, as Megatron's Muon has it"),
+            kind=str,
+            choices=("spectral", "unit_rms_norm", "shape_scaling"),
+        ),
+        Hyperparameter(
+            *("extra_scale_factor", 0.2, "and this; 0.2 with spectral makes updates as long as AdamW's"),
+            range=Range(0, includes_low=False),
+        ),
+        Hyperparameter(
+            *("coefficient_type", "quintic", "the hard step's polynomials"),
+            kind=str,
+            choices=("simple", "quintic", "polar_express", "cans", "aol", "deepseekv4"),
+        ),
+        Hyperparameter("num_ns_steps", 5, "and how many of them", kind=int, range=Range(1), hint="5 is Muon's"),
+        Hyperparameter(
+            *("fp32_matmul_prec", "medium", "products in bfloat16 where that is close enough, or in float32"),
+            kind=str,
+            choices=("medium", "highest"),
+        ),
+    ),
+    complete=_with_length,
+    beside=(S3, SOFTSIGNUM),
+    engine=(
+        Hyperparameter(
+            *("scalar_optimizer", "s3", "what moves embeddings, the output layer, norms and biases"),
+            kind=str,
+            choices=("s3", "adam", "softsignum"),
+        ),
+        Hyperparameter(
+            *("tp_mode", "duplicated", "how a matrix that tensor-parallel ranks share is mapped"),
+            kind=str,
+            choices=("duplicated", "distributed", "blockwise"),
+        ),
+        Hyperparameter("split_qkv", True, "map Q, K and V of a fused weight apart", kind=bool),
     ),
 )
 
-_specs = {spec.name: spec for spec in (S3, SOFTSIGNUM)}
+_specs = {spec.name: spec for spec in (S3, SOFTSIGNUM, SOFTMUON)}
 
 
 def specs() -> tuple[Spec, ...]:

@@ -1,9 +1,10 @@
 """SoftMuon as a ``torch.optim.Optimizer``."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from numbers import Integral
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from s3_megatron.optim.relaxed import OF_THE_RUN, RelaxedOptimizer
 from s3_megatron.optim.settings import names_what_it_takes
 from s3_megatron.optim.spec import Spec
 from s3_megatron.optim.state import EXP_AVG
+from s3_megatron.optim.tensor_parallel import Cut
 from s3_megatron.optim.whole_matrices import Matrices, batches
 
 
@@ -69,6 +71,10 @@ class SoftMuon(RelaxedOptimizer):
     takes_whole_matrices = True
     # The model's largest Frobenius norm and singular value, where the soft phase began.
     of_the_run = (*OF_THE_RUN, "soft_norm", "soft_largest")
+
+    # For engines whose tensors do not show it: which ranks share a weight's matrix, and the rows of its Q, K and V.
+    cut_of: Callable[[Tensor], Cut | None] | None = None
+    qkv_of: Callable[[Tensor], Sequence[int] | None] | None = None
 
     @names_what_it_takes
     def __init__(
@@ -124,17 +130,7 @@ class SoftMuon(RelaxedOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise S3Error for a hyperparameter out of range."""
         super().check_group(group)
-        _, _, scale_modes, coefficients = library()
-        allowed = {
-            "scale_mode": get_args(scale_modes),
-            "coefficient_type": [name for name in get_args(coefficients) if name != "custom"],
-            "fp32_matmul_prec": get_args(Precision),
-        }
-        for name, values in allowed.items():
-            if group[name] not in values:
-                raise S3Error(f"{name} is {group[name]!r}: it must be one of {', '.join(values)}")
-        if not 0 < group["extra_scale_factor"] < math.inf:
-            raise S3Error(f"extra_scale_factor is {group['extra_scale_factor']}: it must be a finite number > 0")
+        library()  # or say that it is missing
         if not _is_count(group["num_ns_steps"]):
             raise S3Error(f"num_ns_steps is {group['num_ns_steps']}: it must be a whole number >= 1; 5 is Muon's")
         qkv = group["qkv_split_shapes"]
@@ -187,14 +183,22 @@ class SoftMuon(RelaxedOptimizer):
             rows.append((x, m, new))
             ahead = new.lerp(-grad if group["maximize"] else grad, 1 - beta) if group["nesterov"] else new
             parts.append(ahead.float())
-        matrices = Matrices(params, parts)
-        updates = matrices.back([direction(whole, soft, group) for whole in matrices.mine])
+        qkv, cut = self._qkv(params[0], group), self._cut(params[0])
+        matrices = Matrices(params, parts, cut)
+        together = None if cut is None or cut.is_gathered else cut
+        updates = matrices.back([direction(mine, soft, group, qkv, together) for mine in matrices.mine])
         for (x, m, new), update in zip(rows, updates, strict=True):
             # A matrix that could not be mapped is NaN everywhere, on every rank that has a part of it.
             keep, before = update.isnan(), x.to(m.dtype)
             moved = before * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update.to(m.dtype)
             x.copy_(torch.where(keep, before, moved))
             m.copy_(torch.where(keep, m, new))
+
+    def _qkv(self, param: Tensor, group: dict[str, Any]) -> Sequence[int] | None:
+        return group["qkv_split_shapes"] if self.qkv_of is None else self.qkv_of(param)
+
+    def _cut(self, param: Tensor) -> Cut | None:
+        return None if self.cut_of is None else self.cut_of(param)
 
     def _plan(self, group: dict[str, Any], tau: float) -> tuple[int, Precision]:
         steps, precision = plan(tau, group["soft_norm"], group["soft_largest"])
@@ -203,26 +207,17 @@ class SoftMuon(RelaxedOptimizer):
     def measure(self) -> tuple[float, float]:
         """Return median and median absolute deviation of the singular values of m over the model; keep the largest."""
         ranks = self.ranks
-        all_params = [param for group in self.param_groups for param in group["params"]]
-        has_dtensors = any(isinstance(param, DTensor) for param in all_params)
-        device = all_params[0].device if all_params else _device()
         # Norm, singular value, and whether an entry is not finite.
-        counted, sizes = [], torch.zeros(3, device=device)
-        for group in self.param_groups:
-            # A weight that got no gradient yet has an m of 0, whether or not an engine has allocated it.
-            for batch in batches([p for p in group["params"] if p.requires_grad or self.state.get(p)]):
-                ms = [self.state_of(param)[EXP_AVG] for param in batch]
-                matrices = Matrices(batch, [(m.to_local() if isinstance(m, DTensor) else m).float() for m in ms])
-                is_copy = has_dtensors and not isinstance(batch[0], DTensor) and dist.get_rank(ranks) > 0
-                for piece in [piece for m in matrices.mine for piece in pieces(m, group["qkv_split_shapes"])]:
-                    if not piece.numel():  # a stack with fewer matrices than ranks
-                        continue
-                    is_bad = ~piece.isfinite().all()
-                    values = torch.linalg.svdvals(piece.nan_to_num(0.0, 0.0, 0.0))
-                    norms = torch.linalg.vector_norm(values, dim=-1)
-                    sizes = torch.maximum(sizes, torch.stack([norms.max(), values.max(), is_bad.float()]))
-                    if matrices.is_counted and not is_copy:
-                        counted.append(values)
+        counted, sizes = [], torch.zeros(3, device=self._device())
+        for piece, is_counted in self._measured():
+            if not piece.numel():  # a stack with fewer matrices than ranks
+                continue
+            is_bad = ~piece.isfinite().all()
+            values = torch.linalg.svdvals(piece.nan_to_num(0.0, 0.0, 0.0))
+            norms = torch.linalg.vector_norm(values, dim=-1)
+            sizes = torch.maximum(sizes, torch.stack([norms.max(), values.max(), is_bad.float()]))
+            if is_counted:
+                counted.append(values)
         if ranks is not None:
             dist.all_reduce(sizes, dist.ReduceOp.MAX, group=ranks)
         norm, largest, is_bad = sizes.tolist()
@@ -233,10 +228,29 @@ class SoftMuon(RelaxedOptimizer):
         self.write_to_groups(soft_norm=norm, soft_largest=largest)
         return median_and_deviation(counted, ranks)
 
+    def _device(self) -> torch.device | None:
+        """Where matrices are measured, and what ranks tell each other lies."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        if params or not torch.accelerator.is_available():
+            return params[0].device if params else None
+        return torch.accelerator.current_accelerator()
 
-def _device() -> torch.device | None:
-    """Where a rank without parameters takes part in what the others sum up."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    def _measured(self) -> Iterator[tuple[Tensor, bool]]:
+        """Yield every matrix of m, whole, that is on this rank, and whether it is this rank that counts it."""
+        ranks = self.ranks
+        all_params = [param for group in self.param_groups for param in group["params"]]
+        has_dtensors = any(isinstance(param, DTensor) for param in all_params)
+        for group in self.param_groups:
+            # A weight that got no gradient yet has an m of 0, whether or not an engine has allocated it.
+            for batch in batches([p for p in group["params"] if p.requires_grad or self.state.get(p)]):
+                qkv, cut = self._qkv(batch[0], group), self._cut(batch[0])
+                ms = [self.state_of(param)[EXP_AVG] for param in batch]
+                parts = [(m.to_local() if isinstance(m, DTensor) else m).float() for m in ms]
+                matrices = Matrices(batch, parts, cut and replace(cut, is_gathered=True))
+                is_counted = self.counted is None or self.counted(batch[0], ms[0]).numel() > 0
+                is_copy = has_dtensors and not isinstance(batch[0], DTensor) and dist.get_rank(ranks) > 0
+                for piece in [piece for m in matrices.mine for piece in pieces(m, qkv)]:
+                    yield piece, matrices.is_counted and is_counted and not is_copy
 
 
 def _is_count(value: Any) -> bool:

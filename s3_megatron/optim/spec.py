@@ -57,20 +57,22 @@ class Hyperparameter:
         default: its value where none is given; None: another hyperparameter of the same ``key`` counts, or what
             ``Spec.complete`` makes of the others.
         help: one clause without its range and default, and whatever else behind a semicolon.
-        kind: float, int or bool.
+        kind: float, int, bool or str.
         count: how many values it has: 1, or 2 for a pair.
         range: which numbers are allowed.
+        choices: which texts are.
         defines_state: whether a state that was made with another value means something else.
         key: its name in the param groups, where that is not ``name``.
         hint: a value that is right, for who gave a wrong one.
     """
 
     name: str
-    default: float | bool | None
+    default: float | bool | str | None
     help: str
     kind: type = float
     count: int = 1
     range: Range | None = None
+    choices: tuple[str, ...] = ()
     defines_state: bool = False
     key: str = ""
     hint: str = ""
@@ -86,9 +88,17 @@ class Hyperparameter:
 
     @property
     def described(self) -> str:
-        """The help with its range."""
+        """The help with its range or choices."""
         clause, semicolon, rest = self.help.partition(";")
-        return self.help if self.range is None else f"{clause}, {self.range}{semicolon}{rest}"
+        allowed = (
+            f", {self.range}" if self.range is not None else f": {', '.join(self.choices)}" if self.choices else ""
+        )
+        return f"{clause}{allowed}{semicolon}{rest}"
+
+    @property
+    def shown_default(self) -> str:
+        """The default as help texts and documents have it."""
+        return "none" if self.default is None else f"{self.default:{'' if self.kind is str else 'g'}}"
 
     def check(self, value: Any, label: str) -> None:
         """Raise S3Error with ``label``, what the user calls it, for a value that is not allowed."""
@@ -99,6 +109,8 @@ class Hyperparameter:
         for one in values:
             if self.kind is bool and one not in (True, False):
                 raise S3Error(f"{label} is {one!r}: it must be true or false")
+            if self.choices and one not in self.choices:
+                raise S3Error(f"{label} is {one!r}: it must be one of {', '.join(self.choices)}{hint}")
             if self.range is None:
                 continue
             if isinstance(one, str | list | tuple | dict):
@@ -127,6 +139,8 @@ class Spec:
         source: where it was published.
         state: its state tensors, by one or two of Adam's names, by which both hosts find state, and what is in each.
         hyperparameters: its arguments beside ``lr`` and ``weight_decay``.
+        beside: of an optimizer of matrices the element-wise ones that may take the rest of a model; else none.
+        engine: what Megatron's road for such an optimizer is asked, and the class is not.
         complete: gives the values, by name, with what follows from the length of the host's run in steps, or None;
             raises S3Error for values that do not go together.
         from_adam: makes a parameter's state of its Adam state; None: there is no such conversion.
@@ -144,6 +158,8 @@ class Spec:
     complete: Callable[[Mapping[str, Any], int | None], Mapping[str, Any]] = lambda values, steps: values
     from_adam: "Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None" = None
     from_adam_help: str = ""
+    beside: "tuple[Spec, ...]" = ()
+    engine: tuple[Hyperparameter, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise S3Error for what the hosts would not find, or would take for their own."""
@@ -223,7 +239,7 @@ class Spec:
             each.check(value, label(each.name))
 
     def _present(self, values: Mapping[str, Any]) -> Iterator[tuple[Hyperparameter, Any]]:
-        for each in (LR, WEIGHT_DECAY, *self.hyperparameters):
+        for each in (LR, WEIGHT_DECAY, *self.hyperparameters, *self.engine):
             value = values.get(each.name)
             if value is None and each.key != each.name:
                 # In a param group the one beta is a pair of equals, and is to be called what the user gave.

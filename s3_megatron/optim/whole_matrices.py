@@ -7,27 +7,30 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from s3_megatron.optim.tensor_parallel import Cut
+
 
 class Matrices:
     """Some matrices of one shape and placement, of which each rank of their mesh has some to map, whole.
 
     Plain tensors, stacks that are sharded between their matrices, and placements of other kinds than Shard and
-    Replicate are all mapped on every rank that has them.
+    Replicate are all mapped on every rank that has them, and so is a matrix that tensor-parallel ranks share.
 
     Attributes:
-        mine: the whole matrices, or stacks, that this rank maps.
+        mine: the whole matrices, or stacks, that this rank maps; a part of one that ranks map together.
         is_counted: whether they are this rank's alone.
     """
 
-    def __init__(self, params: list[Tensor], parts: list[Tensor]) -> None:
+    def __init__(self, params: list[Tensor], parts: list[Tensor], cut: Cut | None = None) -> None:
         """Gather; with DTensors all ranks of the mesh come here, with the same number of matrices.
 
         Args:
             params: the weights, which say how the matrices are placed.
             parts: this rank's parts of the matrices, each like the local part of its weight.
+            cut: which ranks share plain tensors.
         """
-        self.like, self.parts = params[0], parts
-        self.way = "local"
+        self.like, self.parts, self.cut = params[0], parts, cut
+        self.way = "local" if cut is None or not cut.is_gathered else "gather"
         if isinstance(self.like, DTensor):
             dims = {p.dim if type(p) is Shard else None if p.is_replicate() else -1 for p in self.like.placements}
             # Within the matrices of a stack, or shards that are no plain ones.
@@ -35,11 +38,15 @@ class Matrices:
                 self.way = "copy"
             elif self.like.ndim == 2 and dims != {None}:
                 self.way = "share"
-        self.mine = {"local": self._local, "copy": self._copy, "share": self._share}[self.way]()
+        ways = {"local": self._local, "gather": self._gather, "copy": self._copy, "share": self._share}
+        self.mine = ways[self.way]()
 
     @property
     def is_counted(self) -> bool:
-        """Whether no other rank of the mesh maps the same matrices."""
+        """Whether no other rank of the mesh, or before it in the cut, maps the same matrices."""
+        if self.way == "gather":
+            assert self.cut is not None
+            return self.cut.mine == 0
         if self.way == "share" or not isinstance(self.like, DTensor):
             return True
         place = self.like.device_mesh.get_coordinate()
@@ -50,6 +57,9 @@ class Matrices:
         """Return this rank's part of every matrix's result, from the results of ``mine``."""
         if self.way == "local":
             return results
+        if self.way == "gather":
+            assert self.cut is not None
+            return [self.cut.part(x) for x in results]
         like = self._dtensor()
         if self.way == "copy":
             everywhere = [Replicate()] * like.device_mesh.ndim
@@ -62,6 +72,10 @@ class Matrices:
 
     def _local(self) -> list[Tensor]:
         return self.parts
+
+    def _gather(self) -> list[Tensor]:
+        assert self.cut is not None
+        return [self.cut.whole(x) for x in self.parts]
 
     def _copy(self) -> list[Tensor]:
         like = self._dtensor()

@@ -102,6 +102,7 @@ def _keep_rng(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _prepare_megatron(stack: contextlib.ExitStack) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 
     swap = SymbolSwap("this megatron-core")
     stack.callback(swap.undo)
@@ -110,10 +111,21 @@ def _prepare_megatron(stack: contextlib.ExitStack) -> None:
     _put(swap, filesystem_async, "_results_queue", queue.Queue())
     swap.replace(DistributedOptimizer, "__init__", _allocate_adam)
     swap.replace(DistributedOptimizer, "load_state_dict", _restore_steps)
+    swap.replace(LayerWiseDistributedOptimizer, "allgather_params", _broadcast)
     # CudaRNGStatesTracker.fork warns whenever the CPU's generator moves under it, which here is what it forks.
     tracker_log = logging.getLogger("megatron.core.tensor_parallel.random")
     tracker_log.addFilter(_not_about_rng)
     stack.callback(tracker_log.removeFilter, _not_about_rng)
+
+
+def _broadcast(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Wrap LayerWiseDistributedOptimizer.allgather_params, which gathers tensors of several sizes: gloo cannot."""
+
+    @functools.wraps(original)
+    def allgather_params(self: Any) -> None:
+        self.broadcast_params()
+
+    return allgather_params
 
 
 def _not_about_rng(record: logging.LogRecord) -> bool:

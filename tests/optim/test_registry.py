@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pickle
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from s3_megatron.errors import S3Error
 from s3_megatron.jobs import compose
 from s3_megatron.jobs.job import Job
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3, from_adam_state, registry
+from s3_megatron.optim.polar import Precision
 from s3_megatron.optim.spec import OVERRIDE, Hyperparameter, Range, Spec
 from s3_megatron.optim.state import accept, check_convertible, check_entry, written_by
 from tests.toy import Toy
@@ -30,7 +32,7 @@ def test_a_class_has_the_arguments_and_the_state_of_its_spec(spec: Spec) -> None
         assert arguments[each.name].default == each.default, each.name
         assert each.default is None or each.range is None or each.range.holds(each.default)
     defaults = {each.name: each.default for each in spec.hyperparameters}
-    optimizer = kind([torch.nn.Parameter(torch.ones(3))], **spec.chosen(spec.complete(defaults, 50)))
+    optimizer = kind([torch.nn.Parameter(torch.ones(3, 3))], **spec.chosen(spec.complete(defaults, 50)))
     optimizer.allocate_state()
     (entry,), (group,) = optimizer.state.values(), optimizer.param_groups
     assert tuple(entry) == spec.state_names and {*spec.state_keys} <= group.keys()
@@ -40,12 +42,8 @@ def test_a_class_has_the_arguments_and_the_state_of_its_spec(spec: Spec) -> None
 @SPECS
 def test_the_tables_of_the_documents_are_the_specs(spec: Spec) -> None:
     pages = {name: (DOCS / f"{name}.md").read_text() for name in ("megatron", "deepspeed")}
-    for each in spec.hyperparameters:
-        flag, default, text = (
-            spec.flag(each.name),
-            "none" if each.default is None else f"{each.default:g}",
-            each.described,
-        )
+    for each in (*spec.hyperparameters, *spec.engine):
+        flag, default, text = spec.flag(each.name), each.shown_default, each.described
         if each.count > 1:
             flag += " BETA1 BETA2"
         param = default
@@ -56,6 +54,8 @@ def test_the_tables_of_the_documents_are_the_specs(spec: Spec) -> None:
             "megatron": f"| `{flag}` | {default} | {text} |".replace("|  |", "| |"),
             "deepspeed": f"| `{each.name}` | {param} | {each.described} |",
         }
+        if each in spec.engine:  # Megatron's
+            del rows["deepspeed"]
         for page, row in rows.items():
             assert row in pages[page].splitlines(), f"docs/{page}.md lacks the line\n{row}"
     for switch in spec.switches:
@@ -108,6 +108,18 @@ def test_a_pair_counts_before_its_one_value() -> None:
     values = {"beta": 0.95, "p": 3.0, "betas": None, "nesterov": True}
     assert registry.S3.chosen(values) == {"beta": 0.95, "p": 3.0, "nesterov": True}
     assert registry.S3.chosen({**values, "betas": (0.9, 0.8)}) == {"betas": (0.9, 0.8), "p": 3.0, "nesterov": True}
+
+
+def test_what_softmuon_takes_is_what_its_library_has() -> None:
+    """The Spec lists names, for flags are refused before anything is imported."""
+    from emerging_optimizers.orthogonalized_optimizers import muon, muon_utils
+
+    known = {each.name: each.choices for each in registry.SOFTMUON.hyperparameters}
+    assert {*known["scale_mode"]} == {*get_args(muon.MuonScaleT)}
+    assert {*known["coefficient_type"]} == {*get_args(muon_utils.NSCoeffT)} - {"custom"}
+    assert known["fp32_matmul_prec"] == get_args(Precision)
+    (rest,) = [each.choices for each in registry.SOFTMUON.engine if each.name == "scalar_optimizer"]
+    assert {*rest} == {"adam", *(spec.name for spec in registry.SOFTMUON.beside)}
 
 
 def test_a_name_in_use_is_refused() -> None:

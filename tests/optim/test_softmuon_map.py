@@ -195,12 +195,12 @@ def test_qkv_is_split_per_head_group_and_put_together_again():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("qkv", [None, (2, 1, 1)])
 def test_one_entry_that_is_not_finite_makes_its_whole_matrix_nan(soft, bad, qkv):
-    group = {"qkv_split_shapes": qkv, "num_ns_steps": 5, "coefficient_type": "quintic", "fp32_matmul_prec": "medium"}
+    group = {"num_ns_steps": 5, "coefficient_type": "quintic", "fp32_matmul_prec": "medium"}
     group |= {"scale_mode": "spectral", "extra_scale_factor": 1.0}
     matrix = torch.randn(8, 3)
     matrix[1, 2] = bad
-    assert direction(matrix, soft, group).isnan().all()
+    assert direction(matrix, soft, group, qkv).isnan().all()
     if qkv is None:
         stack = torch.stack([torch.randn(8, 3), matrix])
-        out = direction(stack, soft, group)
+        out = direction(stack, soft, group, qkv)
         assert out[1].isnan().all() and out[0].isfinite().all()

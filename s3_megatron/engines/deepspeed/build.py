@@ -16,7 +16,7 @@ import deepspeed.runtime.zero.stage_1_and_2 as stage_1_and_2
 import torch
 from deepspeed.utils import log_dist
 
-from s3_megatron.engines.deepspeed import checkpoint, gradients, loss_scale, stepping, temperature
+from s3_megatron.engines.deepspeed import checkpoint, gradients, loss_scale, softmuon, stepping, temperature
 from s3_megatron.engines.deepspeed.layout import is_flat
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import EngineOptimizer, registry
@@ -59,22 +59,32 @@ def configure_basic_optimizer(original: Callable[..., Any]) -> Callable[..., Any
         if spec is None:
             return original(self, model_parameters)
         bf16_states = _has(self, "bf16_optimizer_states")
-        optimizer = make(spec, model_parameters, self.optimizer_params() or {}, bf16_states=bf16_states)
+        settings = self.optimizer_params() or {}
+        if spec.beside:
+            matrices, rest = softmuon.make_groups(self.module, model_parameters)
+            build = functools.partial(softmuon.ZeroSoftMuon, rest=rest)
+            optimizer = make(spec, matrices, settings, bf16_states=bf16_states, build=build)
+        else:
+            optimizer = make(spec, model_parameters, settings, bf16_states=bf16_states)
         _freeze_step_during_init(optimizer)
         return optimizer
 
     return _configure_basic_optimizer
 
 
-def make(spec: Spec, params: Any, settings: dict[str, Any], *, bf16_states: bool) -> EngineOptimizer:
+def make(
+    spec: Spec, params: Any, settings: dict[str, Any], *, bf16_states: bool, build: Callable[..., Any] | None = None
+) -> EngineOptimizer:
     """Build an optimizer from the configuration's ``params``; ``bf16_states`` is DeepSpeed's ``bf16_optimizer_states``.
+
+    ``build`` makes it of what the class of ``spec`` takes, in the class's place.
 
     Raises:
         S3Error: an unknown name, a value that it does not take, or "auto" for what only a Trainer knows.
     """
     kind: Any = spec.load()
     # Its own arguments, without those that DeepSpeed gives or that do nothing under it.
-    own = {*inspect.signature(kind).parameters} - {"params", "capturable", "process_group"}
+    own = {*inspect.signature(kind).parameters} - {"params", "capturable", "process_group", "qkv_split_shapes"}
     switches = {*spec.switch_fields}
     unknown = sorted(set(settings) - own - switches)
     if unknown:
@@ -99,7 +109,7 @@ def make(spec: Spec, params: Any, settings: dict[str, Any], *, bf16_states: bool
         arguments["state_dtype"] = _state_dtype(spec, arguments.get("state_dtype"), bf16_states)
     elif bf16_states:
         raise S3Error(f"bf16_optimizer_states is true and {spec.title} has float32 states only: leave it out")
-    made: EngineOptimizer = kind(params, **arguments)
+    made: EngineOptimizer = (build or kind)(params, **arguments)
     return made
 
 
@@ -131,10 +141,12 @@ def configure_optimizer(original: Callable[..., None]) -> Callable[..., None]:
             checkpoint.guard_other(self.basic_optimizer, self.optimizer)
             return
         _refuse_what_cannot_work(self)
+        if spec.beside:
+            softmuon.refuse(self, client_optimizer)
         if client_optimizer is not None:
             self._config.zero_force_ds_cpu_optimizer = False  # "use DeepSpeedCPUAdam": S3 has its own C++ kernel
             _freeze_step_during_init(client_optimizer)
-        kind = spec.load()
+        kind = softmuon.ZeroSoftMuon if spec.beside else spec.load()
         try:
             with _masters_may_be_16_bit(kind):
                 original(self, client_optimizer, model_parameters)

@@ -66,7 +66,10 @@ def guard_own(optimizer: EngineOptimizer, wrapper: Any, *, from_adam: bool, over
     """
     guard = _LoadGuard(optimizer, wrapper, from_adam, override)
     load = optimizer.load_state_dict
-    lacking = {*NAMES} - {*optimizer.spec.state_names}
+
+    def lacking(index: int) -> set[str]:
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        return _lacking(optimizer, params[index]) if index < len(params) else {*NAMES} - {*optimizer.spec.state_names}
 
     def load_state_dict(state_dict: dict[str, Any]) -> None:
         """Load one rank's state of an ordinary checkpoint."""
@@ -74,21 +77,26 @@ def guard_own(optimizer: EngineOptimizer, wrapper: Any, *, from_adam: bool, over
         if guard.accept(state_dict["param_groups"], universal=False):
             state_dict = from_adam_state(state_dict, optimizer)
         state = state_dict["state"]
-        load({**state_dict, "state": {i: _without(lacking, entry) for i, entry in state.items()}})
+        load({**state_dict, "state": {i: _without(lacking(i), entry) for i, entry in state.items()}})
 
     def stand_in(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        state = {i: entry | dict.fromkeys(lacking, _nothing_like(entry)) for i, entry in state_dict["state"].items()}
+        state = {i: entry | dict.fromkeys(lacking(i), _nothing_like(entry)) for i, entry in state_dict["state"].items()}
         state_dict["state"] = state
 
     optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
     if not is_sharded(wrapper):
         return
-    if lacking:
+    if {*optimizer.spec.state_names} != {*NAMES}:
         optimizer.register_state_dict_post_hook(stand_in)
     _init_and_link_state(wrapper)
     if is_flat(wrapper):
         _replace(wrapper, "_link_all_hp_params", lambda link: _followed_by(link, lambda: _init_and_link_state(wrapper)))
     _guard_universal(guard)
+
+
+def _lacking(optimizer: EngineOptimizer, param: torch.Tensor) -> set[str]:
+    """Name those of Adam's states that the one of ``param`` has not."""
+    return {*NAMES} - {*optimizer.spec_of(param).state_names}
 
 
 def _nothing_like(entry: dict[str, Any]) -> torch.Tensor:
@@ -233,9 +241,9 @@ def _guard_universal(guard: _LoadGuard) -> None:
             convert_from_adam(entries, optimizer.spec)
             for entry in entries:
                 entry.pop("step", None)  # by which ours know Adam's
-        for entry in entries:
-            for name in {*NAMES} - {*optimizer.spec.state_names}:
-                entry.pop(name, None)
+        for master in masters(wrapper):
+            for name in _lacking(optimizer, master):
+                optimizer.state[master].pop(name, None)
         if is_flat(wrapper):
             wrapper._link_all_hp_params()  # and inits: 0.17.6 left r linked in the weights' place
         else:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s3_megatron.engines.deepspeed.layout import has_gradscaler, is_sharded, is_stage3
+from s3_megatron.engines.deepspeed.softmuon import ZeroSoftMuon, lay_out
 from s3_megatron.errors import S3Error
 from s3_megatron.optim.relaxed import RelaxedOptimizer
 
@@ -19,14 +20,14 @@ def take_over_all_ranks(engine: Any) -> None:
     """Give the relaxed optimizer of ``engine``, which is complete, what it counts, and when a step ends.
 
     Raises:
-        S3Error: it takes whole matrices, or the ranks of ``engine`` do not hold each coordinate equally often.
+        S3Error: a float16 of torch's, or the ranks of ``engine`` do not hold each coordinate equally often.
     """
     optimizer: RelaxedOptimizer = engine.basic_optimizer
     wrapper, title = engine.optimizer, optimizer.spec.title
-    if optimizer.takes_whole_matrices:
-        raise S3Error(f"{title} takes whole matrices, which ZeRO flattens and cuts: use it in plain PyTorch or FSDP2")
     if has_gradscaler(engine):
         raise S3Error(f"torch_autocast in float16 skips steps and {title} cannot know: use bfloat16, or fp16.enabled")
+    if isinstance(optimizer, ZeroSoftMuon):
+        optimizer.pieces = lay_out(optimizer, wrapper)
     optimizer.counts_steps_at_rate_0 = optimizer.is_stepped_in_parts = True
     if not optimizer.param_groups[0]["transition_iters"]:
         return  # all steps are hard

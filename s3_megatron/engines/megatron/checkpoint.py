@@ -10,18 +10,20 @@ from s3_megatron.engines.megatron import groups
 from s3_megatron.engines.megatron.config import SpecOptimizerConfig
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import registry
-from s3_megatron.optim.spec import FROM_ADAM, OVERRIDE
+from s3_megatron.optim.spec import FROM_ADAM, OVERRIDE, Spec
 from s3_megatron.optim.state import accept, check_convertible, convert_from_adam, is_marked, written_by
 
 
-def guard_own(part: MegatronOptimizer, config: SpecOptimizerConfig) -> None:
-    """Make ``part.load_state_dict`` refuse or convert a foreign state (replaces methods of this instance)."""
-    spec = config.spec
+def guard_own(part: MegatronOptimizer, config: SpecOptimizerConfig, spec: Spec) -> None:
+    """Make ``part.load_state_dict`` refuse or convert a foreign state (replaces methods of this instance).
+
+    ``spec`` is that of the optimizer in ``part``.
+    """
     # The legacy `torch` format reads a DistributedOptimizer's tensors by a second call.
     tensors_come_later = False
 
     def on_change(what: str) -> bool:
-        if config.asks(OVERRIDE):
+        if config.asks(OVERRIDE, spec):
             return True
         raise S3Error(f"{what}: pass the checkpoint's values, or {spec.flag(OVERRIDE)} to go on with this run's")
 
@@ -36,7 +38,7 @@ def guard_own(part: MegatronOptimizer, config: SpecOptimizerConfig) -> None:
         foreign = not is_marked(saved, spec)
         if foreign:
             advice = {"ask": f"pass {spec.flag(FROM_ADAM)}", "fresh": "pass --no-load-optim to start with fresh state"}
-            check_convertible(saved, spec, asked=config.asks(FROM_ADAM), **advice)
+            check_convertible(saved, spec, asked=config.asks(FROM_ADAM, spec), **advice)
         ours = part.optimizer.param_groups
         kept: list[dict[str, Any]] = []
         if foreign:

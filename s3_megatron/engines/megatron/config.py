@@ -4,35 +4,40 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 from megatron.core.optimizer import OptimizerConfig
 
+from s3_megatron.engines.megatron import layer_wise
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import registry
 from s3_megatron.optim.spec import FROM_ADAM, OVERRIDE, Spec
 
 
 class SpecOptimizerConfig(OptimizerConfig):
-    """OptimizerConfig (megatron-core 0.17.1 to 0.19.2) with one optimizer's own fields; ``optimizer`` is its name."""
+    """OptimizerConfig (megatron-core 0.17.1 to 0.19.2) with one optimizer's own fields; ``optimizer`` is its name.
+
+    One of matrices has the fields of those that may move the rest, too.
+    """
 
     spec: ClassVar[Spec]
 
-    def asks(self, switch: str) -> bool:
-        """Whether FROM_ADAM or OVERRIDE is on."""
-        return bool(getattr(self, self.spec.field(switch), False))
+    def asks(self, switch: str, spec: Spec) -> bool:
+        """Whether FROM_ADAM or OVERRIDE is on for the optimizer ``spec`` in it."""
+        return bool(getattr(self, spec.field(switch), False))
 
 
 @functools.cache
 def config_class(spec: Spec) -> type[SpecOptimizerConfig]:
     """Make the configuration of ``spec``, a dataclass with a field for each hyperparameter and switch."""
     own: list[tuple[str, Any, Any]] = [("optimizer", str, dataclasses.field(default=spec.name))]
-    for each in spec.hyperparameters:
-        kind: Any = each.kind
-        kind = tuple[kind, kind] if each.count > 1 else kind
-        own.append((spec.field(each.name), kind | None if each.default is None else kind, each.default))
-    own += [(field, bool, False) for field in spec.switch_fields]
+    for one in (spec, *spec.beside):
+        for each in (*one.hyperparameters, *one.engine):
+            kind: Any = each.kind
+            kind = tuple[kind, kind] if each.count > 1 else kind
+            own.append((one.field(each.name), kind | None if each.default is None else kind, each.default))
+        own += [(field, bool, False) for field in one.switch_fields]
     namespace = {"spec": spec, "__doc__": f"OptimizerConfig with {spec.title}'s hyperparameters."}
     made: type[SpecOptimizerConfig] = dataclasses.make_dataclass(
         f"{spec.title}Config", own, bases=(SpecOptimizerConfig,), namespace=namespace, module=__name__
@@ -96,9 +101,8 @@ def add_flags(original: Callable[..., argparse.ArgumentParser]) -> Callable[...,
 
 def _add_own(group: Any, spec: Spec) -> None:
     """Add a flag for each hyperparameter of ``spec``, and for what it may be asked of a checkpoint."""
-    for each in spec.hyperparameters:
-        default = "none" if each.default is None else f"{each.default:g}"
-        text = f"{each.described[0].upper()}{each.described[1:]}. Default: {default}."
+    for each in (*spec.hyperparameters, *spec.engine):
+        text = f"{each.described[0].upper()}{each.described[1:]}. Default: {each.shown_default}."
         if each.kind is bool:
             flag = spec.flag(each.switch)
             negation = f"Do not {each.help}" if each.default else each.help.capitalize()
@@ -127,7 +131,7 @@ def validate(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``megatron.training.arguments.validate_args`` (0.17.1 to 0.19.2).
 
     For every name but adam and sgd it turns ``use_distributed_optimizer`` off and the layer-wise optimizer on, so
-    an optimizer of ours goes through it by Adam's name, which asks for the element-wise road.
+    an element-wise optimizer goes through it by Adam's name; that of matrices is made for the other road.
     """
 
     @functools.wraps(original)
@@ -136,14 +140,17 @@ def validate(original: Callable[..., Any]) -> Callable[..., Any]:
         if spec is None:
             return original(args, *rest, **kwargs)
         refuse_unsupported(args)
-        spec.check(spec.chosen(own_values(spec, args)), spec.flag)
+        spec.check(_engine_values(spec, args), spec.flag)
+        for each in _used(spec, args):
+            each.check(each.chosen(own_values(each, args)), each.flag)
         if getattr(args, spec.field(FROM_ADAM), False):
             args.override_opt_param_scheduler = True
-        with _by_adams_name(args):
+        with nullcontext() if spec.beside else _by_adams_name(args):
             validated = original(args, *rest, **kwargs)
         # From here on the arguments are complete, for Megatron's optimizer and for DeepSpeed's; or refused.
-        for name, value in spec.complete(own_values(spec, args), _iterations(args)).items():
-            setattr(args, spec.field(name), value)
+        for each in _used(spec, args):
+            for name, value in each.complete(own_values(each, args), _iterations(args)).items():
+                setattr(args, each.field(name), value)
         return validated
 
     return validate_args
@@ -158,6 +165,16 @@ def _iterations(args: argparse.Namespace) -> int | None:
         return int(args.train_iters)
     grows = args.rampup_batch_size is not None or getattr(args, "step_batch_size_schedule", None) is not None
     return None if grows or not args.train_samples else int(args.train_samples // args.global_batch_size)
+
+
+def _used(spec: Spec, settings: argparse.Namespace | OptimizerConfig) -> list[Spec]:
+    """List what moves the weights: an optimizer of ours, and the one beside it where that is ours, too."""
+    rest = layer_wise.rest_of(settings, spec) if spec.beside else None
+    return [spec] if rest is None else [spec, rest]
+
+
+def _engine_values(spec: Spec, settings: argparse.Namespace | OptimizerConfig) -> dict[str, Any]:
+    return {each.name: getattr(settings, spec.field(each.name)) for each in spec.engine}
 
 
 def own_values(spec: Spec, settings: argparse.Namespace | OptimizerConfig) -> dict[str, Any]:
@@ -179,6 +196,9 @@ def refuse_unsupported(settings: argparse.Namespace | OptimizerConfig) -> None:
     for name, fix in _UNSUPPORTED.items():
         if getattr(settings, name, None):
             raise S3Error(f"--{name.replace('_', '-')} does not work with --optimizer {settings.optimizer}: {fix}")
+    spec = registry.find(settings.optimizer)
+    if spec is not None and spec.beside:
+        layer_wise.refuse(settings)
 
 
 def make_config(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -195,7 +215,10 @@ def make_config(original: Callable[..., Any]) -> Callable[..., Any]:
         with _by_adams_name(args):
             config, overrides = original(args)
         stock = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
-        own = {field: getattr(args, field) for field in (*map(spec.field, own_values(spec, args)), *spec.switch_fields)}
+        own: dict[str, Any] = {}
+        for each in (spec, *spec.beside):
+            names = (*own_values(each, args), *_engine_values(each, args))
+            own |= {field: getattr(args, field) for field in (*map(each.field, names), *each.switch_fields)}
         return config_class(spec)(**{**stock, **own, "optimizer": spec.name}), overrides
 
     return get_megatron_optimizer_config

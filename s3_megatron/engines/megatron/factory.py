@@ -11,11 +11,11 @@ import torch
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer, distrib_optimizer
 from megatron.core.utils import log_single_rank
 
-from s3_megatron.engines.megatron import single_pass, watch
+from s3_megatron.engines.megatron import layer_wise, single_pass, softmuon, watch
 from s3_megatron.engines.megatron.bare_ranks import STEP, save_without_state
 from s3_megatron.engines.megatron.checkpoint import guard_other, guard_own
 from s3_megatron.engines.megatron.config import SpecOptimizerConfig, own_values, refuse_unsupported
-from s3_megatron.engines.megatron.temperature import take_over_all_ranks
+from s3_megatron.engines.megatron.temperature import counted_once, take_over_all_ranks
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import EngineOptimizer, registry
 from s3_megatron.optim.relaxed import RelaxedOptimizer
@@ -44,13 +44,9 @@ def make_optimizer(original: Callable[..., MegatronOptimizer]) -> Callable[..., 
                     f"megatron.{made}, which has {spec.title}'s hyperparameters"
                 )
             refuse_unsupported(config)
-            with _adam_slot_builds(config):
+            with _road(config):
                 optimizer = original(config, model_chunks, *args, **kwargs)
-            for part in parts_of(optimizer):
-                _finish(part, config)
-            if issubclass(kind := spec.load(), RelaxedOptimizer):
-                take_over_all_ranks(optimizer, kind)
-            _log_active(spec, optimizer, model_chunks)
+            _finish_all(optimizer, config, model_chunks)
         watch.observe_parts(parts_of(optimizer), model_chunks)
         return optimizer
 
@@ -58,24 +54,47 @@ def make_optimizer(original: Callable[..., MegatronOptimizer]) -> Callable[..., 
 
 
 def parts_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """List the optimizers in a ChainedOptimizer, without the stubs of ranks that train nothing."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+    """List the optimizers in a ChainedOptimizer, and in those in it, without the stubs of ranks that train nothing."""
+    if hasattr(optimizer, "chained_optimizers"):
+        return [part for each in optimizer.chained_optimizers for part in parts_of(each)]
+    return [] if getattr(optimizer, "is_stub_optimizer", False) else [optimizer]
 
 
 @contextmanager
-def _adam_slot_builds(config: SpecOptimizerConfig) -> Iterator[None]:
-    """Let the factory run as for fused Adam, with the optimizer of ``config`` in Adam's place.
+def _road(config: SpecOptimizerConfig) -> Iterator[None]:
+    """Let the factory build the optimizer of ``config``.
 
-    ``get_megatron_optimizer`` sends any name but adam and sgd to the emerging optimizers, where embeddings, norms
-    and biases would go to Adam. By Adam's name it takes the element-wise road for every parameter, and calls the
-    module's ``Adam`` once a group of chunks (megatron-core 0.17.1 to 0.19.2, core/optimizer/__init__.py).
+    ``get_megatron_optimizer`` sends any name but adam and sgd to the emerging optimizers, which take whole matrices,
+    and leave embeddings, norms and biases to Adam. By Adam's name it takes the element-wise road for every parameter.
+    """
+    spec = config.spec
+    if spec.beside:
+        rest = layer_wise.rest_of(config, spec)
+        with softmuon.in_the_hosts_registry(config, init_state), _adam_slot_builds(config, rest):
+            yield
+        return
+    swap = SymbolSwap("this megatron-core")
+    try:
+        swap.replace(config, "optimizer", lambda ours: "adam")
+        with _adam_slot_builds(config, spec):
+            yield
+    finally:
+        swap.undo()
+
+
+@contextmanager
+def _adam_slot_builds(config: SpecOptimizerConfig, spec: Spec | None) -> Iterator[None]:
+    """Let the factory put the optimizer of ``spec`` in Adam's place; None leaves that to Adam.
+
+    It calls the module's ``Adam`` once a group of chunks (megatron-core 0.17.1 to 0.19.2, core/optimizer/__init__.py).
 
     0.17 and 0.18 take nothing but Adam into DistributedOptimizer, since they look for state by Adam's names, which are
     ours, too. They ask for the type that their module calls ``Adam``, and use that name for nothing else; 0.19 takes
     every optimizer that has an ``init_state_fn``.
     """
-    spec = config.spec
+    if spec is None:
+        yield
+        return
     kind: Any = spec.load()
 
     def build(*, params: list[dict[str, Any]], lr: float, weight_decay: float, **_adams: Any) -> EngineOptimizer:
@@ -84,7 +103,6 @@ def _adam_slot_builds(config: SpecOptimizerConfig) -> Iterator[None]:
 
     swap = SymbolSwap("this megatron-core")
     try:
-        swap.replace(config, "optimizer", lambda ours: "adam")
         swap.replace(host, "Adam", lambda adam: build)
         swap.replace(host, "USING_PYTORCH_OPTIMIZER", lambda plain: False)
         swap.replace(distrib_optimizer, "Adam", lambda adam: kind)
@@ -93,11 +111,52 @@ def _adam_slot_builds(config: SpecOptimizerConfig) -> Iterator[None]:
         swap.undo()
 
 
-def _finish(part: MegatronOptimizer, config: SpecOptimizerConfig) -> None:
+def _finish_all(optimizer: MegatronOptimizer, config: SpecOptimizerConfig, model_chunks: list[Any]) -> None:
+    """Check what Megatron has built, part by part, and complete it; Adam beside SoftMuon is the host's own."""
+    spec, parts = config.spec, parts_of(optimizer)
+    rest = layer_wise.rest_of(config, spec) if spec.beside else None
+    mine: dict[Spec, list[MegatronOptimizer]] = {each: [] for each in (spec, rest) if each is not None}
+    for part in parts:
+        if spec.beside:
+            softmuon.gather_what_shares_a_bucket_group(part)
+        inner = part.optimizer
+        found = inner.spec if isinstance(inner, EngineOptimizer) else None
+        if found in mine:
+            mine[found].append(part)
+        elif not spec.beside or rest is not None or found is not None:
+            raise S3Error(
+                f"Megatron built {type(inner).__name__} where {spec.title} was asked for: report this version"
+            )
+        else:
+            guard_other(part)
+    for each, held in mine.items():
+        for part in held:
+            _finish(part, config, each)
+        if issubclass(each.load(), RelaxedOptimizer):
+            _share_temperature(optimizer, held, each)
+        _log_active(each, held, model_chunks)
+
+
+def _share_temperature(optimizer: MegatronOptimizer, held: list[MegatronOptimizer], spec: Spec) -> None:
+    """Take the temperature over all ranks for the one of ``spec`` in ``held``, the parts of ``optimizer`` with it."""
+    last = getattr(optimizer, "chained_optimizers", [optimizer])[-1]
+    if spec.beside:
+        group, counted = torch.distributed.group.WORLD, None
+    elif getattr(last.config, "use_layer_wise_distributed_optimizer", False) and not isinstance(
+        last, DistributedOptimizer
+    ):
+        # Beside the matrices in the layer-wise optimizer, each weight whole on one data-parallel rank.
+        group, counted = torch.distributed.group.WORLD, counted_once(last)
+    else:
+        # Over these Megatron adds up the gradient's norm, which has every coordinate once, too; a stub has them.
+        group, counted = last.get_grad_stats_parallel_group(), counted_once(held[0] if held else last)
+    assert group is not None, "Megatron has started"
+    take_over_all_ranks(held, group, counted)
+
+
+def _finish(part: MegatronOptimizer, config: SpecOptimizerConfig, spec: Spec) -> None:
     """Check what is in ``part``, allocate its state on the shards, watch over its checkpoints, merge its passes."""
-    inner, spec = part.optimizer, config.spec
-    if not isinstance(inner, EngineOptimizer) or inner.spec is not spec:
-        raise S3Error(f"Megatron built {type(inner).__name__} where {spec.title} was asked for: report this version")
+    inner = part.optimizer
     init_state(inner)
     if isinstance(part, DistributedOptimizer):
         if spec.state_names != NAMES and not hasattr(DistributedOptimizer, "optimizer_state_keys"):
@@ -110,7 +169,7 @@ def _finish(part: MegatronOptimizer, config: SpecOptimizerConfig) -> None:
             _put_steps(inner)
             inner.register_load_state_dict_post_hook(_put_steps)
     part.init_state_fn = init_state
-    guard_own(part, config)
+    guard_own(part, config, spec)
     if inner.single_pass:
         single_pass.fuse(part)
 
@@ -142,12 +201,13 @@ def _put_steps(optimizer: torch.optim.Optimizer) -> None:
         state["step"] = STEP
 
 
-def _log_active(spec: Spec, optimizer: MegatronOptimizer, model_chunks: list[Any]) -> None:
-    held = [param for part in parts_of(optimizer) for group in part.param_groups for param in group["params"]]
+def _log_active(spec: Spec, parts: list[MegatronOptimizer], model_chunks: list[Any]) -> None:
+    groups: list[dict[str, Any]] = [group for part in parts for group in part.param_groups]
+    held = [param for group in groups for param in group["params"]]
     model = sum(param.numel() for chunk in model_chunks for param in chunk.parameters())
-    wrappers = ", ".join(sorted({type(part).__name__ for part in parts_of(optimizer)})) or "nothing to train"
+    wrappers = ", ".join(sorted({type(part).__name__ for part in parts})) or "nothing to train"
     states = " and ".join(spec.state.values())
-    group: dict[str, Any] = next((group for part in parts_of(optimizer) for group in part.param_groups), {})
+    group = next(iter(groups), {})
     log_single_rank(
         logger,
         logging.WARNING,  # Megatron's default level hides INFO, and this line is how a user knows what runs

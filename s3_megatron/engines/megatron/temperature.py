@@ -1,6 +1,6 @@
 """What a relaxed optimizer takes its temperature over in Megatron: every rank of the model, each coordinate once."""
 
-import functools
+from collections.abc import Callable
 
 import torch.distributed as dist
 from megatron.core import tensor_parallel
@@ -12,25 +12,22 @@ from s3_megatron.errors import S3Error
 from s3_megatron.optim.relaxed import RelaxedOptimizer
 
 
-def take_over_all_ranks(optimizer: MegatronOptimizer, kind: type[RelaxedOptimizer]) -> None:
-    """Give the relaxed optimizer in ``optimizer`` its ranks, and what it counts; the ranks talk.
+def take_over_all_ranks(
+    parts: list[MegatronOptimizer], group: dist.ProcessGroup, counted: Callable[[Tensor, Tensor], Tensor] | None
+) -> None:
+    """Give the relaxed optimizer in ``parts`` its ranks, and what it counts; the ranks talk.
+
+    Args:
+        parts: all that have such an optimizer on this rank, without stubs.
+        group: the ranks of the model.
+        counted: as RelaxedOptimizer's; None: it has one.
 
     Raises:
-        S3Error: on all ranks, where the optimizer takes whole matrices, or one of them has several such optimizers or
-            none.
+        S3Error: on all ranks, where one of them has several such optimizers or none.
     """
-    if kind.takes_whole_matrices:
-        raise S3Error(
-            f"{kind.spec.title} takes whole matrices, which the distributed optimizer cuts: use it in plain PyTorch or "
-            "FSDP2"
-        )
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    # Over these Megatron adds up the gradient's norm, which has every coordinate once, too. A stub has them as well.
-    group = parts[0].get_grad_stats_parallel_group()
-    held = [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
     counts = [0] * dist.get_world_size(group)
-    dist.all_gather_object(counts, len(held), group=group)
-    inner = held[0].optimizer if held else None
+    dist.all_gather_object(counts, len(parts), group=group)
+    inner = parts[0].optimizer if parts else None
     if inner is not None and not inner.param_groups[0]["transition_iters"]:
         return  # all steps are hard
     if {*counts} != {1}:
@@ -40,22 +37,29 @@ def take_over_all_ranks(optimizer: MegatronOptimizer, kind: type[RelaxedOptimize
             "temperature is taken over one on every rank: give soft_start 1, for hard steps alone"
         )
     assert isinstance(inner, RelaxedOptimizer)
-    inner.process_group = group
-    inner.counted = functools.partial(_counted, held[0])
+    inner.process_group, inner.counted = group, counted or inner.counted
     # The host calls for no step that is none, and a warm-up begins at rate 0.
     inner.counts_steps_at_rate_0 = True
 
 
-def _counted(part: MegatronOptimizer, param: Tensor, m: Tensor) -> Tensor:
-    """Return ``m``, or nothing of it where another rank has the same weight: the host's rule for the gradient's norm.
+def counted_once(part: MegatronOptimizer) -> Callable[[Tensor, Tensor], Tensor]:
+    """Make what counts the shards of ``part``, which have no padding: nothing of a weight that another rank counts."""
+    tp_group, expert_tp_group = (getattr(part, name, None) for name in ("tp_group", "expert_tp_group"))
+    return lambda param, m: m if is_counted(param, tp_group, expert_tp_group) else m.reshape(-1)[:0]
+
+
+def is_counted(param: Tensor, tp_group: dist.ProcessGroup | None, expert_tp_group: dist.ProcessGroup | None) -> bool:
+    """Whether no model-parallel rank before this one has the same weight: the host's rule for the gradient's norm.
 
     The rule is ``MegatronOptimizer._filter_grads_for_norm``'s (megatron-core 0.19.2; up to 0.18
-    ``get_main_grads_for_grad_norm``'s). A shard has no padding.
+    ``get_main_grads_for_grad_norm``'s).
     """
+    if not getattr(param, "allreduce", True) and expert_tp_group is not None:
+        tp_group = expert_tp_group
     is_first = param_is_not_shared(param) and tensor_parallel.param_is_not_tensor_parallel_duplicate(
-        param, tp_group=getattr(part, "tp_group", None)
+        param, tp_group=tp_group
     )
     # Generalized tensor parallelism is 0.19's.
     if is_first and hasattr(tensor_parallel, "param_is_not_gtp_duplicate"):
         is_first = tensor_parallel.param_is_not_gtp_duplicate(param)
-    return m if is_first else m.reshape(-1)[:0]
+    return bool(is_first)

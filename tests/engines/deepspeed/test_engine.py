@@ -9,12 +9,20 @@ from tests.engines.deepspeed.window import OLD
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-NAMES = ("worker.py", "features.py", "checkpoints.py", "toy.py", "softsignum.py", *(("limits.py",) if OLD else ()))
+NAMES = (
+    "worker.py",
+    "features.py",
+    "checkpoints.py",
+    "toy.py",
+    "softsignum.py",
+    "softmuon.py",
+    *(("limits.py",) if OLD else ()),
+)
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 CHECKS = rank_checks.in_files(SOURCES)
 UNIVERSAL = [check for check in CHECKS if "universal" in check]
 # They write the checkpoints that all others load.
-WRITERS = [UNIVERSAL[0], "check_universal_checkpoints_of_softsignum"]
+WRITERS = [UNIVERSAL[0], *(f"check_universal_checkpoints_of_{name}" for name in ("softsignum", "softmuon"))]
 Results = dict[str, str]
 
 

@@ -142,7 +142,7 @@ UNKNOWN: list[Any] = [
 def check_guards_pass_through_what_they_do_not_know() -> None:
     """With S3 installed, Adam under Megatron-FSDP could not resume: KeyError 'optimizer', in our guard."""
     for state in UNKNOWN:
-        for guard in (guard_other, lambda part: guard_own(part, Run().config)):
+        for guard in (guard_other, lambda part: guard_own(part, Run().config, S3.spec)):
             seen: list[Any] = []
             part = SimpleNamespace(load_state_dict=seen.append, optimizer=SimpleNamespace(state={}, param_groups=[]))
             guard(part)

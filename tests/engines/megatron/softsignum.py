@@ -9,8 +9,7 @@ from megatron.core.optimizer import OptimizerConfig
 from torch import Tensor
 
 from s3_megatron.engines.megatron import SoftSignumOptimizerConfig
-from s3_megatron.engines.megatron.temperature import take_over_all_ranks
-from s3_megatron.optim import EXP_AVG, SoftMuon, SoftSignum
+from s3_megatron.optim import EXP_AVG, SoftSignum
 from s3_megatron.optim.pooled_median import median_and_deviation
 from tests.engines.megatron import harness as on
 from tests.rank_checks import refuses, shared_folder
@@ -211,4 +210,3 @@ def check_softsignum_refuses_several_optimizers_a_rank() -> None:
     refuses(lambda: with_expert("0.5"), "2 optimizers a rank", "soft_start 1")
     run = with_expert("1")
     assert len(run.optimizer.chained_optimizers) == 2
-    refuses(lambda: take_over_all_ranks(run.optimizer, SoftMuon), "SoftMuon takes whole matrices")

@@ -1,0 +1,202 @@
+"""SoftMuon under ZeRO 1 and 2: matrices whole again for the step, where a partition's border cuts them; S3 beside it.
+
+DeepSpeed's own Muon (0.19.8) maps gradients before the step, so that ``gradient_clipping`` shortens its updates to a
+norm of 1, and keeps a momentum of whole matrices, which no universal checkpoint has. Here gradients come to the step as
+with any optimizer, unscaled and clipped, and m lies in partitions as S3's does.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from s3_megatron.errors import S3Error
+from s3_megatron.optim import S3, SoftMuon, softmuon_groups
+from s3_megatron.optim.polar import direction
+from s3_megatron.optim.spec import Spec
+from s3_megatron.optim.state import EXP_AVG
+
+# By their names, as DeepSpeed's Muon leaves them out (0.19.8, set_optimizer_flags of deepspeed/__init__.py).
+_NO_MATRICES = ("*embed*", "*lm_head*")
+_REST = "s3"  # the entry "optimizer" of a param group that S3 moves
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A matrix and where it lies in the flat tensor of its param group, of which each rank has one partition.
+
+    Attributes:
+        shape: of the matrix.
+        first: where it begins, in elements, from the start of this rank's partition; may be negative.
+        size: elements of a partition.
+        group: the ranks that have a partition.
+        device: of the model's weight, where the matrix is made whole and mapped.
+    """
+
+    shape: torch.Size
+    first: int
+    size: int
+    group: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def mine(self) -> slice:
+        """What of it is in this rank's partition."""
+        return slice(*(min(max(place, 0), self.size) for place in (self.first, self.first + self.shape.numel())))
+
+    @property
+    def part(self) -> slice:
+        """The same elements, of the matrix as a row."""
+        return slice(self.mine.start - self.first, self.mine.stop - self.first)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether several ranks have a part of it: the same on all of them."""
+        start = self.first + dist.get_rank(self.group) * self.size
+        return start // self.size != (start + self.shape.numel() - 1) // self.size
+
+    def whole(self, partition: Tensor) -> Tensor | None:
+        """Return the matrix in float32, or None on a rank that has nothing of it; where it is cut all ranks come here.
+
+        Adding zeros changes no bit, and what is not finite on one rank is not on all.
+        """
+        has_some = self.mine.stop > self.mine.start
+        if not (self.is_cut or has_some):
+            return None
+        row = torch.zeros(self.shape.numel(), dtype=torch.float32, device=self.device)
+        if has_some:
+            row[self.part] = partition[self.mine].to(row)
+        if self.is_cut:
+            dist.all_reduce(row, group=self.group)
+        return row.view(self.shape) if has_some else None
+
+
+class ZeroSoftMuon(SoftMuon):
+    """SoftMuon for the matrices of a model in ZeRO 1 or 2, and S3 for the rest, in param groups of their own."""
+
+    # By a group's partition, once ZeRO has made them.
+    pieces: Mapping[Tensor, list[Piece]] = MappingProxyType({})
+
+    def __init__(self, matrices: list[dict[str, Any]], rest: list[dict[str, Any]], **settings: Any) -> None:
+        """Take param groups of both kinds; ``settings`` are SoftMuon's, of which S3 shares what they have in common."""
+        shared = {name: settings[name] for name in ("lr", "weight_decay", "maximize") if name in settings}
+        self._s3 = S3(rest, **shared) if rest else None
+        others = [] if self._s3 is None else [{**group, "optimizer": _REST} for group in self._s3.param_groups]
+        super().__init__([*matrices, *others], **settings)
+
+    def _check_matrix(self, param: Tensor, qkv: tuple[int, ...] | None) -> None:
+        if self.spec_of(param) is self.spec:
+            super()._check_matrix(param, qkv)
+
+    def spec_of(self, param: Tensor) -> Spec:
+        """Give S3's for a parameter of a group that it moves."""
+        groups = [group for group in self.param_groups if any(param is each for each in group["params"])]
+        return S3.spec if groups and groups[0].get("optimizer") == _REST else self.spec
+
+    def step_group(self, group: dict[str, Any], tau: float) -> None:
+        """Move a group's partition, by S3 or by the temperature ``tau``."""
+        if group.get("optimizer") == _REST:
+            assert self._s3 is not None
+            self._s3.param_groups, self._s3.state = [group], self.state
+            self._s3.step()
+            return
+        self.check_group(group)
+        for partition in group["params"]:
+            if partition.grad is not None:
+                self._step_partition(partition, group, tau)
+
+    def _step_partition(self, x: Tensor, group: dict[str, Any], tau: float) -> None:
+        m, sign = self.state_of(x)[EXP_AVG], -1 if group["maximize"] else 1
+        assert x.grad is not None
+        grad = sign * x.grad.to(m.dtype)
+        new = m.lerp(grad, 1 - group["beta"])
+        ahead = new.lerp(grad, 1 - group["beta"]) if group["nesterov"] else new
+        soft = None if tau == torch.inf else (tau, *self._plan(group, tau))
+        update = torch.zeros_like(ahead)  # padding has none
+        for piece in self.pieces[x]:
+            whole = piece.whole(ahead)
+            if whole is not None:
+                mapped = direction(whole, soft, group, group["qkv_split_shapes"]).reshape(-1)
+                update[piece.mine] = mapped[piece.part].to(update)
+        keep, before = update.isnan(), x.to(m.dtype)
+        moved = before * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
+        x.copy_(torch.where(keep, before, moved))
+        m.copy_(torch.where(keep, m, new))
+
+    def _device(self) -> torch.device | None:
+        return next(piece.device for pieces in self.pieces.values() for piece in pieces)
+
+    def _measured(self) -> Iterator[tuple[Tensor, bool]]:
+        """Yield the m of each matrix of which this rank has a part, and whether it has its beginning."""
+        for group in self.param_groups:
+            for partition in group["params"] if group.get("optimizer") != _REST else []:
+                for piece in self.pieces[partition]:
+                    whole = piece.whole(self.state_of(partition)[EXP_AVG])
+                    if whole is not None:
+                        yield whole, piece.first >= 0
+
+
+def make_groups(module: nn.Module, params: Iterable[Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Part ``params``, weights or param groups, into groups of matrices and of the rest, with what each group has.
+
+    A weight with DeepSpeed's mark ``use_muon`` goes where that says.
+    """
+    given = [each if isinstance(each, dict) else {"params": [each]} for each in params]
+    if all(len(group) == 1 for group in given):
+        given = [{"params": [param for group in given for param in group["params"]]}]
+    names = [pattern for pattern in _NO_MATRICES if _fits(module, pattern)]
+    matrices = {id(param) for param in softmuon_groups(module, names)[0]}
+    parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for group in given:
+        weights = [param for param in group["params"] if param.requires_grad]
+        for wanted, kind in zip((True, False), parts, strict=True):
+            mine = [p for p in weights if getattr(p, "use_muon", id(p) in matrices) is wanted]
+            if mine:
+                kind.append({**group, "params": mine})
+    if not parts[0]:
+        raise S3Error("no matrix of the parameters is left for SoftMuon: it is for hidden layers; take S3 for all")
+    return parts
+
+
+def _fits(module: nn.Module, pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name, _ in module.named_parameters())
+
+
+def refuse(engine: Any, client: Any) -> None:
+    """Raise S3Error for an object, and for a stage at which a rank has no partition, or no whole gradient, to step."""
+    if client is not None and not isinstance(client, ZeroSoftMuon):
+        raise S3Error(
+            'a SoftMuon object knows no partitions: give {"type": "SoftMuon"} in the DeepSpeed configuration, which '
+            "parts the model's weights between SoftMuon and S3"
+        )
+    stage = int(engine.zero_optimization_stage())
+    if stage not in (1, 2):
+        raise S3Error(
+            f"SoftMuon runs in ZeRO 1 and 2 alone, and this is stage {stage}: set stage 1 or 2; stage 3 steps parts of "
+            "matrices, and FSDP2 does without DeepSpeed"
+        )
+
+
+def lay_out(optimizer: ZeroSoftMuon, wrapper: Any) -> dict[Tensor, list[Piece]]:
+    """Find the matrices in ZeRO's partitions, as temperature.py does (0.19.8; 0.17.6 has no gaps between weights)."""
+    if hasattr(wrapper, "single_partition_of_fp32_groups"):
+        partitions, groups = wrapper.single_partition_of_fp32_groups, wrapper.round_robin_bit16_groups
+    else:  # BF16_Optimizer
+        partitions, groups = wrapper.fp32_groups_flat_partition, wrapper.bf16_groups
+    found: dict[Tensor, list[Piece]] = {}
+    for i, master in enumerate(partitions):
+        if optimizer.spec_of(master) is not optimizer.spec:
+            continue
+        weights, group = groups[i], wrapper.real_dp_process_group[i]
+        gaps = getattr(wrapper, "round_robin_bit16_padding", {i: [0] * len(weights)})[i]
+        first = -dist.get_rank(group) * master.numel()
+        found[master] = []
+        for weight, gap in zip(weights, gaps, strict=True):
+            found[master].append(Piece(weight.shape, first, master.numel(), group, weight.device))
+            first += weight.numel() + gap
+    return found

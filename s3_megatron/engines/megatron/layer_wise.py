@@ -1,0 +1,55 @@
+"""Where Megatron's road for optimizers of whole matrices goes, and where it does not (megatron-core 0.19.2)."""
+
+import argparse
+
+import megatron.core.optimizer as host
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.package_info import __version__
+
+from s3_megatron.errors import S3Error
+from s3_megatron.optim.polar import library
+from s3_megatron.optim.spec import Spec
+
+
+def rest_of(config: argparse.Namespace | OptimizerConfig, spec: Spec) -> Spec | None:
+    """Give the Spec of what moves a model's other weights; None is Megatron's own Adam."""
+    name = getattr(config, spec.field("scalar_optimizer"))
+    return next((each for each in spec.beside if each.name == name), None)
+
+
+def refuse(settings: argparse.Namespace | OptimizerConfig) -> None:
+    """Raise S3Error where this Megatron's road for whole matrices is missing, or does not go."""
+    # 0.17 has no such road, and 0.18's takes Adam's name for the rest otherwise.
+    if not hasattr(host.DistributedOptimizer, "optimizer_state_keys"):
+        raise S3Error(
+            "--optimizer softmuon needs megatron-core 0.19, whose road for optimizers of whole matrices it takes, and "
+            f"this is {__version__}: install 0.19, or take s3"
+        )
+    library()
+    if not host.HAVE_EMERGING_OPTIMIZERS:
+        raise S3Error(
+            "Megatron cannot import all that it needs of emerging-optimizers: pip install emerging-optimizers==0.3.0"
+        )
+    if settings.fp16:
+        raise S3Error("--fp16 does not work with --optimizer softmuon, nor with Megatron's Muon: train in --bf16")
+    layer_wise = settings.use_distributed_optimizer or getattr(settings, "use_layer_wise_distributed_optimizer", False)
+    if not layer_wise:
+        return
+    if not settings.bf16:
+        raise S3Error(
+            "--use-distributed-optimizer with --optimizer softmuon needs --bf16, as with Megatron's Muon: its "
+            "layer-wise optimizer knows no float32; without the flag every rank moves every matrix"
+        )
+    if getattr(settings, "ckpt_format", "torch_dist") != "torch_dist":
+        raise S3Error(
+            f"--ckpt-format {settings.ckpt_format} cannot save --optimizer softmuon with --use-distributed-optimizer: "
+            "give --ckpt-format torch_dist"
+        )
+    if getattr(settings, "overlap_param_gather_with_optimizer_step", False):
+        raise S3Error(
+            "--overlap-param-gather-with-optimizer-step does not work with --optimizer softmuon: drop the flag"
+        )
+    if getattr(settings, "num_distributed_optimizer_instances", 1) > 1:
+        raise S3Error(
+            "--num-distributed-optimizer-instances above 1 does not work with --optimizer softmuon: drop the flag"
+        )
