@@ -1,0 +1,140 @@
+"""What the entry for DeepSpeed refuses before anything is built, in this process."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from s3_megatron import rehearsal
+from s3_megatron.errors import S3Error
+from s3_megatron.train import entry
+from tests.engines.megatron.gpt import flags
+from tests.launcher import ROOT
+from tests.train import refusals
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[ModuleType]:
+    """The entry's module in this process, on one rehearsed rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("DS_ACCELERATOR", "")  # so that what prepare() sets goes away
+        entry.prepare([], rehearse=True)
+        from s3_megatron.engines.megatron import uninstall
+        from s3_megatron.train import deepspeed_loop
+
+        yield deepspeed_loop
+        uninstall()
+        rehearsal.deactivate()
+
+
+def refusal(loop: ModuleType, monkeypatch: pytest.MonkeyPatch, config: Path | None, *extra: str) -> str:
+    file = [] if config is None else ["--deepspeed-config", str(config)]
+    return refusals.refusal(loop.train, monkeypatch, *flags(iterations=1, extra=(*file, *extra)))
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ("--overlap-grad-reduce",),
+        ("--tensor-model-parallel-size", "2"),
+        ("--finetune",),
+        ("--rerun-mode", "report_stats"),
+        ("--ckpt-format", "torch"),
+        ("--log-params-norm",),
+        ("--rampup-batch-size", "4", "4", "100"),
+    ],
+    ids=lambda flag: flag[0],
+)
+def test_what_would_do_nothing_is_refused(loop: ModuleType, monkeypatch: pytest.MonkeyPatch, flag: list[str]) -> None:
+    line = refusal(loop, monkeypatch, ROOT / "configs/deepspeed/zero1.json", *flag)
+    assert line.startswith(f"{flag[0]} ") and "does nothing under DeepSpeed" in line
+
+
+def test_the_file_must_be_there_and_be_json(loop: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "--deepspeed-config FILE is missing" in refusal(loop, monkeypatch, None)
+    assert "none.json cannot be read" in refusal(loop, monkeypatch, tmp_path / "none.json")
+    (tmp_path / "half.json").write_text('{"zero_optimization": ')
+    assert "half.json cannot be read as JSON" in refusal(loop, monkeypatch, tmp_path / "half.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag", "found"),
+    [
+        ({"gradient_clipping": 0.5}, (), ("gradient_clipping = 0.5", "--clip-grad", "1.0")),
+        ({"bf16": {"enabled": False}}, ("--bf16",), ("bf16.enabled = false", "--bf16", "true")),
+        ({"train_batch_size": 16}, (), ("train_batch_size = 16", "--global-batch-size", "8")),
+        ({"gradient_accumulation_steps": 2}, (), ("gradient_accumulation_steps = 2", "makes it 4")),
+        (
+            {"optimizer": {"type": "S3", "params": {"p": 2}}},
+            ("--s3-p", "3"),
+            ("optimizer.params.p = 2", "--s3-p", "3.0"),
+        ),
+        ({"scheduler": {"type": "WarmupLR"}}, (), ("scheduler", "--lr-decay-style")),
+        ({"optimizer": {"type": "Lamb"}}, (), ("'Lamb'", '"S3"')),
+        (
+            {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
+            (),
+            ("zero_optimization.reduce_bucket_size",),
+        ),
+    ],
+)
+def test_a_file_that_contradicts_a_flag_is_refused(
+    loop: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    flag: tuple[str, ...],
+    found: tuple[str, ...],
+) -> None:
+    file = tmp_path / "ours.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}, **settings}))
+    line = refusal(loop, monkeypatch, file, *flag)
+    assert str(file) in line and all(part in line for part in found)
+
+
+MODEL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 32, "padded_vocab_size": 256}
+
+
+@pytest.mark.parametrize(
+    ("files", "asked", "found"),
+    [
+        ({"latest_checkpointed_iteration.txt": "4"}, {}, "holds Megatron's checkpoints"),
+        ({}, {"exit_on_missing_checkpoint": True}, "has no file 'latest'"),
+        ({}, {"universal": True}, "has no file 'latest_universal'"),
+        ({"latest": "iter_0000004"}, {}, "iter_0000004 is not a complete checkpoint"),
+        ({}, {"ckpt_step": 8}, "iter_0000008 is not a complete checkpoint"),
+        (
+            {"latest": "iter_0000004", "iter_0000004/s3_megatron.json": {**MODEL, "world_size": 4, "zero_stage": 2}},
+            {},
+            "written with zero_stage 2 (this run: 1), world_size 4 (this run: 2): ",
+        ),
+        (
+            {"latest": "iter_0000016", "latest_universal": "iter_0000008_universal"},
+            {"universal": True},
+            "iter_0000016, which is newer than the universal iter_0000008_universal",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    loop: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    files: dict[str, Any],
+    asked: dict[str, Any],
+    found: str,
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    args = {**MODEL, "world_size": 2, "load": str(tmp_path), "ckpt_step": None, "exit_on_missing_checkpoint": False}
+    monkeypatch.setattr(loop.deepspeed_checkpoint, "get_args", lambda: SimpleNamespace(**{**args, **asked}))
+    engine = SimpleNamespace(
+        load_universal_checkpoint=lambda: asked.get("universal", False), zero_optimization_stage=lambda: 1
+    )
+    with pytest.raises(S3Error) as refused:
+        loop.deepspeed_checkpoint.load(engine, None)
+    assert found in str(refused.value) and "\n" not in str(refused.value)
