@@ -298,13 +298,13 @@ class TestFarBehind:
         if is_flagged:
             assert re.search(rf"first: adamw is {shift - 0.05:.1f}\d nats|first: adamw is {shift:.1f}\d? nats", text)
 
-    def test_a_winner_far_ahead_flags_nobody_of_many(self):
+    def test_a_winner_far_ahead_flags_none_of_many(self):
         """The median of the others is a rival's."""
         asked = simulated.experiment()
         found = analysis.Analysis(asked, simulated.run(asked, simulated.losses(0.001, {"s3": -1.0})))
         assert found.far_behind("base") == {}
 
-    def test_one_contender_is_behind_nobody(self):
+    def test_one_contender_is_behind_none(self):
         asked = simulated.experiment(names=("s3",))
         assert analysis.Analysis(asked, simulated.run(asked, simulated.losses(0.001))).far_behind("base") == {}
 

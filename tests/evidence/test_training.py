@@ -184,5 +184,5 @@ def test_clipping_takes_each_members_own_norm():
     assert torch.allclose(grads[1].flatten(), torch.tensor([0.8, 0.4]), rtol=1e-6)
 
 
-def test_a_stack_that_is_told_to_stop_returns_nothing(setup, corpus):
+def test_a_stack_that_is_asked_to_stop_returns_nothing(setup, corpus):
     assert train(cells("s3", setup)[:1], corpus, go_on=lambda step: step < 7) is None

@@ -176,7 +176,7 @@ def test_what_other_nodes_cannot_see_is_refused(tmp_path: Path) -> None:
         ("/home/me/runs", "lustre", OK),
     ],
 )
-def test_without_shared_dirs_the_file_system_tells(
+def test_without_shared_dirs_the_file_system_shows_them(
     runs: str, kind: str, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(places, "_file_system", lambda path: kind)
@@ -221,7 +221,7 @@ def test_what_is_only_inside_the_container_is_not_looked_for() -> None:
     assert "/shared/s3/s3-megatron.sqsh does not exist here" in image[0].found, "the host opens it"
 
 
-def test_a_login_node_without_megatron_is_told_what_was_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_login_node_without_megatron_prints_what_was_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None if name.startswith("deep") else name)
     (finding,) = engines.parser(compose.load("gpt2_345m", "slurm", ["engine=deepspeed"]), RUN)
     assert (finding.state, finding.found) == (WARNING, "not run: deepspeed is not installed here")

@@ -169,7 +169,7 @@ def test_status_says_how_a_held_job_starts_again(tmp_path: Path, monkeypatch: py
     assert status._state(run, []) == "pending as job 7 (JobHeldUser): 'scontrol release 7' lets it start"
 
 
-def test_status_tells_what_failed_first_and_not_what_was_last(tmp_path: Path):
+def test_status_shows_what_failed_first_and_not_what_was_last(tmp_path: Path):
     """Of a hundred lines of NCCL, the first failure on any node is the one to read; and only the last bad start's."""
     run = make(tmp_path)
     assert status.status(run).state == "not started: s3-megatron resume first"

@@ -81,7 +81,7 @@ def test_script_that_ignores_term_requeues_itself(cluster: Cluster, tmp_path: Pa
     assert [line for line in printed if not line.startswith("start")] == ["RUNNING", "COMPLETING", "alive"]
 
 
-def test_scancel_is_told_by_the_state_and_undone_by_requeue(cluster: Cluster, tmp_path: Path) -> None:
+def test_scancel_is_recognized_by_the_state_and_undone_by_requeue(cluster: Cluster, tmp_path: Path) -> None:
     """Whoever requeues without asking for the state brings a cancelled job back."""
     wait = "echo up; while [ $(state) = RUNNING ]; do sleep 0.2; done; state"
     asked, blind = tmp_path / "asked", tmp_path / "blind"

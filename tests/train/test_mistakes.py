@@ -175,7 +175,7 @@ with one_line_errors():
 
 
 @pytest.mark.distributed
-def test_a_mistake_that_rank_1_alone_sees_is_said_and_nobody_hangs(tmp_path: Path) -> None:
+def test_a_mistake_that_rank_1_alone_sees_is_reported_and_no_rank_hangs(tmp_path: Path) -> None:
     """The last rank alone writes metrics; its mistake must not be lost because rank 0 is the one that prints."""
     script = tmp_path / "lonely.py"
     script.write_text(LONELY)

@@ -175,7 +175,7 @@ def test_a_resumed_run_is_bit_equal(metrics: dict[str, Metrics], run: Run) -> No
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("run", DEEPSPEED, ids=lambda run: run.name)
-def test_what_is_said_of_the_optimizer(metrics: dict[str, Metrics], run: Run) -> None:
+def test_what_is_logged_of_the_optimizer(metrics: dict[str, Metrics], run: Run) -> None:
     """m, r and the float32 masters, 12 bytes a parameter, are shared by two ranks; masters exist in fp32 too."""
     event, other = metrics[run.name].optimizer, metrics["megatron-fp32"].optimizer
     assert event is not None and other is not None

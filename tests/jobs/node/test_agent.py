@@ -24,7 +24,7 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", textwrap.dedent(code)]
 
 
-def test_the_end_of_training_is_told_from_the_end_of_an_attempt(tmp_path: Path) -> None:
+def test_the_end_of_training_is_distinguished_from_the_end_of_an_attempt(tmp_path: Path) -> None:
     watch = tmp_path / "watch"
     watch.mkdir()
     lines = ['{"event": "train", "iteration": 7}', '{"event": "validation", "iteration": 8}', '{"event": "tra']

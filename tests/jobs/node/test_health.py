@@ -127,7 +127,7 @@ def test_the_kernels_log(tools: Path) -> None:
     assert states()["xid"][0] == "not checked"
 
 
-def test_without_nvidia_smi_nothing_is_said_to_be_fine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_nvidia_smi_nothing_is_reported_as_fine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert {name: state for name, (state, _) in states(wanted=1).items()} == {
         "gpus": "error",
@@ -208,7 +208,7 @@ def test_a_full_run_folder_alone_blames_no_node(
     assert not (tmp_path / "attempts/5-0/bad_nodes").exists()
 
 
-def test_a_run_folder_that_cannot_be_written_is_said_on_the_log(tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_written_is_logged(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.write_text("not a folder")
     started = time.monotonic()
