@@ -174,9 +174,12 @@ class Analysis:
         return statistics.paired([left[seed] for seed in seeds], [right[seed] for seed in seeds])
 
     def far_behind(self, setup: str) -> dict[str, float]:
-        """Contenders whose lowest mean loss is more than FAR over the median of the others', and by how much."""
+        """Contenders whose lowest mean loss is more than FAR over the median of the others', and by how much.
+
+        None in a setup with a kick: to be thrown far is what it measures.
+        """
         lowest: dict[str, float] = {}
-        for row in self.rows:
+        for row in self.rows if self.experiment.setups[setup].kick == 1 else ():
             if row.setup == setup and row.results:
                 lowest[row.contender] = min(row.mean, lowest.get(row.contender, math.inf))
         gaps = {

@@ -39,12 +39,9 @@ def render(head: Mapping[str, str], found: Analysis, pictures: Sequence[str] = (
         elif any(found.best(name, setup) for name in experiment.contenders):
             parts += [f"## Best of the rates{title}", tables.best_of_rates(found, setup)]
         if any(row.results for row in found.rows if row.setup == setup):
-            parts += [
-                f"## By rate{title}",
-                tables.by_rate(found, setup),
-                f"## Width{title}",
-                tables.widths(found, setup),
-            ]
+            parts += [f"## By rate{title}", tables.by_rate(found, setup)]
+            if any(len(found.by_rate(name, setup)) > 1 for name in experiment.contenders):
+                parts += [f"## Width{title}", tables.widths(found, setup)]
     if ratios := list(horizons.ratios(found)):
         parts += ["## Steps ratio", tables.steps_ratio(found, ratios)]
     if recoveries := found.recoveries():

@@ -283,30 +283,13 @@ class TestRecord:
             record.pack(str(tmp_path / "simulated.yaml"), asked, tmp_path / "run", tmp_path / "records")
 
 
-class TestFarBehind:
-    """A contender implausibly far behind is a fault to look for: AdamW once was, by 1.5 nats, for its gradients."""
-
-    @pytest.mark.parametrize("shift, is_flagged", [(0.25, False), (0.4, True), (1.5, True)])
-    @pytest.mark.parametrize("cells", [20, 64])
-    def test_it_is_flagged_from_the_tuning_on(self, shift, is_flagged, cells):
-        asked = simulated.experiment()
-        found = analysis.Analysis(asked, simulated.run(asked, simulated.losses(0.001, {"adamw": shift}), cells))
-        (setup,) = asked.setups
-        assert list(found.far_behind(setup)) == (["adamw"] if is_flagged else [])
-        text = report.render({}, found)
-        assert text.count("Look for a fault first: ") == is_flagged
-        if is_flagged:
-            assert re.search(rf"first: adamw is {shift - 0.05:.1f}\d nats|first: adamw is {shift:.1f}\d? nats", text)
-
-    def test_a_winner_far_ahead_flags_none_of_many(self):
-        """The median of the others is a rival's."""
-        asked = simulated.experiment()
-        found = analysis.Analysis(asked, simulated.run(asked, simulated.losses(0.001, {"s3": -1.0})))
-        assert found.far_behind("base") == {}
-
-    def test_one_contender_is_behind_none(self):
-        asked = simulated.experiment(names=("s3",))
-        assert analysis.Analysis(asked, simulated.run(asked, simulated.losses(0.001))).far_behind("base") == {}
+def test_one_rate_has_no_width():
+    """The report of `spike` had five tables of `<= 0.008 to >= 0.008`."""
+    for rates in ([0.01], [0.01, 0.02]):
+        contenders = {name: Entry("s3", rates, {"beta": 0.95}) for name in ("s3", "adamw")}
+        asked = simulated.experiment(tuning=None, contenders=contenders)
+        text = report.render({}, analysis.Analysis(asked, simulated.run(asked, simulated.losses(0.01))))
+        assert ("## Width" in text) == (len(rates) > 1)
 
 
 def test_the_best_of_the_rates_follows_from_the_cells():
