@@ -1,8 +1,7 @@
 """A net of matrices on Megatron's road for them, whole or in tensor-parallel parts, and the unsharded run beside it."""
 
+import functools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -158,14 +157,17 @@ def unsharded(rest: type[EngineOptimizer] = S3, **settings: Any) -> tuple[list[A
     copies = {name: nn.Parameter(value) for name, value in whole_weights().items()}
     matrices = [{"params": [copies[name]], **({"qkv_split_shapes": QKV} if "qkv" in name else {})} for name in SHAPES]
     phases = {"total_steps": STEPS, "soft_start": 0.5}
-    muon = SoftMuon(matrices, on.LR, weight_decay=on.DECAY, process_group=ALONE[0], **{**phases, **settings})
+    muon = SoftMuon(matrices, on.LR, weight_decay=on.DECAY, process_group=alone(), **{**phases, **settings})
     others = [{"params": [copies["embedding.weight"]]}]
     others.append({"params": [copies["norm.weight"], copies["norm.bias"]], "weight_decay": 0.0})
-    more = {"process_group": ALONE[0], **phases} if rest is SoftSignum else {}
+    more = {"process_group": alone(), **phases} if rest is SoftSignum else {}
     return [muon, rest(others, on.LR, weight_decay=on.DECAY, **more)], copies
 
 
-ALONE: list[Any] = []  # a group of this rank alone
+@functools.cache
+def alone() -> dist.ProcessGroup:
+    """A group of this rank alone; all ranks come here."""
+    return [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
 
 
 def advance(optimizers: list[Any], copies: dict[str, nn.Parameter], grads: dict[str, Tensor]) -> None:
@@ -173,18 +175,6 @@ def advance(optimizers: list[Any], copies: dict[str, nn.Parameter], grads: dict[
         param.grad = grads[name].clone()
     for optimizer in optimizers:
         optimizer.step()
-
-
-@contextmanager
-def tensor_parallel(ranks: int) -> Iterator[None]:
-    """All ranks in groups of ``ranks``; data-parallel groups across them."""
-    if not ALONE:
-        ALONE.extend([[dist.new_group([r]) for r in range(dist.get_world_size())][dist.get_rank()]])
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
-    yield  # what fails on one rank alone is to be printed, and not to wait here for the others
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel()
 
 
 def compare(run: Run, optimizers: list[Any], copies: dict[str, nn.Parameter], map_error: float) -> None:

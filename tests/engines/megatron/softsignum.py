@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig
 from torch import Tensor
 
@@ -168,9 +167,7 @@ def check_softsignum_counts_what_tensor_parallel_ranks_share_once() -> None:
     """The linear's weight is another one on every tensor-parallel rank, the rest is on all of them; all ranks are
     tensor-parallel. And one weight is marked as the copy that another pipeline stage has."""
     on.since(19, "distributed optimizer with one state tensor")
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
-    try:
+    with on.tensor_parallel(dist.get_world_size()):
         net = on.Net()
         for name, param in net.named_parameters():
             param.tensor_model_parallel, param.partition_dim, param.partition_stride = name == "linear.weight", 0, 1
@@ -193,9 +190,6 @@ def check_softsignum_counts_what_tensor_parallel_ranks_share_once() -> None:
         rest = [m for name, m in mine.items() if name not in ("linear.weight", "embedding.weight")]
         expected = median_and_deviation([*(each["linear.weight"] for each in everywhere), *rest])
         assert len(rest) == 4 and inner(run).schedule[:2] == expected
-    finally:
-        parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel()
 
 
 def check_softsignum_refuses_several_optimizers_a_rank() -> None:
