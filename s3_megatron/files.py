@@ -1,6 +1,8 @@
 """Files that are either whole or not there, files of whole lines, and where a user's own belong."""
 
+import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from s3_megatron.errors import S3Error
@@ -47,6 +49,9 @@ def append_line(path: Path, line: bytes) -> None:
     """
     with path.open("a+b", buffering=0) as file:
         line += b"\n"
+        with suppress(OSError):  # a file system without locks
+            # Or a line that another is writing looks torn, and an empty one comes between: a node without a name.
+            fcntl.flock(file, fcntl.LOCK_EX)
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":

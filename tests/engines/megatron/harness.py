@@ -276,7 +276,8 @@ def tensor_parallel(size: int) -> Iterator[None]:
     before = variables()
     _LAYOUTS.setdefault(parallel_state.get_tensor_model_parallel_world_size(), before)
     if size not in _LAYOUTS:
-        parallel_state.destroy_model_parallel()
+        with patch.object(dist, "destroy_process_group"):  # it would end some of the groups, which come back
+            parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
         _LAYOUTS[size] = variables()
     host.update(_LAYOUTS[size])
