@@ -8,17 +8,17 @@ namespace S3_LOOP {
 // By e = exp(-2a) - 1, of which it is -e / (e + 2): to 3 units in the last place, odd, at most 1 and 1 from a = 9.02 on.
 // For small y it is y, denormals included; NaN stays.
 S3_INLINE Floats tanh_of(Floats y) {
-    const Floats a = magnitude(y), x = select(a > 10.0f, all(10.0f), a) * -2.0f;
+    // From 10 on it is 1. Of a NaN the maximum is its second operand.
+    const Floats x = larger(all(-20.0f), magnitude(y) * -2.0f);
     // x = k ln 2 + r: in the last bits of a number this large stands k. ln 2 in two parts, k times the first exact.
     constexpr float ROUND = 0x1.8p23f;
     const Floats rounded = mul_add(0x1.715476p0f, x, all(ROUND)), k = rounded - ROUND;
     const Floats r = mul_add(-0x1.7f7d1cp-20f, k, mul_add(-0x1.62e4p-1f, k, x));
-    // |r| <= 0.35: the eighth term of the series is below a quarter of a unit.
-    Floats series = mul_add(r, all(1.0f / 5040), 1.0f / 720);
-    series = mul_add(r, series, 1.0f / 120);
-    series = mul_add(r, series, 1.0f / 24);
-    series = mul_add(r, series, 1.0f / 6);
-    series = mul_add(r, series, 0.5f);
+    // exp(r) - 1 = r + r^2 * series for |r| <= 0.35, to a quarter of a unit (a minimax fit).
+    Floats series = mul_add(r, all(0x1.6bebfep-10f), 0x1.1227bp-7f);
+    series = mul_add(r, series, 0x1.555674p-5f);
+    series = mul_add(r, series, 0x1.5554bp-3f);
+    series = mul_add(r, series, 0x1.fffffep-2f);
     const Floats power = from_bits((bits(rounded) << 23u) + 0x3f800000u);  // 2^k
     const Floats e = mul_add(power, mul_add(r * r, series, r), power - 1.0f);
     const Floats u = magnitude(e) / (e + 2.0f);
