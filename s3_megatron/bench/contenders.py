@@ -37,7 +37,6 @@ def contenders(device: str) -> tuple[list[Contender], list[str]]:
     full, half = 7 * 4, 3 * 4 + 4 * 2
     graph = {"capturable": True}
     s3: Callable[..., S3] = partial(S3, lr=1e-4, weight_decay=0.1)
-    softsignum = partial(SoftSignum, lr=1e-4, weight_decay=0.1)
     adamw = partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.1)
     # All of them hold their states at once; a GPU of 80 GB has room for some of 10^9 weights.
     some = math.inf if device == "cpu" else 400e6
@@ -53,13 +52,7 @@ def contenders(device: str) -> tuple[list[Contender], list[str]]:
         ),
         Contender("S3 p=1.5", partial(s3, p=1.5), full, some, capturable=graph),
         Contender("S3 p=3, foreach", partial(s3, implementation="foreach"), full, largest=50e6, most=1000),
-        # Read x, g, m; write x, m. It has the foreach step alone.
-        Contender("SoftSignum, hard", partial(softsignum, soft_start=1), 5 * 4, largest=50e6, most=1000),
-        Contender(
-            *("SoftSignum, soft", partial(softsignum, sign_iters=0, transition_iters=10**6), 5 * 4),
-            largest=50e6,
-            most=1000,
-        ),
+        *_softsignums(device),
         Contender(ADAMW, partial(adamw, fused=True), full, capturable=graph),
         # Megatron's and DeepSpeed's Adam on a GPU without Transformer Engine, Apex or a compiler.
         Contender("AdamW, torch foreach", partial(adamw, foreach=True), full, 50e6 if device == "cpu" else 400e6),
@@ -71,6 +64,19 @@ def contenders(device: str) -> tuple[list[Contender], list[str]]:
         except Exception as error:  # a package that is missing, or does not build here
             missing.append(f"{name}: {first_line(error)}")
     return found, missing
+
+
+def _softsignums(device: str) -> list[Contender]:
+    softsignum = partial(SoftSignum, lr=1e-4, weight_decay=0.1)
+    soft = partial(softsignum, sign_iters=0, transition_iters=10**6)
+    # On a GPU it has the foreach step alone.
+    limits = (math.inf, math.inf) if device == "cpu" else (50e6, 1000)
+    # Read x, g, m; write x, m.
+    return [
+        Contender("SoftSignum, hard", partial(softsignum, soft_start=1), 5 * 4, *limits),
+        Contender("SoftSignum, soft", soft, 5 * 4, *limits),
+        Contender("SoftSignum, soft, bf16 state", partial(soft, state_dtype=torch.bfloat16), 3 * 4 + 2 * 2, *limits),
+    ]
 
 
 def _others(device: str) -> Iterator[tuple[str, int, float, Callable[[], Make]]]:

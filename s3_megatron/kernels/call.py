@@ -91,6 +91,17 @@ class Rule(NamedTuple):
         return 1.0 if self.beta1 == self.beta2 else math.inf
 
 
+class SoftRule(NamedTuple):
+    """The numbers of the SoftSignum update, in range; for what they mean see ``softsignum.softsignum_step_``."""
+
+    lr: float | Tensor
+    beta: float
+    tau: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool = False
+
+
 def form(p: float) -> int:
     """Name the compiled kernels' formulas for an exponent: p itself, 15 for 1.5; 0 are those for any."""
     return {1: 1, 1.5: 15, 2: 2, 3: 3}.get(p, 0)

@@ -93,7 +93,7 @@ def read(columns: Sequence[Sequence[Tensor]], kinds: Iterable[type]) -> Memory |
     All that ``examine`` looks for is looked for, each time, but for tensors that share memory.
 
     Args:
-        columns: lists in the order of ``call.ROLES``, of which the last may be left out: one length each, at least 1.
+        columns: lists in the order of ``call.ROLES``, of which the last ones may be left out: one length each, >= 1.
         kinds: classes whose tensors are their memory.
     """
     reader = _reader()

@@ -1,5 +1,7 @@
-"""The SoftSignum update over lists of tensors with ``torch._foreach_*``: any device. A fused one would enter here."""
+"""The SoftSignum update over lists of tensors: the C++ loops on a CPU, ``torch._foreach_*`` on any device."""
 
+import functools
+import logging
 import math
 from collections.abc import Iterator, Sequence
 
@@ -7,9 +9,14 @@ import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
-from s3_megatron.kernels.call import Columns
+from s3_megatron.kernels import cpu
+from s3_megatron.kernels.call import Columns, SoftRule
+from s3_megatron.kernels.cpu import softsignum as one_pass
 from s3_megatron.kernels.examine import examine
 from s3_megatron.kernels.formats import PLAIN
+from s3_megatron.kernels.rows import Unfit, sort
+
+logger = logging.getLogger(__name__)
 
 # Elements of the lists that a pass takes at once: more would only make its copies larger.
 _AT_ONCE = 1 << 24
@@ -34,8 +41,10 @@ def softsignum_step_(
         n  = m, or with nesterov beta * m + (1 - beta) * g
         x <- x - lr * (tanh(tau * n) + weight_decay * x)
 
-    The arithmetic is float32 (float64 for float64 states); the tensors of a row have one shape and device. Nothing
-    waits for a GPU. It takes room for 2.3 times the gradients in float32, of 2^24 elements or one tensor at once.
+    The arithmetic is float32 (float64 for float64 states); the tensors of a row have one shape and device. Plain dense
+    tensors on the CPU, in float32, bfloat16 or float16, are moved in one pass over memory. All others go to foreach,
+    as does all in what is compiled: nothing waits for a GPU, and it takes room for 2.3 times the gradients in float32,
+    of 2^24 elements or one tensor at once.
 
     Args:
         params: weights, any floating dtype (modified in place); low-precision ones are moved in float32, rounded once.
@@ -62,10 +71,43 @@ def softsignum_step_(
         raise S3Error(f"a param group's beta is {beta}: it must lie in [0, 1)")
     if not params:
         return
-    examine(Columns({"weight": params, "gradient": grads, "m": exp_avgs}))
+    columns = Columns({"weight": params, "gradient": grads, "m": exp_avgs})
+    rule = SoftRule(lr, beta, tau, weight_decay, nesterov, maximize)
+    if params[0].device.type != "cpu" or torch.compiler.is_compiling() or not _runs_in_one_pass():
+        examine(columns)
+        foreach_(columns, rule, rounding_seed)
+        return
+    try:
+        one_pass.step_(columns, rule, rounding_seed)
+        return
+    except Unfit:
+        pass
+    # Several dtypes, or tensors that only foreach takes: every row is looked at before the first is moved.
+    examine(columns)
+    for part in sort(columns):
+        try:
+            one_pass.step_(part, rule, rounding_seed)
+        except Unfit:
+            foreach_(part, rule, rounding_seed)
+
+
+@functools.cache
+def _runs_in_one_pass() -> bool:
+    """Whether the C++ loops run here; says so once."""
+    reason = cpu.unavailable()
+    if reason is None:
+        logger.info("SoftSignum steps on cpu by kernel cpu (%s)", cpu.loop_name())
+        return True
+    logger.warning("SoftSignum steps on cpu by kernel foreach, in many passes over memory instead of one: %s", reason)
+    return False
+
+
+def foreach_(columns: Columns, rule: SoftRule, rounding_seed: int | None = None) -> None:
+    """Move every parameter by ``torch._foreach_*``; rows that have been examined, as in ``softsignum_step_``."""
+    lr, beta, tau, weight_decay, nesterov, maximize = rule
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     first = 0
-    for weights, gradients, states in _batches(params, grads, exp_avgs):
+    for weights, gradients, states in _batches(columns["weight"], columns["gradient"], columns["m"]):
         stored = PLAIN[states[0].dtype]
         dtype = stored.computed
         m = [stored.read(state) for state in states]  # a float32 state itself

@@ -1,5 +1,9 @@
-"""SoftSignum's kernel: golden vectors, the reference, limits and bounds, denormals, dtypes, noise."""
+"""SoftSignum's kernels: golden vectors, the reference, limits and bounds, denormals, dtypes, noise.
 
+Every test runs by foreach and by each of this machine's C++ loops.
+"""
+
+import functools
 import math
 from typing import Any
 
@@ -7,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from s3_megatron.kernels import softsignum
+from s3_megatron.kernels.cpu import library
 from s3_megatron.kernels.softsignum import softsignum_step_
 from s3_megatron.optim.softsignum_reference import softsignum_reference_step
 from tests.tensors import bits, random
@@ -28,6 +34,17 @@ WALK = [
     (0.01, 20.0, 0.000526125, 0.010522111656255, 0.960387773920162),
     (-0.04, 5.0, -0.00150018125, -0.007500765577183, 0.951533972738678),
 ]
+
+
+@pytest.fixture(autouse=True, params=["foreach", *library.loops()])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What moves the tensors that C++ takes."""
+    if request.param == "foreach":
+        monkeypatch.setattr(softsignum, "_runs_in_one_pass", lambda: False)
+    else:
+        step_ = functools.partial(softsignum.one_pass.step_, loop=library.loops().index(request.param))
+        monkeypatch.setattr(softsignum.one_pass, "step_", step_)
+    return request.param
 
 
 def kernel(params: list[Tensor], grads: list[Tensor], ms: list[Tensor], **settings: Any) -> None:

@@ -81,6 +81,5 @@ def _settings(rule: Rule, factor: float, seed: int | None, *dtypes: torch.dtype)
         forgets=rule.beta2 == 0,
         stochastic=seed is not None,
         types=tuple(map(library.TYPES.__getitem__, dtypes)),
-        # Two keys of the noise, each far from the next step's.
-        seed=tuple(((seed or 0) * 0x9E3779B97F4A7C15 >> shift) & 0xFFFFFFFF for shift in (16, 32)),
+        seed=library.keys(seed),
     )

@@ -15,7 +15,9 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("step.h", "lanes.h", "formats.h", "powers.h", "metadata.h", "step.cpp", "dispatch.cpp", "metadata.cpp")
+# Compiled once for every loop, and once.
+STEPS, OTHERS = ("step.cpp", "softsignum.cpp"), ("dispatch.cpp", "metadata.cpp")
+SOURCES = ("step.h", "lanes.h", "formats.h", "powers.h", "metadata.h", *STEPS, *OTHERS)
 
 # No -march=native: the library chooses its loop where it runs. Compiled without traps and errno, which vectors do not
 # keep; without contraction, so that every copy of the loop rounds alike; and without the scheduler's first pass, which
@@ -26,7 +28,7 @@ FLAGS = [
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-# step.cpp is compiled once for each, under the namespace that dispatch.cpp knows.
+# STEPS are compiled once for each, under the namespace that dispatch.cpp knows.
 LOOPS: dict[str, list[str]] = {"s3_portable": []}
 # The variable names the machine to compile for where that is another one (linux-aarch64), as it does for setuptools.
 if os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).endswith("x86_64"):
@@ -68,9 +70,12 @@ def compile_library(target: Path, extra: list[str] | None = None) -> None:
     command = [*compiler(), *FLAGS, *(extra or [])]
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         command += _threads(command, Path(folder, "probe.so"))
-        jobs = [("step.cpp", Path(folder, f"{loop}.o"), [*flags, f"-DS3_LOOP={loop}"]) for loop, flags in LOOPS.items()]
-        jobs.append(("dispatch.cpp", Path(folder, "dispatch.o"), [f'-DS3_FINGERPRINT="{fingerprint()}"']))
-        jobs.append(("metadata.cpp", Path(folder, "metadata.o"), []))
+        jobs = [
+            (step, Path(folder, f"{loop}-{step}.o"), [*flags, f"-DS3_LOOP={loop}"])
+            for step in STEPS
+            for loop, flags in LOOPS.items()
+        ]
+        jobs += [(name, Path(folder, f"{name}.o"), [f'-DS3_FINGERPRINT="{fingerprint()}"']) for name in OTHERS]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda job: _run([*command, *job[2], "-c", str(FOLDER / job[0]), "-o", str(job[1])]), jobs))
         library = Path(folder, target.name)

@@ -10,7 +10,7 @@
 namespace {
 struct Loop {
     const char *name;
-    S3Range range;
+    S3Range range, softsignum;
 };
 
 // torch's own variable for the instructions it may use: it holds for this kernel too, so that another CPU can be tried.
@@ -28,14 +28,15 @@ std::vector<Loop> find_loops() {
     __builtin_cpu_init();
     if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        if (__builtin_cpu_supports("avx512bf16")) found.push_back({"AVX-512 with bfloat16", s3_avx512_bf16::range});
-        found.push_back({"AVX-512", s3_avx512::range});
+        if (__builtin_cpu_supports("avx512bf16"))
+            found.push_back({"AVX-512 with bfloat16", s3_avx512_bf16::range, s3_avx512_bf16::softsignum_range});
+        found.push_back({"AVX-512", s3_avx512::range, s3_avx512::softsignum_range});
     }
     // Every CPU with AVX2 and FMA has the float16 conversions and BMI2 that its loop is compiled for as well.
     if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        found.push_back({"AVX2", s3_avx2::range});
+        found.push_back({"AVX2", s3_avx2::range, s3_avx2::softsignum_range});
 #endif
-    found.push_back({"portable", s3_portable::range});
+    found.push_back({"portable", s3_portable::range, s3_portable::softsignum_range});
     return found;
 }
 
@@ -51,23 +52,11 @@ constexpr int64_t AHEAD = 4;
 void prefetch(const S3Row &row) {
     for (int kind = 0; kind < S3_MODEL; ++kind) __builtin_prefetch(row.at[kind]);
 }
-}  // namespace
 
-#define S3_EXPORT extern "C" __attribute__((visibility("default")))
-
-// What this library was compiled from: build.py's fingerprint.
-S3_EXPORT const char *s3_fingerprint() { return S3_FINGERPRINT; }
-
-// The name of loop `index`, best first; null beyond the last.
-S3_EXPORT const char *s3_loop(int32_t index) {
-    return index < (int32_t)loops().size() ? loops()[index].name : nullptr;
-}
-
-// Moves all rows by loop `index`; `out`, if not null, is added to. Threads share elements, not rows, so that a shard of
+// Moves all rows by `range`; `out`, if not null, is added to. Threads share elements, not rows, so that a shard of
 // a thousand small tensors and one large tensor take the same time.
-S3_EXPORT void s3_step(const S3Row *rows, int64_t count, const S3Settings *settings, int32_t index, int32_t threads,
-                       S3Statistics *out) {
-    const S3Range range = loops()[index].range;
+void share_out(S3Range range, const S3Row *rows, int64_t count, const S3Settings &settings, int32_t threads,
+               S3Statistics *out) {
     std::vector<int64_t> first(count + 1, 0);
     for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + rows[i].numel;
     const int64_t total = first[count];
@@ -82,7 +71,7 @@ S3_EXPORT void s3_step(const S3Row *rows, int64_t count, const S3Settings *setti
         for (; at < end; ++row) {
             if (row + AHEAD < count) prefetch(rows[row + AHEAD]);
             const int64_t stop = std::min(end, first[row + 1]);
-            range(rows[row], at - first[row], stop - first[row], first[row], *settings,
+            range(rows[row], at - first[row], stop - first[row], first[row], settings,
                   out ? &statistics[part] : nullptr);
             at = stop;
         }
@@ -95,4 +84,27 @@ S3_EXPORT void s3_step(const S3Row *rows, int64_t count, const S3Settings *setti
         out->agreeing += part.agreeing;
         out->elements += part.elements;
     }
+}
+}  // namespace
+
+#define S3_EXPORT extern "C" __attribute__((visibility("default")))
+
+// What this library was compiled from: build.py's fingerprint.
+S3_EXPORT const char *s3_fingerprint() { return S3_FINGERPRINT; }
+
+// The name of loop `index`, best first; null beyond the last.
+S3_EXPORT const char *s3_loop(int32_t index) {
+    return index < (int32_t)loops().size() ? loops()[index].name : nullptr;
+}
+
+// Moves all rows by loop `index`; `out`, if not null, is added to.
+S3_EXPORT void s3_step(const S3Row *rows, int64_t count, const S3Settings *settings, int32_t index, int32_t threads,
+                       S3Statistics *out) {
+    share_out(loops()[index].range, rows, count, *settings, threads, out);
+}
+
+// The same for SoftSignum, whose rows have no root; it adds up no statistics.
+S3_EXPORT void s3_softsignum_step(const S3Row *rows, int64_t count, const S3Settings *settings, int32_t index,
+                                  int32_t threads) {
+    share_out(loops()[index].softsignum, rows, count, *settings, threads, nullptr);
 }

@@ -164,6 +164,24 @@ S3_INLINE void store_states(States x, const S3Row &row, int64_t at, const S3Sett
     store_state(x.r, row.at[S3_ROOT], at, s, random >> 16u);
 }
 
+// Moves the last elements of a row, fewer than WIDTH, from `at` on: through the same arithmetic, in a copy padded with
+// zeros, so that a result depends on nothing but its own element.
+template <class Move>
+S3_INLINE void move_rest(const S3Row &row, int64_t at, int64_t end, const S3Settings &s, Move move) {
+    uint8_t copy[S3_KINDS][WIDTH * 4] = {};
+    S3Row rest = {{}, WIDTH};
+    const auto place = [&](int kind) { return (uint8_t *)row.at[kind] + at * bytes_of(s.types[kind]); };
+    const auto length = [&](int kind) { return (end - at) * bytes_of(s.types[kind]); };
+    for (int kind = 0; kind < S3_KINDS; ++kind) {
+        if (!row.at[kind]) continue;
+        rest.at[kind] = copy[kind];
+        memcpy(copy[kind], place(kind), length(kind));
+    }
+    move(rest);
+    for (int kind = 0; kind < S3_KINDS; ++kind)
+        if (row.at[kind] && kind != S3_GRAD) memcpy(place(kind), copy[kind], length(kind));
+}
+
 // 32 random bits an element, 16 for each of its states: a hash of its number and the step's two keys. AVX2 multiplies
 // 32-bit integers slowly, so two multiplications do; the second key keeps one step's noise from being another's shifted.
 S3_INLINE Bits noise(const uint32_t key[2], int64_t number) {

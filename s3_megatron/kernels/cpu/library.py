@@ -29,7 +29,13 @@ class Settings(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("form", "nesterov", "forgets", "stochastic")),
         ("types", ctypes.c_int32 * len(ROLES)),
         ("seed", ctypes.c_uint32 * 2),
+        ("tau", ctypes.c_float),
     ]
+
+
+def keys(seed: int | None) -> tuple[int, ...]:
+    """Return the two keys of a step's noise, each far from the next step's."""
+    return tuple(((seed or 0) * 0x9E3779B97F4A7C15 >> shift) & 0xFFFFFFFF for shift in (16, 32))
 
 
 @functools.cache
@@ -132,4 +138,6 @@ def _open(path: Path) -> ctypes.CDLL:
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     library.s3_step.argtypes = [pointer, count, ctypes.POINTER(Settings), ctypes.c_int32, ctypes.c_int32, pointer]
     library.s3_step.restype = None
+    library.s3_softsignum_step.argtypes = library.s3_step.argtypes[:-1]
+    library.s3_softsignum_step.restype = None
     return library

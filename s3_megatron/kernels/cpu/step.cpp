@@ -236,20 +236,10 @@ static void run(const S3Row &its_row, int64_t begin, int64_t end, int64_t first,
         if (out) tally.empty_into(*out);
     }
     if (at < end) {
-        // The rest goes through the same arithmetic, in a copy padded with zeros, so that a result depends on nothing
-        // but its own element. Not of the copies: an index that is no constant would put those into memory.
-        uint8_t copy[S3_KINDS][WIDTH * 4] = {};
-        S3Row rest = {{}, WIDTH};
-        const auto place = [&](int kind) { return (uint8_t *)its_row.at[kind] + at * bytes_of(settings.types[kind]); };
-        const auto length = [&](int kind) { return (end - at) * bytes_of(settings.types[kind]); };
-        for (int kind = 0; kind < S3_KINDS; ++kind) {
-            if (!its_row.at[kind]) continue;
-            rest.at[kind] = copy[kind];
-            memcpy(copy[kind], place(kind), length(kind));
-        }
-        move_any<P>(rest, 0, first + at, settings, out ? &tally : nullptr);
-        for (int kind = 0; kind < S3_KINDS; ++kind)
-            if (its_row.at[kind] && kind != S3_GRAD) memcpy(place(kind), copy[kind], length(kind));
+        // Not of the copies: an index that is no constant would put those into memory.
+        move_rest(its_row, at, end, settings, [&](const S3Row &rest) {
+            move_any<P>(rest, 0, first + at, settings, out ? &tally : nullptr);
+        });
         if (out) tally.empty_into(*out);
     }
     if (out) out->elements += end - begin;

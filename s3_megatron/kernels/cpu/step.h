@@ -31,6 +31,7 @@ struct S3Settings {
     int32_t stochastic;       // round the states stochastically (bfloat16 only)
     S3Type types[S3_KINDS];
     uint32_t seed[2];         // the two keys of this step's noise
+    float tau;                // SoftSignum's temperature, infinity for a hard step; its beta is beta1
 };
 
 // Over the elements of a run: sum and maximum of |update|, how many exceed 0.9, how many have the gradient's sign, how
@@ -44,6 +45,7 @@ using S3Range = void (*)(const S3Row &, int64_t begin, int64_t end, int64_t firs
 #define S3_DECLARE_LOOP(name)                                                                                          \
     namespace name {                                                                                                   \
     void range(const S3Row &, int64_t, int64_t, int64_t, const S3Settings &, S3Statistics *);                          \
+    void softsignum_range(const S3Row &, int64_t, int64_t, int64_t, const S3Settings &, S3Statistics *);               \
     }
 S3_DECLARE_LOOP(s3_portable)
 #if defined(__x86_64__)
