@@ -186,6 +186,16 @@ def test_an_outdated_library_is_not_taken_for_a_current_one(monkeypatch):
     assert build.fingerprint() != current
 
 
+def test_an_installed_library_of_older_sources_is_passed_over(monkeypatch, tmp_path):
+    """After a pull into an editable install every step ended in "undefined symbol", as a function had come."""
+    source = tmp_path / "old.c"
+    source.write_text('void s3_step() {} char *s3_loop() { return 0; } char *s3_fingerprint() { return ""; }')
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(tmp_path / "_step.so"), str(source)], check=True)
+    monkeypatch.setattr(library, "INSTALLED", tmp_path)
+    monkeypatch.delenv("S3_MEGATRON_KERNEL", raising=False)
+    assert library._installed() is None
+
+
 @pytest.mark.parametrize("value", ["avx512", "avx2", "default", "AVX2", ""])
 def test_torchs_variable_limits_the_loops(value, monkeypatch, tmp_path):
     """A value that torch does not have limits neither: torch warns of it, and goes on with all (2.13)."""

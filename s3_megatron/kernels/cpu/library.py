@@ -69,7 +69,7 @@ def _installed() -> ctypes.CDLL | None:
     for installed in INSTALLED.glob("_step*.so"):
         try:
             library = _open(installed)
-        except OSError:  # built for another kind of machine
+        except (OSError, AttributeError):  # built for another kind of machine, or of sources that had fewer functions
             continue
         if library.s3_fingerprint().decode() == fingerprint():
             return library
