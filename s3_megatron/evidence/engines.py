@@ -18,6 +18,7 @@ from s3_megatron.errors import S3Error
 from s3_megatron.evidence import analysis, experiments, text
 from s3_megatron.evidence.cells import Cell
 from s3_megatron.evidence.experiments import Experiment
+from s3_megatron.evidence.tables import table
 from s3_megatron.evidence.text import Text
 from s3_megatron.files import write_file
 from s3_megatron.jobs import compose, runs, submit
@@ -133,19 +134,20 @@ def train(cell: Cell, folder: Path, corpus: Text) -> float:
 def page(experiment: Experiment, stack: Losses, jobs: Losses) -> str:
     """Lay out both, and how far apart they are."""
     what = f"Final validation loss, mean and standard deviation over {len(experiment.seeds)} seeds."
-    lines = [
-        f"# {experiment.title}",
-        f"{what} From a seed Megatron's engine draws other weights and another order than the stack.",
-        "| contender | rate | stack | Megatron's engine | apart | range of the stack's seeds |\n" + "| --- " * 6 + "|",
-    ]
+    rows = []
     for name, ours in stack.items():
         theirs, reach = jobs[name], max(ours) - min(ours)
         rate = experiment.contenders[name].rates[0]
         apart = statistics.fmean(theirs) - statistics.fmean(ours)
-        lines[-1] += f"\n| {name} | {rate:g} | {_spread(ours)} | {_spread(theirs)} | {apart:+.4f} | {reach:.4f} |"
+        rows.append([name, f"{rate:g}", _spread(ours), _spread(theirs), f"{apart:+.4f}", f"{reach:.4f}"])
     order, other = (sorted(losses, key=lambda name: statistics.fmean(losses[name])) for losses in (stack, jobs))
-    lines.append(f"Rank in the stack: {', '.join(order)}; in Megatron's engine: {', '.join(other)}.")
-    return "\n\n".join(lines) + "\n"
+    parts = [
+        f"# {experiment.title}",
+        f"{what} From a seed Megatron's engine draws other weights and another order than the stack.",
+        table(["contender", "rate", "stack", "Megatron's engine", "apart", "range of the stack's seeds"], rows),
+        f"Rank in the stack: {', '.join(order)}; in Megatron's engine: {', '.join(other)}.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _spread(losses: list[float]) -> str:
@@ -163,7 +165,8 @@ def main() -> None:
         written = run(experiments.load(args.experiment), args.folder)
         write_file(args.folder / "engines.md", written.encode())
     except S3Error as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print(written)
 
 

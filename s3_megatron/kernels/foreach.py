@@ -64,7 +64,7 @@ def s3_step_(columns: Columns, rule: Rule, step: Step) -> None:
     # From here on broken gradients select the old value; multiplying by zero would write NaN.
     update = [torch.where(ok, u, 0.0) for ok, u in zip(moving, update, strict=True)]
     if step.statistics is not None:
-        _accumulate(step.statistics, update, g, found_inf)
+        accumulate_(step.statistics, update, g, found_inf)
     first = 0
     for i, ok in enumerate(moving):
         format.write_pair((exp_avgs[i], roots[i]), m[i], r[i], moving=ok, seed=step.seed, first=first)
@@ -120,7 +120,7 @@ def _root(tensors: Tensors, p: float) -> Tensors:
     return torch._foreach_sqrt(tensors) if p == 2 else torch._foreach_pow(tensors, 1 / p)
 
 
-def _accumulate(statistics: Tensor, updates: Tensors, grads: Tensors, found_inf: Tensor | None) -> None:
+def accumulate_(statistics: Tensor, updates: Tensors, grads: Tensors, found_inf: Tensor | None = None) -> None:
     """Add this step's statistics (modified in place) without a host synchronisation; in the order of FIELDS."""
     elements = sum(u.numel() for u in updates)
     if not elements:

@@ -44,8 +44,6 @@ class RelaxedOptimizer(EngineOptimizer):
     """
 
     soft_map: ClassVar[str]  # a key of temperature.REACHES
-    # Whether its step needs a matrix whole; engines cut weights anywhere.
-    takes_whole_matrices: ClassVar[bool] = False
     of_the_run: ClassVar[tuple[str, ...]] = OF_THE_RUN
     _kept: ClassVar[tuple[str, ...]] = ("state_dtype", "_asked")
 

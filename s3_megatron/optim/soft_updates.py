@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from s3_megatron.kernels.foreach import accumulate_
 from s3_megatron.watch import statistics
-from s3_megatron.watch.statistics import AGREEING, ELEMENTS, LARGEST, SATURATED, SUM
 
 # Elements looked at in one go, as in watch/updates.py.
 _AT_ONCE = 1 << 24
@@ -40,12 +40,6 @@ def add_updates_(
                 n = beta * n + (1 - beta) * g
             # Below the smallest normal number a hard step has no sign.
             u = (n * tau).tanh() if tau < math.inf else n.sign() * (n.abs() >= torch.finfo(dtype).tiny)
-            u = torch.where(kept, u, 0.0)
-            size = u.abs()
-            found = statistics.zeros(device=total.device)
-            found[SUM] = size.sum(dtype=torch.float64)
-            found[LARGEST] = size.max() if size.numel() else 0
-            found[SATURATED] = (size > 0.9).sum()
-            found[AGREEING] = (u * g.sign() > 0).sum()
-            found[ELEMENTS].fill_(size.numel())
-            statistics.merge_(total, found)
+            found = statistics.zeros(device=m.device)
+            accumulate_(found, [torch.where(kept, u, 0.0)], [g])
+            statistics.merge_(total, found.to(total.device))

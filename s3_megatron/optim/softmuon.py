@@ -68,7 +68,6 @@ class SoftMuon(RelaxedOptimizer):
 
     spec: ClassVar[Spec] = registry.SOFTMUON
     soft_map = "algebraic"
-    takes_whole_matrices = True
     # The model's largest Frobenius norm and singular value, where the soft phase began.
     of_the_run = (*OF_THE_RUN, "soft_norm", "soft_largest")
 
@@ -131,8 +130,6 @@ class SoftMuon(RelaxedOptimizer):
         """Raise S3Error for a hyperparameter out of range."""
         super().check_group(group)
         library()  # or say that it is missing
-        if not _is_count(group["num_ns_steps"]):
-            raise S3Error(f"num_ns_steps is {group['num_ns_steps']}: it must be a whole number >= 1; 5 is Muon's")
         qkv = group["qkv_split_shapes"]
         if qkv is not None and not (qkv and all(map(_is_count, qkv))):
             raise S3Error(f"qkv_split_shapes is {qkv}: it must be the rows of a head group's Q, K and V, each >= 1")

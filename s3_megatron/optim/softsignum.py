@@ -116,29 +116,12 @@ class SoftSignum(RelaxedOptimizer):
             local = localize(param, param.grad, self.state_of(param), self.spec.state_names)
             for column, x in zip(parts.setdefault(param.device, [[], [], []]), local, strict=True):
                 column.append(x)
+        direction = {"tau": tau, **{name: group[name] for name in ("beta", "nesterov", "maximize")}}
+        size = {name: group[name] for name in ("lr", "weight_decay")}
         for params, grads, exp_avgs in parts.values():
-            softsignum_step_(
-                params,
-                grads,
-                exp_avgs,
-                lr=group["lr"],
-                beta=group["beta"],
-                tau=tau,
-                weight_decay=group["weight_decay"],
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-                rounding_seed=seed,
-            )
+            softsignum_step_(params, grads, exp_avgs, **direction, **size, rounding_seed=seed)
             if self.update_statistics is not None:
-                add_updates_(
-                    self.update_statistics,
-                    grads,
-                    exp_avgs,
-                    beta=group["beta"],
-                    tau=tau,
-                    nesterov=group["nesterov"],
-                    maximize=group["maximize"],
-                )
+                add_updates_(self.update_statistics, grads, exp_avgs, **direction)
 
     def measure(self) -> tuple[float, float]:
         """Return median and median absolute deviation of m over the model."""

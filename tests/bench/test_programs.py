@@ -56,7 +56,10 @@ def test_instructions_of_the_kernels_loops(monkeypatch: pytest.MonkeyPatch) -> N
     try:
         measured: dict[str, Any] = kernel_instructions.measure()
     except S3Error as error:
-        pytest.skip(str(error))  # a processor, or a container, that counts nothing
+        # A processor, or a container, that counts nothing; whatever else is refused is a fault.
+        if not str(error).startswith("instructions are counted"):
+            raise
+        pytest.skip(str(error))
     found = {(row["loop"], row["states"]): row["instructions"] for row in measured["rows"]}
     assert found and min(found.values()) > 1
     (table,) = kernel_instructions.tables(measured)

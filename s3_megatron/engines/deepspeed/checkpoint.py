@@ -18,7 +18,7 @@ from s3_megatron.engines.deepspeed.layout import is_flat, is_sharded, is_stage3,
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import EngineOptimizer, from_adam_state, registry
 from s3_megatron.optim.engine_optimizer import warn_of_change
-from s3_megatron.optim.spec import FROM_ADAM, NAMES, OVERRIDE
+from s3_megatron.optim.spec import FROM_ADAM, NAMES, OVERRIDE, Spec
 from s3_megatron.optim.state import accept, check_convertible, convert_from_adam, is_marked, written_by
 from s3_megatron.swap import SymbolSwap
 
@@ -67,26 +67,28 @@ def guard_own(optimizer: EngineOptimizer, wrapper: Any, *, from_adam: bool, over
     guard = _LoadGuard(optimizer, wrapper, from_adam, override)
     load = optimizer.load_state_dict
 
-    def lacking(index: int) -> set[str]:
+    def lacking(entries: dict[int, Any]) -> dict[int, set[str]]:
+        # ZeRO-3's groups have no parameters between steps.
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        return _lacking(optimizer, params[index]) if index < len(params) else {*NAMES} - {*optimizer.spec.state_names}
+        specs = {i: optimizer.spec_of(params[i]) if i < len(params) else optimizer.spec for i in entries}
+        return {i: _lacking(spec) for i, spec in specs.items()}
 
     def load_state_dict(state_dict: dict[str, Any]) -> None:
         """Load one rank's state of an ordinary checkpoint."""
         state_dict = dict(state_dict)
         if guard.accept(state_dict["param_groups"], universal=False):
             state_dict = from_adam_state(state_dict, optimizer)
-        state = state_dict["state"]
-        load({**state_dict, "state": {i: _without(lacking(i), entry) for i, entry in state.items()}})
+        state, names = state_dict["state"], lacking(state_dict["state"])
+        load({**state_dict, "state": {i: _without(names[i], entry) for i, entry in state.items()}})
 
     def stand_in(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        state = {i: entry | dict.fromkeys(lacking(i), _nothing_like(entry)) for i, entry in state_dict["state"].items()}
-        state_dict["state"] = state
+        state, names = state_dict["state"], lacking(state_dict["state"])
+        state_dict["state"] = {i: entry | dict.fromkeys(names[i], _nothing_like(entry)) for i, entry in state.items()}
 
     optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
     if not is_sharded(wrapper):
         return
-    if {*optimizer.spec.state_names} != {*NAMES}:
+    if _lacking(optimizer.spec):
         optimizer.register_state_dict_post_hook(stand_in)
     _init_and_link_state(wrapper)
     if is_flat(wrapper):
@@ -94,9 +96,9 @@ def guard_own(optimizer: EngineOptimizer, wrapper: Any, *, from_adam: bool, over
     _guard_universal(guard)
 
 
-def _lacking(optimizer: EngineOptimizer, param: torch.Tensor) -> set[str]:
-    """Name those of Adam's states that the one of ``param`` has not."""
-    return {*NAMES} - {*optimizer.spec_of(param).state_names}
+def _lacking(spec: Spec) -> set[str]:
+    """Name those of Adam's states that the optimizer of ``spec`` has not."""
+    return {*NAMES} - {*spec.state_names}
 
 
 def _nothing_like(entry: dict[str, Any]) -> torch.Tensor:
@@ -242,7 +244,7 @@ def _guard_universal(guard: _LoadGuard) -> None:
             for entry in entries:
                 entry.pop("step", None)  # by which ours know Adam's
         for master in masters(wrapper):
-            for name in _lacking(optimizer, master):
+            for name in _lacking(optimizer.spec_of(master)):
                 optimizer.state[master].pop(name, None)
         if is_flat(wrapper):
             wrapper._link_all_hp_params()  # and inits: 0.17.6 left r linked in the weights' place

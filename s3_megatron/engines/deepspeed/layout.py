@@ -1,7 +1,9 @@
 """Where DeepSpeed's optimizer wrappers keep what S3 moves (deepspeed 0.19.8; imported late, see __init__.py)."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -39,6 +41,32 @@ def model_groups(wrapper: Any) -> list[list[Tensor]]:
     """Give the model's parameters that ZeRO's ``wrapper`` trains, group by group."""
     names = ("fp16_groups",) if is_stage3(wrapper) else ("bf16_groups", "bit16_groups")
     return next(getattr(wrapper, name) for name in names if hasattr(wrapper, name))
+
+
+def flat_partitions(wrapper: Any) -> Iterator[tuple[Tensor, dist.ProcessGroup, list[tuple[Tensor, int]]]]:
+    """Yield each partition of ZeRO 1 and 2 on this rank, the ranks that have one, and where its group's weights begin.
+
+    A group's flat tensor may have gaps between and padding behind its weights; partitions are of one size, in the order
+    of the ranks. A beginning is in elements from the start of this rank's partition, and may lie outside of it.
+    """
+    if hasattr(wrapper, "single_partition_of_fp32_groups"):
+        partitions, groups = wrapper.single_partition_of_fp32_groups, wrapper.round_robin_bit16_groups
+    else:  # BF16_Optimizer
+        partitions, groups = wrapper.fp32_groups_flat_partition, wrapper.bf16_groups
+    for i, master in enumerate(partitions):
+        weights, ranks = groups[i], wrapper.real_dp_process_group[i]
+        # BF16_Optimizer and 0.17.6 have none between.
+        gaps = getattr(wrapper, "round_robin_bit16_padding", {i: [0] * len(weights)})[i]
+        first, places = -dist.get_rank(ranks) * master.numel(), []
+        for weight, gap in zip(weights, gaps, strict=True):
+            places.append((weight, first))
+            first += weight.numel() + gap
+        yield master, ranks, places
+
+
+def inside(first: int, count: int, size: int) -> slice:
+    """Give what of ``count`` elements from ``first`` on lies in [0, ``size``)."""
+    return slice(*(min(max(place, 0), size) for place in (first, first + count)))
 
 
 def has_gradscaler(engine: Any) -> bool:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from s3_megatron.engines.deepspeed.layout import flat_partitions, inside
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import S3, SoftMuon, softmuon_groups
 from s3_megatron.optim.polar import direction
@@ -47,7 +48,7 @@ class Piece:
     @property
     def mine(self) -> slice:
         """What of it is in this rank's partition."""
-        return slice(*(min(max(place, 0), self.size) for place in (self.first, self.first + self.shape.numel())))
+        return inside(self.first, self.shape.numel(), self.size)
 
     @property
     def part(self) -> slice:
@@ -183,20 +184,9 @@ def refuse(engine: Any, client: Any) -> None:
 
 
 def lay_out(optimizer: ZeroSoftMuon, wrapper: Any) -> dict[Tensor, list[Piece]]:
-    """Find the matrices in ZeRO's partitions, as temperature.py does (0.19.8; 0.17.6 has no gaps between weights)."""
-    if hasattr(wrapper, "single_partition_of_fp32_groups"):
-        partitions, groups = wrapper.single_partition_of_fp32_groups, wrapper.round_robin_bit16_groups
-    else:  # BF16_Optimizer
-        partitions, groups = wrapper.fp32_groups_flat_partition, wrapper.bf16_groups
-    found: dict[Tensor, list[Piece]] = {}
-    for i, master in enumerate(partitions):
-        if optimizer.spec_of(master) is not optimizer.spec:
-            continue
-        weights, group = groups[i], wrapper.real_dp_process_group[i]
-        gaps = getattr(wrapper, "round_robin_bit16_padding", {i: [0] * len(weights)})[i]
-        first = -dist.get_rank(group) * master.numel()
-        found[master] = []
-        for weight, gap in zip(weights, gaps, strict=True):
-            found[master].append(Piece(weight.shape, first, master.numel(), group, weight.device))
-            first += weight.numel() + gap
-    return found
+    """Find the matrices in ZeRO's partitions."""
+    return {
+        master: [Piece(weight.shape, first, master.numel(), ranks, weight.device) for weight, first in places]
+        for master, ranks, places in flat_partitions(wrapper)
+        if optimizer.spec_of(master) is optimizer.spec
+    }

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from s3_megatron.engines.deepspeed.layout import has_gradscaler, is_sharded, is_stage3
+from s3_megatron.engines.deepspeed.layout import flat_partitions, has_gradscaler, inside, is_sharded, is_stage3
 from s3_megatron.engines.deepspeed.softmuon import ZeroSoftMuon, lay_out
 from s3_megatron.errors import S3Error
 from s3_megatron.optim.relaxed import RelaxedOptimizer
@@ -60,25 +60,9 @@ def _counted(wrapper: Any) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _of_flat_groups(wrapper: Any) -> Iterator[tuple[Tensor, list[slice]]]:
-    """Give the weights' places in each partition of ZeRO 1 and 2.
-
-    A group's flat tensor has padding between and behind them; partitions are of one size, in the order of the ranks.
-    """
-    if hasattr(wrapper, "single_partition_of_fp32_groups"):
-        partitions, groups = wrapper.single_partition_of_fp32_groups, wrapper.round_robin_bit16_groups
-    else:  # BF16_Optimizer
-        partitions, groups = wrapper.fp32_groups_flat_partition, wrapper.bf16_groups
-    for i, master in enumerate(partitions):
-        weights, size = groups[i], master.numel()
-        # BF16_Optimizer and 0.17.6 have none between.
-        gaps = getattr(wrapper, "round_robin_bit16_padding", {i: [0] * len(weights)})[i]
-        begin, mine = 0, dist.get_rank(wrapper.real_dp_process_group[i]) * size
-        pieces = []
-        for weight, gap in zip(weights, gaps, strict=True):
-            first, last = (min(max(place - mine, 0), size) for place in (begin, begin + weight.numel()))
-            pieces.append(slice(first, last))
-            begin += weight.numel() + gap
-        yield master, pieces
+    """Give the weights' places in each partition of ZeRO 1 and 2."""
+    for master, _, places in flat_partitions(wrapper):
+        yield master, [inside(first, weight.numel(), master.numel()) for weight, first in places]
 
 
 def _of_stage_3(wrapper: Any) -> Iterator[tuple[Tensor, list[slice]]]:

@@ -141,14 +141,14 @@ def validate(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(args, *rest, **kwargs)
         refuse_unsupported(args)
         spec.check(_engine_values(spec, args), spec.flag)
-        for each in _used(spec, args):
+        for each in layer_wise.used(spec, args):
             each.check(each.chosen(own_values(each, args)), each.flag)
         if getattr(args, spec.field(FROM_ADAM), False):
             args.override_opt_param_scheduler = True
         with nullcontext() if spec.beside else _by_adams_name(args):
             validated = original(args, *rest, **kwargs)
         # From here on the arguments are complete, for Megatron's optimizer and for DeepSpeed's; or refused.
-        for each in _used(spec, args):
+        for each in layer_wise.used(spec, args):
             for name, value in each.complete(own_values(each, args), _iterations(args)).items():
                 setattr(args, each.field(name), value)
         return validated
@@ -165,12 +165,6 @@ def _iterations(args: argparse.Namespace) -> int | None:
         return int(args.train_iters)
     grows = args.rampup_batch_size is not None or getattr(args, "step_batch_size_schedule", None) is not None
     return None if grows or not args.train_samples else int(args.train_samples // args.global_batch_size)
-
-
-def _used(spec: Spec, settings: argparse.Namespace | OptimizerConfig) -> list[Spec]:
-    """List what moves the weights: an optimizer of ours, and the one beside it where that is ours, too."""
-    rest = layer_wise.rest_of(settings, spec) if spec.beside else None
-    return [spec] if rest is None else [spec, rest]
 
 
 def _engine_values(spec: Spec, settings: argparse.Namespace | OptimizerConfig) -> dict[str, Any]:

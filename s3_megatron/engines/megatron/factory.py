@@ -69,8 +69,8 @@ def _road(config: SpecOptimizerConfig) -> Iterator[None]:
     """
     spec = config.spec
     if spec.beside:
-        rest = layer_wise.rest_of(config, spec)
-        with softmuon.in_the_hosts_registry(config, init_state), _adam_slot_builds(config, rest):
+        _, *rest = layer_wise.used(spec, config)
+        with softmuon.in_the_hosts_registry(config, init_state), _adam_slot_builds(config, *rest):
             yield
         return
     swap = SymbolSwap("this megatron-core")
@@ -83,7 +83,7 @@ def _road(config: SpecOptimizerConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _adam_slot_builds(config: SpecOptimizerConfig, spec: Spec | None) -> Iterator[None]:
+def _adam_slot_builds(config: SpecOptimizerConfig, spec: Spec | None = None) -> Iterator[None]:
     """Let the factory put the optimizer of ``spec`` in Adam's place; None leaves that to Adam.
 
     It calls the module's ``Adam`` once a group of chunks (megatron-core 0.17.1 to 0.19.2, core/optimizer/__init__.py).
@@ -114,8 +114,7 @@ def _adam_slot_builds(config: SpecOptimizerConfig, spec: Spec | None) -> Iterato
 def _finish_all(optimizer: MegatronOptimizer, config: SpecOptimizerConfig, model_chunks: list[Any]) -> None:
     """Check what Megatron has built, part by part, and complete it; Adam beside SoftMuon is the host's own."""
     spec, parts = config.spec, parts_of(optimizer)
-    rest = layer_wise.rest_of(config, spec) if spec.beside else None
-    mine: dict[Spec, list[MegatronOptimizer]] = {each: [] for each in (spec, rest) if each is not None}
+    mine: dict[Spec, list[MegatronOptimizer]] = {each: [] for each in layer_wise.used(spec, config)}
     for part in parts:
         if spec.beside:
             softmuon.gather_what_shares_a_bucket_group(part)
@@ -123,7 +122,7 @@ def _finish_all(optimizer: MegatronOptimizer, config: SpecOptimizerConfig, model
         found = inner.spec if isinstance(inner, EngineOptimizer) else None
         if found in mine:
             mine[found].append(part)
-        elif not spec.beside or rest is not None or found is not None:
+        elif not spec.beside or len(mine) > 1 or found is not None:
             raise S3Error(
                 f"Megatron built {type(inner).__name__} where {spec.title} was asked for: report this version"
             )

@@ -11,10 +11,10 @@ from s3_megatron.optim.polar import library
 from s3_megatron.optim.spec import Spec
 
 
-def rest_of(config: argparse.Namespace | OptimizerConfig, spec: Spec) -> Spec | None:
-    """Give the Spec of what moves a model's other weights; None is Megatron's own Adam."""
-    name = getattr(config, spec.field("scalar_optimizer"))
-    return next((each for each in spec.beside if each.name == name), None)
+def used(spec: Spec, settings: argparse.Namespace | OptimizerConfig) -> list[Spec]:
+    """List what moves the weights: an optimizer of ours, and the one beside it, where that is not Megatron's Adam."""
+    rest = getattr(settings, spec.field("scalar_optimizer")) if spec.beside else None
+    return [spec, *(each for each in spec.beside if each.name == rest)]
 
 
 def refuse(settings: argparse.Namespace | OptimizerConfig) -> None:

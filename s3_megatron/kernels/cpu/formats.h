@@ -132,6 +132,18 @@ S3_INLINE Floats load(const S3Row &row, S3Kind kind, int64_t at, const S3Setting
     return load(row.at[kind], at, s.types[kind]);
 }
 
+// Beyond a quarter of the range, and for NaN, nothing changes: g - m would overflow.
+constexpr float LARGEST = 0x1.fffffep125f;
+
+S3_INLINE Floats gradient(const S3Row &row, int64_t at, const S3Settings &s) {
+    return load(row, S3_GRAD, at, s) * s.factor;
+}
+
+// A weight after an update, with decoupled decay.
+S3_INLINE Floats moved(Floats x, Floats u, const S3Settings &s) {
+    return mul_add(-s.lr, mul_add(s.weight_decay, x, u), x);
+}
+
 // And the model's, where there is one.
 S3_INLINE void store_weight(Floats x, const S3Row &row, int64_t at, const S3Settings &s) {
     store(x, row.at[S3_PARAM], at, s.types[S3_PARAM]);

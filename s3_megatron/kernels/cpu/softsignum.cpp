@@ -39,13 +39,12 @@ S3_INLINE Floats average(Floats from, Floats to, const S3Settings &s) {
 }
 
 S3_INLINE void move(const S3Row &row, int64_t at, int64_t number, const S3Settings &s) {
-    constexpr float LARGEST = 0x1.fffffep125f;  // a quarter of the range: beyond it, and for NaN, nothing changes
-    const Floats g = load(row, S3_GRAD, at, s) * s.factor, m0 = load(row, S3_EXP_AVG, at, s);
+    const Floats g = gradient(row, at, s), m0 = load(row, S3_EXP_AVG, at, s);
     const Ints ok = magnitude(g) <= LARGEST;
     const Floats m = average(m0, g, s), n = s.nesterov ? average(m, g, s) : m;
     const Floats u = s.tau < __builtin_inff() ? tanh_of(n * s.tau) : sign_of(n);
     const Floats x = load(row, S3_PARAM, at, s);
-    store_weight(select(ok, mul_add(-s.lr, mul_add(s.weight_decay, x, u), x), x), row, at, s);
+    store_weight(select(ok, moved(x, u, s), x), row, at, s);
     const Bits random = s.stochastic ? noise(s.seed, number) & 0xffffu : every(0);
     store_state(select(ok, m, m0), row.at[S3_EXP_AVG], at, s, random);
 }

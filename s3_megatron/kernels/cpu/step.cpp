@@ -34,13 +34,6 @@ S3_INLINE void count(Tally &tally, Floats u, Floats g) {
     tally.agreeing = tally.agreeing - (((bits(u) ^ bits(g)) < 0x80000000u) & (u != 0.0f) & (g != 0.0f));
 }
 
-// Beyond a quarter of the range, and for NaN, nothing changes: g - m would overflow.
-constexpr float LARGEST = 0x1.fffffep125f;
-
-S3_INLINE Floats gradient(const S3Row &row, int64_t at, const S3Settings &s) {
-    return load(row, S3_GRAD, at, s) * s.factor;
-}
-
 S3_INLINE void prefetch(const S3Row &row, int64_t at, const S3Settings &s) {
     prefetch(row.at[S3_PARAM], at, s.types[S3_PARAM]);
     prefetch(row.at[S3_GRAD], at, s.types[S3_GRAD]);
@@ -97,10 +90,6 @@ template <int P> S3_INLINE Floats update(Floats n, Floats c, Floats whole, const
     Floats u = select(inverse_b <= 0x1p126f, n * inverse_b, all(0.0f));
     u = select(u > s.bound, all(s.bound), u);
     return select(u < -s.bound, all(-s.bound), u);
-}
-
-S3_INLINE Floats moved(Floats x, Floats u, const S3Settings &s) {
-    return mul_add(-s.lr, mul_add(s.weight_decay, x, u), x);
 }
 
 // Elements [at, at + WIDTH) of a row: one copy for any settings and any gradients, and for the ends of rows. Its results
