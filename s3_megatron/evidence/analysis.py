@@ -68,7 +68,7 @@ class Ranked:
 
     @property
     def verdict(self) -> str:
-        """What may be said of the reference."""
+        """The reference's rank against this rival."""
         if self.paired.pairs < self.wanted:
             return f"not ranked: {self.paired.pairs} of {self.wanted} seeds"
         return statistics.verdict(self.paired.mean, self.adjusted)
