@@ -8,6 +8,7 @@ import argparse
 import json
 import statistics
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from s3_megatron import machine
 from s3_megatron.data.writer import bin_and_idx, new_dataset
 from s3_megatron.errors import S3Error
 from s3_megatron.evidence import analysis, experiments, text
-from s3_megatron.evidence.cells import Cell
+from s3_megatron.evidence.cells import Cell, commit
 from s3_megatron.evidence.experiments import Experiment
 from s3_megatron.evidence.tables import table
 from s3_megatron.evidence.text import Text
@@ -134,18 +135,26 @@ def train(cell: Cell, folder: Path, corpus: Text) -> float:
 def page(experiment: Experiment, stack: Losses, jobs: Losses) -> str:
     """Lay out both, and how far apart they are."""
     what = f"Final validation loss, mean and standard deviation over {len(experiment.seeds)} seeds."
-    rows = []
+    rows, each = [], []
     for name, ours in stack.items():
         theirs, reach = jobs[name], max(ours) - min(ours)
         rate = experiment.contenders[name].rates[0]
         apart = statistics.fmean(theirs) - statistics.fmean(ours)
         rows.append([name, f"{rate:g}", _spread(ours), _spread(theirs), f"{apart:+.4f}", f"{reach:.4f}"])
+        each += [
+            [name, str(seed), f"{one:.4f}", f"{other:.4f}"]
+            for seed, one, other in zip(experiment.seeds, ours, theirs, strict=True)
+        ]
     order, other = (sorted(losses, key=lambda name: statistics.fmean(losses[name])) for losses in (stack, jobs))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
     parts = [
         f"# {experiment.title}",
         f"{what} From a seed Megatron's engine draws other weights and another order than the stack.",
         table(["contender", "rate", "stack", "Megatron's engine", "apart", "range of the stack's seeds"], rows),
         f"Rank in the stack: {', '.join(order)}; in Megatron's engine: {', '.join(other)}.",
+        "The runs:",
+        table(["contender", "seed", "stack", "Megatron's engine"], each),
+        f"Commit {commit()}; {versions}; {machine.processor()}.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -20,7 +20,7 @@ def pack(name: str, experiment: Experiment, folder: Path, records: Path) -> Path
     """Write ``folder``'s cells, report and pictures to ``records``/DATE-NAME; returns that folder.
 
     ``name`` is as the experiment was loaded. The cells are as they are, and compressed; the report has commits,
-    versions and machines.
+    versions and machines. Other pages there, as ``evidence.engines`` writes one, go along.
 
     Raises:
         S3Error: there are no cells, the record exists, is too large, or cannot be written.
@@ -37,7 +37,7 @@ def pack(name: str, experiment: Experiment, folder: Path, records: Path) -> Path
         with TemporaryDirectory(dir=records, prefix=".partial-") as scratch:
             whole = Path(scratch, target.name)
             whole.mkdir()
-            for file in (source(name), folder / "report.md", *sorted(folder.glob("*.png"))):
+            for file in (source(name), *sorted(folder.glob("*.md")), *sorted(folder.glob("*.png"))):
                 shutil.copyfile(file, whole / (f"{experiment.name}.yaml" if file == source(name) else file.name))
             data = (folder / "cells.jsonl").read_bytes()
             (whole / CELLS).write_bytes(lzma.compress(data[: data.rfind(b"\n") + 1]))

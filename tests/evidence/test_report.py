@@ -259,9 +259,10 @@ class TestRecord:
         return asked
 
     def test_a_record_has_all_that_the_report_came_from(self, asked, tmp_path):
+        (tmp_path / "run" / "engines.md").touch()
         path = record.pack(str(tmp_path / "simulated.yaml"), asked, tmp_path / "run", tmp_path / "records")
         assert re.fullmatch(r"\d{4}-\d\d-\d\d-simulated", path.name)
-        names = {"cells.jsonl.xz", "report.md", "simulated.yaml", "rates.png"}
+        names = {"cells.jsonl.xz", "report.md", "engines.md", "simulated.yaml", "rates.png"}
         assert {file.name for file in path.iterdir()} - {"differences.png"} == names
         assert (path / "simulated.yaml").read_text() == "its file\n"
         again = tmp_path / "again" / "cells.jsonl"
