@@ -17,7 +17,7 @@ from s3_megatron import machine
 from s3_megatron.data.writer import bin_and_idx, new_dataset
 from s3_megatron.errors import S3Error
 from s3_megatron.evidence import analysis, experiments, text
-from s3_megatron.evidence.cells import Cell, commit
+from s3_megatron.evidence.cells import Cell
 from s3_megatron.evidence.experiments import Experiment
 from s3_megatron.evidence.tables import table
 from s3_megatron.evidence.text import Text
@@ -154,7 +154,7 @@ def page(experiment: Experiment, stack: Losses, jobs: Losses) -> str:
         f"Rank in the stack: {', '.join(order)}; in Megatron's engine: {', '.join(other)}.",
         "The runs:",
         table(["contender", "seed", "stack", "Megatron's engine"], each),
-        f"Commit {commit()}; {versions}; {machine.processor()}.",
+        f"{versions}; {machine.processor()}. The commit is the report's.",
     ]
     return "\n\n".join(parts) + "\n"
 
