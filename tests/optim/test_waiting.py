@@ -27,7 +27,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Step]]:
     """A Triton kernel that could run and does nothing, for tensors without values have no addresses; what it got."""
     calls: list[Step] = []
     monkeypatch.setattr(triton, "unavailable", lambda: None)
-    monkeypatch.setattr(triton, "s3_step_", lambda columns, rule, step, memory: calls.append(step))
+    monkeypatch.setattr(triton, "step_", lambda columns, rule, step, memory: calls.append(step))
     for cached in (op.choose, op._announce):
         cached.cache_clear()
     yield calls
