@@ -56,7 +56,8 @@ def load_states(exp_avg, exp_avg_root, mask, TOGETHER: tl.constexpr):
     m = tl.load(exp_avg, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
     if exp_avg_root is None:
         return m, m
-    return m, tl.load(exp_avg_root, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
+    else:
+        return m, tl.load(exp_avg_root, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
 
 
 @triton.jit
