@@ -16,6 +16,7 @@ from s3_megatron.optim.settings import check_step, names_what_it_takes, report_i
 from s3_megatron.optim.spec import Spec
 from s3_megatron.optim.state import check_groups
 
+
 class S3(EngineOptimizer):
     """SoftSignSGD (arXiv 2507.06464, Algorithm 1): each weight moves by at most the learning rate.
 

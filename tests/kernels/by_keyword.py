@@ -8,7 +8,6 @@ from torch import Tensor
 
 from s3_megatron.kernels.call import Columns, Kind, Rule, SoftRule, Step
 
-
 KINDS: tuple[Kind, ...] = ("weight", "gradient", "m", "r")
 
 

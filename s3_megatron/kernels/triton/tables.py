@@ -43,9 +43,7 @@ class Tables:
         self._recent: OrderedDict[tuple[object, ...], Table] = OrderedDict()
         self._captured: dict[tuple[object, ...], Table] = {}
 
-    def find(
-        self, device: torch.device, item_sizes: Sequence[int], addresses: np.ndarray, sizes: np.ndarray
-    ) -> Table:
+    def find(self, device: torch.device, item_sizes: Sequence[int], addresses: np.ndarray, sizes: np.ndarray) -> Table:
         """Return the table of a call.
 
         Args:

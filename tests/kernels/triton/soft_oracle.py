@@ -1,4 +1,4 @@
-"""Problems for SoftSignum's Triton step, and what the reference in float64 makes of them, with the error each may have."""
+"""Problems for SoftSignum's Triton step, and what the reference makes of them, with the error each may have."""
 
 import math
 from dataclasses import dataclass, field
@@ -64,9 +64,7 @@ class SoftProblem:
 
     def move(self) -> None:
         """Run the kernel on these very tensors."""
-        triton.softsignum_step_(
-            self.params, self.grads, self.exp_avgs, model_params=self.model_params, **self.settings
-        )
+        triton.softsignum_step_(self.params, self.grads, self.exp_avgs, model_params=self.model_params, **self.settings)
 
     def step(self) -> "SoftProblem":
         """Run the kernel on copies; the settings' tensors are shared and change."""

@@ -60,7 +60,8 @@ def test_memory_is_touched_once_and_in_vectors(target, layout):
 
 
 @pytest.mark.parametrize(
-    "layout", [*(Layout(p=p, inputs=()) for p in (3, 1.5)), *(Layout(softsignum=x, inputs=()) for x in ("soft", "hard"))]
+    "layout",
+    [*(Layout(p=p, inputs=()) for p in (3, 1.5)), *(Layout(softsignum=x, inputs=()) for x in ("soft", "hard"))],
 )
 def test_arithmetic_takes_less_time_than_memory_on_paper(layout):
     """p=1.5 went through two logarithms and two powers: 1,552 instructions, 6.6 ms of 10^9 weights on an H200, whose

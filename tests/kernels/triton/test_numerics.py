@@ -1,4 +1,4 @@
-"""Runs interpreted_cases.py and interpreted_soft_cases.py with Triton's interpreter, in a process of its own: it is chosen at import."""
+"""Runs the interpreted cases, S3's and SoftSignum's, in a process of their own: the interpreter is chosen at import."""
 
 import os
 import re
