@@ -101,8 +101,9 @@ class SoftRule(NamedTuple):
     Args:
         lr: learning rate, as ``Rule``'s.
         beta: decay of m, in [0, 1).
-        tau: temperature, > 0. Infinity is the hard step, sign(n), and 0 where n is below the smallest normal number:
-            after thousands of zero gradients m rests at a denormal, whose sign would move the weight for ever.
+        tau: temperature, > 0. Infinity, as all beyond float32, is the hard step, sign(n), and 0 where n is below the
+            smallest normal number: after thousands of zero gradients m rests at a denormal, whose sign would move the
+            weight for ever.
         weight_decay: decoupled.
         nesterov: look ahead by one step.
         maximize: ascend instead of descending; the decay still shrinks.
@@ -114,6 +115,11 @@ class SoftRule(NamedTuple):
     weight_decay: float
     nesterov: bool
     maximize: bool = False
+
+    @property
+    def hard(self) -> bool:
+        """Whether the step is the hard one. In float32 a higher tau is infinity, and NaN times an m of 0."""
+        return self.tau > torch.finfo(torch.float32).max
 
     def check(self) -> None:
         """Raise S3Error where a number that schedulers and callbacks write into param groups is out of range."""

@@ -165,6 +165,12 @@ def _(*args: object, **kwargs: object) -> None:
     """Compute nothing: all outputs are written in place."""
 
 
+def check_implementation(name: str) -> None:
+    """Raise S3Error unless it is one of ``IMPLEMENTATIONS``."""
+    if name not in IMPLEMENTATIONS:
+        raise S3Error(f"implementation is {name!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
+
+
 @functools.cache
 def choose(
     implementation: str, device: str, dtypes: frozenset[torch.dtype], format: str = "float32", title: str = "S3"
@@ -176,8 +182,7 @@ def choose(
     Raises:
         S3Error: the implementation asked for is unknown, or cannot run.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise S3Error(f"implementation is {implementation!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
+    check_implementation(implementation)
     if implementation == "foreach":
         return "foreach"
     reason = _obstacle(_FAST.get(device) if implementation == "auto" else implementation, device, dtypes, format)

@@ -1,6 +1,5 @@
 """The SoftSignum update over lists of tensors with ``torch._foreach_*``: any device, in many passes over memory."""
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -44,9 +43,14 @@ def _move(columns: Columns, rule: SoftRule, step: Step, first: int) -> None:
     stored = PLAIN[states[0].dtype]
     g, moving = gradients(columns, rule, step, stored.computed)
     m = average([stored.read(state) for state in states], g, rule.beta)
-    update = _soft_sign(average(m, g, rule.beta) if rule.nesterov else m, rule.tau)
-    # Selected, not multiplied: zero times NaN is NaN.
-    update = [torch.where(ok, u, 0.0) for ok, u in zip(moving, update, strict=True)]
+    n = average(m, g, rule.beta) if rule.nesterov else m
+    update = _signs(n) if rule.hard else list(torch._foreach_mul(n, rule.tau))
+    if not rule.hard:
+        torch._foreach_tanh_(update)
+    del n
+    for u, ok in zip(update, moving, strict=True):
+        # Selected, not multiplied: zero times NaN is NaN.
+        u.masked_fill_(ok.logical_not(), 0.0)
     if step.statistics is not None:
         accumulate_(step.statistics, update, g, step.found_inf)
     for state, values, ok in zip(states, m, moving, strict=True):
@@ -68,12 +72,8 @@ def _batches(columns: Columns) -> Iterator[Columns]:
     yield columns.of(batch)
 
 
-def _soft_sign(n: Tensors, tau: float) -> list[Tensor]:
-    """Return tanh(tau * n), or sign(n) with 0 for what is below the smallest normal number."""
-    if tau < math.inf:
-        soft = list(torch._foreach_mul(n, tau))
-        torch._foreach_tanh_(soft)
-        return soft
+def _signs(n: Tensors) -> list[Tensor]:
+    """Return sign(n), 0 for what is below the smallest normal number."""
     # By this power of two the smallest normal number becomes 1, and what is smaller is cut to 0.
     hard = list(torch._foreach_mul(n, 1 / torch.finfo(n[0].dtype).tiny))
     torch._foreach_clamp_min_(hard, -1.0)

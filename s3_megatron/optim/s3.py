@@ -6,9 +6,8 @@ from typing import Any, ClassVar, overload
 import torch
 from torch import Tensor
 
-from s3_megatron.errors import S3Error
 from s3_megatron.kernels.call import Rule, Step
-from s3_megatron.kernels.op import IMPLEMENTATIONS, Implementation, step_
+from s3_megatron.kernels.op import Implementation, check_implementation, step_
 from s3_megatron.optim import registry
 from s3_megatron.optim.columns import Lookups, columns_of, seed_on
 from s3_megatron.optim.engine_optimizer import EngineOptimizer, check_rounding
@@ -70,8 +69,7 @@ class S3(EngineOptimizer):
         rounding_seed: int | None = None,
         capturable: bool = False,
     ) -> None:
-        if implementation not in IMPLEMENTATIONS:
-            raise S3Error(f"implementation is {implementation!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
+        check_implementation(implementation)
         check_rounding(state_dtype, rounding_seed)
         self.implementation = implementation
         self.state_dtype = state_dtype

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from s3_megatron.kernels.call import SoftRule, Step
-from s3_megatron.kernels.op import step_
+from s3_megatron.kernels.op import Implementation, check_implementation, step_
 from s3_megatron.optim import registry
 from s3_megatron.optim.columns import Lookups, columns_of, seed_on
 from s3_megatron.optim.engine_optimizer import check_rounding
@@ -48,6 +48,7 @@ class SoftSignum(RelaxedOptimizer):
         eps: how far tanh stays below 1 at each quantile of the momentum, in (0, 1).
         tmax: the highest tau, >= 1. The first soft step has it: it is hard for all |m| above about 10 / tmax.
         maximize: maximize the objective instead of minimizing it.
+        implementation: the kernel, as S3's: "auto", "foreach", "cpu" (C++) or "triton".
         state_dtype: dtype of m: torch.float32, or torch.bfloat16 for half the memory. Float64 parameters always have
             a float64 m.
         rounding_seed: if given, a bfloat16 m is rounded stochastically with noise of this seed and the step's number;
@@ -64,6 +65,7 @@ class SoftSignum(RelaxedOptimizer):
     single_pass: ClassVar[bool] = True
     counts_updates: ClassVar[bool] = True
     soft_map = "tanh"
+    _kept: ClassVar[tuple[str, ...]] = ("implementation", *RelaxedOptimizer._kept)
 
     @names_what_it_takes
     def __init__(
@@ -81,11 +83,14 @@ class SoftSignum(RelaxedOptimizer):
         eps: float = 1e-4,
         tmax: float = 1e9,
         maximize: bool = False,
+        implementation: Implementation = "auto",
         state_dtype: torch.dtype = torch.float32,
         rounding_seed: int | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        check_implementation(implementation)
         check_rounding(state_dtype, rounding_seed)
+        self.implementation = implementation
         self.state_dtype = state_dtype
         super().__init__(
             params,
@@ -123,7 +128,8 @@ class SoftSignum(RelaxedOptimizer):
             seed = None if group["rounding_seed"] is None else group["rounding_seed"] + group["steps_taken"]
             for columns, memory in columns_of(self, group, given.models or {}, lookups):
                 on_device = seed_on(columns["weight"][0].device, seed)
-                step_(columns, rule, Step(given.factor, None, self.update_statistics, on_device), "auto", memory)
+                step = Step(given.factor, None, self.update_statistics, on_device)
+                step_(columns, rule, step, self.implementation, memory)
 
     def measure(self) -> tuple[float, float]:
         """Return median and median absolute deviation of m over the model."""

@@ -130,6 +130,17 @@ def test_an_infinite_tau_is_the_sign_and_a_high_one_nearly() -> None:
     assert torch.equal(hard, soft)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_tau_beyond_float32_is_the_hard_step(dtype: torch.dtype) -> None:
+    """As tmax 1e39 makes the first soft one. In float32 it was infinity, times an m of 0: the weight became NaN."""
+    m = random(101, seed=1, dtype=dtype)
+    m[::3] = 0.0
+    hard, soft = (random(101, dtype=dtype) for _ in range(2))
+    for x, tau in ((hard, INF), (soft, 1e39)):
+        kernel([x], [torch.zeros(101, dtype=dtype)], [m.clone()], tau=tau)
+    assert torch.equal(hard, soft) and hard.isfinite().all()
+
+
 def test_a_low_tau_is_momentum_sgd_at_lr_tau() -> None:
     """tanh(y) = y (1 - y^2/3): at tau .001 and |m| < 3 it is y to 3e-6 of it."""
     x, m, g = random(1001), torch.zeros(1001), random(1001, seed=1).clamp(-3, 3)

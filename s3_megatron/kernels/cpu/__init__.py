@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -78,7 +79,9 @@ def _settings(rule: AnyRule, factor: float, seed: int | None, *dtypes: torch.dty
         "seed": library.keys(seed),
     }
     if isinstance(rule, SoftRule):
-        return library.Settings(**shared, beta1=rule.beta, one_minus_beta1=1 - rule.beta, tau=rule.tau)
+        return library.Settings(
+            **shared, beta1=rule.beta, one_minus_beta1=1 - rule.beta, tau=math.inf if rule.hard else rule.tau
+        )
     return library.Settings(
         **shared,
         beta1=rule.beta1,

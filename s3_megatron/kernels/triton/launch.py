@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 from typing import Any
 
 import torch
@@ -87,12 +86,11 @@ def _numbers(rule: Rule) -> dict[str, Any]:
 def _soft_numbers(rule: SoftRule) -> dict[str, Any]:
     """Those of one beta and no root."""
     unused = dict.fromkeys(("beta2", "one_minus_beta2", "p", "inverse_p", "bound"), 1.0)
-    soft = rule.tau < math.inf
     return unused | {
         "beta1": float(rule.beta),
         "one_minus_beta1": 1.0 - rule.beta,
-        "tau": float(rule.tau) if soft else 1.0,
-        "FORM": (kernel.SOFT if soft else kernel.HARD).value,
+        "tau": 1.0 if rule.hard else float(rule.tau),
+        "FORM": (kernel.HARD if rule.hard else kernel.SOFT).value,
     }
 
 

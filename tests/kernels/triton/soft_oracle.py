@@ -82,6 +82,10 @@ class SoftProblem:
         return _expected(self, row)[2]
 
 
+def _tau(settings: dict[str, Any]) -> float:
+    return math.inf if settings["tau"] > torch.finfo(torch.float32).max else settings["tau"]
+
+
 def _expected(problem: SoftProblem, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weight, m and update in float64, and where the gradient is not broken."""
     own = problem.settings
@@ -89,7 +93,7 @@ def _expected(problem: SoftProblem, row: int) -> tuple[Tensor, Tensor, Tensor, T
     scale = own.get("scale")
     g = (g.float() * (1.0 if scale is None else scale.cpu())).double() * (-1 if own.get("maximize") else 1)
     ok = g.abs() <= torch.finfo(torch.float32).max / 4
-    numbers = {name: own[name] for name in ("beta", "tau", "weight_decay", "nesterov")}
+    numbers = {name: own[name] for name in ("beta", "weight_decay", "nesterov")} | {"tau": _tau(own)}
     moved, m1, u = softsignum_reference_step(x, torch.where(ok, g, 0.0), m, lr=float(own["lr"]), **numbers)
     return torch.where(ok, moved, x), torch.where(ok, m1, m), torch.where(ok, u, 0.0), ok
 
@@ -110,7 +114,7 @@ def check(before: SoftProblem, after: SoftProblem, *, units: float = 4.0, steps:
         off = ok * (8 * 2.0**-24 * size + 2.0**-148)
         n = own["beta"] * m + (1 - own["beta"]) * torch.where(ok, g, 0.0) if own["nesterov"] else m
         hard = torch.where(n.abs() > off + TINY, 0.0, 2.0)
-        reach = hard if own["tau"] == math.inf else units * 2.0**-24 + (own["tau"] * off).clamp(max=2.0)
+        reach = hard if _tau(own) == math.inf else units * 2.0**-24 + (own["tau"] * off).clamp(max=2.0)
         error = ok * (float(own["lr"]) * reach + 2.0**-23 * (1 + x.abs()))
         columns = [("param", after.params, moved, error, 0.5), ("m", after.exp_avgs, m, off, steps)]
         if after.model_params:
