@@ -21,8 +21,8 @@ def foreach_(columns: Columns, rule: SoftRule, step: Step) -> None:
         n  = m, or with nesterov beta * m + (1 - beta) * g
         x <- x - lr * (tanh(tau * n) + weight_decay * x)
 
-    The tensors of one kind may differ in dtype here, but for the states'. It takes room for 2.3 times the gradients in
-    float32, of 2^24 elements or one tensor at once.
+    The tensors of one kind may differ in dtype here, but for the states'. It takes room for 3.3 times the gradients in
+    float32, of 2^24 elements at once, or 4.3 times a tensor of more.
 
     Raises:
         S3Error: the lists do not belong together, or a tensor cannot be written; nothing has been written.
