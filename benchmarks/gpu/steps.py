@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.gpu.runner import Step
 
 ROOT = Path(__file__).resolve().parents[2]
+KERNEL = ["tests/gpu/test_triton.py", "tests/gpu/test_softsignum.py"]
 SMALL = "oracles or alignment or aligned"  # of the kernel's tests: what a memory checker can run in seconds
 # Of what is carried (benchmarks/gpu/wheels.py), by what imports it.
 HOSTS = ("omegaconf", "yaml", "pydantic", "pydantic_core", "annotated_types", "typing_inspection", "megatron.core")
@@ -30,7 +31,7 @@ def _real(folder: Path, python: str) -> list[Step]:
     sizes = [word for size in (30_000_000, 345_000_000, 1_000_000_000) for word in ("--parameters", str(size))]
     bench = [python, "-m", "s3_megatron.cli", "bench"]
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
-    checked = _pytest(python, folder, "memcheck", ["tests/gpu/test_triton.py", "-k", SMALL])
+    checked = _pytest(python, folder, "memcheck", [*KERNEL, "-k", SMALL])
     # All variants have that name and take turns: after three launches comes the second of the kernel as it is.
     profiler = ["ncu", "--clock-control", "none", "--kernel-name", "regex:s3_step", "--launch-skip", "3"]
     profiler += ["--launch-count", "1"]
@@ -40,7 +41,7 @@ def _real(folder: Path, python: str) -> list[Step]:
     training = [python, "-m", "benchmarks.gpu.training"]
     return [
         Step("health", 1, 60, _health(python, folder)),
-        Step("kernel", 1, 100, _pytest(python, folder, "kernel", ["tests/gpu/test_triton.py"], ranks=4), gib=20),
+        Step("kernel", 1, 100, _pytest(python, folder, "kernel", KERNEL, ranks=4), gib=20),
         Step("optimizer", 1, 100, _pytest(python, folder, "optimizer", ["tests/gpu/test_optimizer.py"])),
         Step(
             *("engines", 1, 150, _pytest(python, folder, "engines", ["tests/gpu/test_engines.py"], ranks=6)),
@@ -84,7 +85,7 @@ def _dry(folder: Path, python: str) -> list[Step]:
     small = ["step", "--device", "cpu", "--parameters", "20011", "--repeats", "1"]
     build = "from s3_megatron.bench.contenders import contenders; print(*contenders('cpu')[1], sep='\\n')"
     training = [python, "-m", "benchmarks.gpu.training", "--dry"]
-    tests = {"kernel": ["tests/gpu/test_triton.py", *few], "optimizer": ["tests/gpu/test_optimizer.py"]}
+    tests = {"kernel": [*KERNEL, *few], "optimizer": ["tests/gpu/test_optimizer.py"]}
     return [
         Step("health", 1, 60, [*_health(python, folder), "--cpu"]),
         *(
@@ -93,7 +94,7 @@ def _dry(folder: Path, python: str) -> list[Step]:
         ),
         Step("engines", 2, 300, _pytest(python, folder, "engines", ["tests/gpu/test_engines.py"])),
         Step(
-            *("memcheck", 1, 200, _pytest(python, folder, "memcheck", ["tests/gpu/test_triton.py", "-k", "aligned"])),
+            *("memcheck", 1, 200, _pytest(python, folder, "memcheck", [*KERNEL, "-k", "aligned"])),
             environment=interpreted,
         ),
         Step("rivals", 1, 300, [python, "-c", build]),

@@ -10,6 +10,7 @@ for a rehearsal, in Triton's interpreter.
 
 import argparse
 import importlib.util
+import math
 import statistics
 import sys
 import tempfile
@@ -25,20 +26,23 @@ from torch import Tensor
 from benchmarks.gpu.runner import write_numbers
 from s3_megatron.bench import timing
 from s3_megatron.bench.timing import WARM_UP
-from s3_megatron.kernels.call import Columns, Kind, Rule, Step
-from s3_megatron.kernels.triton import kernel, s3_step_
+from s3_megatron.kernels.call import STATES, AnyRule, Columns, Kind, Rule, SoftRule, Step
+from s3_megatron.kernels.triton import kernel, step_
 
 ROUNDS = 15
 _TOGETHER = "volatile=TOGETHER"
 F32, BF16 = torch.float32, torch.bfloat16
-# Name: dtypes of the states and of the model's weights, if any, and p or dtypes of what a step has beside; weights and
-# gradients are float32.
+# Name: dtypes of the states and of the model's weights, if any, and p, or the tau of SoftSignum, or dtypes of what a
+# step has beside; weights and gradients are float32.
 CASES: dict[str, tuple[torch.dtype, torch.dtype | None, dict[str, Any]]] = {
     "fp32": (F32, None, {}),
     "bf16 states": (BF16, None, {}),
     "bf16 stochastic": (BF16, None, {"seed": torch.int64}),
     "Megatron bf16": (F32, BF16, {"factor": F32}),
     "p=1.5": (F32, None, {"p": 1.5}),
+    "SoftSignum, hard": (F32, None, {"tau": math.inf}),
+    "SoftSignum, soft": (F32, None, {"tau": 50.0}),
+    "SoftSignum, soft, Megatron bf16": (F32, BF16, {"tau": 50.0, "factor": F32}),
 }
 
 
@@ -111,14 +115,20 @@ def _problem(
     x, g = torch.randn(elements, device=device), torch.randn(elements, device=device)
     r = torch.rand(elements, device=device).add_(0.1).to(state)
     m = (r * 0.5).to(state)
-    lists: dict[Kind, list[Tensor]] = {"weight": [x], "gradient": [g], "m": [m], "r": [r]}
+    lists: dict[Kind, list[Tensor]] = {"weight": [x], "gradient": [g], "m": [m]}
+    rule: AnyRule
+    if "tau" in settings:
+        rule = SoftRule(torch.tensor(1e-4), 0.9, settings.pop("tau"), weight_decay=0.1, nesterov=False)
+    else:
+        lists["r"] = [r]
+        rule = Rule(torch.tensor(1e-4), 0.95, 0.95, settings.pop("p", 3), weight_decay=0.1, nesterov=True)
+    size = 12 + 2 * sum(column[0].element_size() for kind, column in lists.items() if kind in STATES)
     if model is not None:
         lists["model weight"] = [x.to(model)]
+        size += lists["model weight"][0].element_size()
     columns = Columns({**lists})
-    rule = Rule(torch.tensor(1e-4), 0.95, 0.95, settings.pop("p", 3), weight_decay=0.1, nesterov=True)
     step = Step(**{name: torch.ones(1, dtype=dtype, device=device) for name, dtype in settings.items()})
-    size = 12 + 4 * m.element_size() + (0 if model is None else lists["model weight"][0].element_size())
-    return lambda: s3_step_(columns, rule, step), size
+    return lambda: step_(columns, rule, step), size
 
 
 def table(found: dict[str, Any]) -> Table:

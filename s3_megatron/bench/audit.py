@@ -26,6 +26,9 @@ def rows() -> list["Row"]:
         Layout(param="bfloat16", grad="bfloat16", state="bfloat16"),
         Layout(p=1.5),
         Layout(aligned=False),
+        Layout(softsignum="hard", nesterov=False),
+        Layout(softsignum="soft", nesterov=False),
+        Layout(softsignum="soft", nesterov=False, grad="bfloat16", state="bfloat16", model="bfloat16"),
     ]
     return audit(TARGETS, layouts)
 
@@ -35,7 +38,8 @@ def table(rows: list["Row"]) -> Table:
     table = Table(
         title="bytes an element, and what a thread holds",
         title_justify="left",
-        caption="types: weight, gradient, states, model's weight; access in bits; together: vector loads before a wait",
+        caption="types: weight, gradient, states, model's weight; hard and soft: SoftSignum; access in bits; "
+        "together: vector loads before a wait",
         caption_justify="left",
         box=None,
     )
@@ -47,7 +51,7 @@ def table(rows: list["Row"]) -> Table:
         layout = row.layout
         types = [_SHORT[name] for name in (layout.param, layout.grad, layout.state, layout.model) if name]
         table.add_row(
-            *(row.target, " ".join(types), f"{layout.p:g}", "yes" if layout.aligned else "no"),
+            *(row.target, " ".join(types), layout.softsignum or f"{layout.p:g}", "yes" if layout.aligned else "no"),
             *(f"{row.loaded:g}", f"{row.stored:g}", f"{row.least_loaded + row.least_stored}"),
             f"{row.narrowest}" if row.narrowest == row.widest else f"{row.narrowest}-{row.widest}",
             *(f"{row.registers}", f"{row.spilled}"),

@@ -52,7 +52,7 @@ def contenders(device: str) -> tuple[list[Contender], list[str]]:
         ),
         Contender("S3 p=1.5", partial(s3, p=1.5), full, some, capturable=graph),
         Contender("S3 p=3, foreach", partial(s3, implementation="foreach"), full, largest=50e6, most=1000),
-        *_softsignums(device),
+        *_softsignums(some),
         Contender(ADAMW, partial(adamw, fused=True), full, capturable=graph),
         # Megatron's and DeepSpeed's Adam on a GPU without Transformer Engine, Apex or a compiler.
         Contender("AdamW, torch foreach", partial(adamw, foreach=True), full, 50e6 if device == "cpu" else 400e6),
@@ -66,16 +66,14 @@ def contenders(device: str) -> tuple[list[Contender], list[str]]:
     return found, missing
 
 
-def _softsignums(device: str) -> list[Contender]:
+def _softsignums(some: float) -> list[Contender]:
     softsignum = partial(SoftSignum, lr=1e-4, weight_decay=0.1)
     soft = partial(softsignum, sign_iters=0, transition_iters=10**6)
-    # On a GPU it has the foreach step alone.
-    limits = (math.inf, math.inf) if device == "cpu" else (50e6, 1000)
     # Read x, g, m; write x, m.
     return [
-        Contender("SoftSignum, hard", partial(softsignum, soft_start=1), 5 * 4, *limits),
-        Contender("SoftSignum, soft", soft, 5 * 4, *limits),
-        Contender("SoftSignum, soft, bf16 state", partial(soft, state_dtype=torch.bfloat16), 3 * 4 + 2 * 2, *limits),
+        Contender("SoftSignum, hard", partial(softsignum, soft_start=1), 5 * 4, some),
+        Contender("SoftSignum, soft", soft, 5 * 4),
+        Contender("SoftSignum, soft, bf16 state", partial(soft, state_dtype=torch.bfloat16), 3 * 4 + 2 * 2, some),
     ]
 
 

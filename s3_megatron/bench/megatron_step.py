@@ -1,8 +1,9 @@
-"""The time of one optimizer step inside Megatron, by part: S3 with the host's separate passes, and with its single one.
+"""The time of one optimizer step inside Megatron, by part: with the host's separate passes, and with the single one.
 
-One process, on a GPU or in Megatron's rehearsal on the CPU, a GPT of 20 million parameters under DistributedOptimizer,
-random gradients in its buffers, clipped at every step. Two copies of the model take turns, and Megatron's own timers
-measure the parts, so both runs are the same host code but for what S3 replaces. Medians, in milliseconds.
+S3 in bf16 and fp16, and SoftSignum's soft step in bf16. One process, on a GPU or in Megatron's rehearsal on the CPU, a
+GPT of 20 million parameters under DistributedOptimizer, random gradients in its buffers, clipped at every step. Two
+copies of the model take turns, and Megatron's own timers measure the parts, so both runs are the same host code but for
+what is replaced. Medians, in milliseconds.
 """
 
 import statistics
@@ -16,9 +17,17 @@ from rich.table import Table
 
 from s3_megatron.bench import alone
 from s3_megatron.bench.about import about
+from s3_megatron.optim import registry
+from s3_megatron.optim.spec import Spec
 
 WIDTH, LAYERS, VOCABULARY, LENGTH = 384, 8, 8192, 128
 WARM_UP = 3
+# Precision, optimizer, and what its configuration has beside: all steps of SoftSignum are soft.
+RUNS: tuple[tuple[str, str, dict[str, int]], ...] = (
+    ("bfloat16", "s3", {}),
+    ("float16", "s3", {}),
+    ("bfloat16", "softsignum", {"softsignum_sign_iters": 0, "softsignum_transition_iters": 10**6}),
+)
 # Megatron's timers (0.19.2, MixedPrecisionOptimizer), by what a reader calls them.
 PARTS = {
     "unscale": "optimizer-unscale-and-check-inf",
@@ -31,7 +40,7 @@ PARTS = {
 class Side:
     """A model and its optimizer, with or without the single pass."""
 
-    def __init__(self, dtype: torch.dtype, merged: bool) -> None:
+    def __init__(self, dtype: torch.dtype, spec: Spec, own: dict[str, int], merged: bool) -> None:
         """Build both; the weights are the same on either side."""
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.models.gpt import GPTModel
@@ -40,7 +49,8 @@ class Side:
         from megatron.core.timers import Timers
         from megatron.core.transformer import TransformerConfig
 
-        from s3_megatron.engines.megatron import S3OptimizerConfig, single_pass
+        from s3_megatron.engines.megatron import single_pass
+        from s3_megatron.engines.megatron.config import config_class
 
         torch.manual_seed(1)
         shape = TransformerConfig(num_layers=LAYERS, hidden_size=WIDTH, num_attention_heads=8, params_dtype=dtype)
@@ -49,7 +59,8 @@ class Side:
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         self.ddp = DistributedDataParallel(shape, ddp, net)
         self.timers = Timers(1, "max")
-        config = S3OptimizerConfig(
+        config = config_class(spec)(
+            **own,
             lr=3e-3,
             weight_decay=0.01,
             clip_grad=1.0,
@@ -78,17 +89,22 @@ class Side:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Step bf16 and fp16, ``rounds`` of each; returns milliseconds, and what they were measured on."""
+    """Step each of RUNS ``rounds`` times; returns milliseconds, and what they were measured on."""
     device = alone.device()
     made = about(device, "megatron-core")
     with alone.megatron(device):
-        results = {name: _measure(getattr(torch, name), rounds) for name in ("bfloat16", "float16")}
+        results = {}
+        for precision, name, own in RUNS:
+            spec = registry.find(name)
+            assert spec is not None
+            title = precision if spec is registry.S3 else f"{precision}, {spec.title}"
+            results[title] = _measure(getattr(torch, precision), spec, own, rounds)
     return {**made, "rounds": rounds, "unit": "ms, median", "results": results}
 
 
-def _measure(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def _measure(dtype: torch.dtype, spec: Spec, own: dict[str, int], rounds: int) -> dict[str, Any]:
     """Step both sides in turn; returns the median milliseconds of every part and of their sum."""
-    sides = {"separate": Side(dtype, merged=False), "single": Side(dtype, merged=True)}
+    sides = {"separate": Side(dtype, spec, own, merged=False), "single": Side(dtype, spec, own, merged=True)}
     size = max(buffer.numel for side in sides.values() for buffer in side.ddp.buffers)
     for round_ in range(WARM_UP + rounds):
         torch.manual_seed(round_)

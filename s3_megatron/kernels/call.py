@@ -28,8 +28,8 @@ class Columns:
     """The tensors of a step: lists of one length, one a kind; a row is one parameter's.
 
     Args:
-        lists: by kind, in the order of ``ROLES``. Weights and gradients are always there; model weights, the
-            low-precision copies to which new weights are written too, may be left out, as may r.
+        lists: by kind, in the order of ``ROLES``. Weights, gradients and m are always there; model weights, the
+            low-precision copies to which new weights are written too, may be left out, and r is, with SoftSignum.
         format: the name of the states' format.
     """
 
@@ -46,6 +46,10 @@ class Columns:
     def dtypes(self) -> list[torch.dtype]:
         """Return the dtypes of the first row."""
         return [column[0].dtype for column in self.lists.values()]
+
+    def by_role(self) -> list[Tensor | None]:
+        """Return the first row, in the order of ``ROLES``; None of a kind that is left out."""
+        return [self.lists[kind][0] if kind in self.lists else None for kind in ROLES]
 
     def rows(self) -> Iterator[tuple[Tensor, ...]]:
         """Yield each parameter's tensors."""
@@ -92,7 +96,18 @@ class Rule(NamedTuple):
 
 
 class SoftRule(NamedTuple):
-    """The numbers of the SoftSignum update, in range; for what they mean see ``softsignum.softsignum_step_``."""
+    """The numbers of the SoftSignum update.
+
+    Args:
+        lr: learning rate, as ``Rule``'s.
+        beta: decay of m, in [0, 1).
+        tau: temperature, > 0. Infinity, as all beyond float32, is the hard step, sign(n), and 0 where n is below the
+            smallest normal number: after thousands of zero gradients m rests at a denormal, whose sign would move the
+            weight for ever.
+        weight_decay: decoupled.
+        nesterov: look ahead by one step.
+        maximize: ascend instead of descending; the decay still shrinks.
+    """
 
     lr: float | Tensor
     beta: float
@@ -100,6 +115,21 @@ class SoftRule(NamedTuple):
     weight_decay: float
     nesterov: bool
     maximize: bool = False
+
+    @property
+    def hard(self) -> bool:
+        """Whether the step is the hard one. In float32 a higher tau is infinity, and NaN times an m of 0."""
+        return self.tau > torch.finfo(torch.float32).max
+
+    def check(self) -> None:
+        """Raise S3Error where a number that schedulers and callbacks write into param groups is out of range."""
+        if not self.tau > 0:
+            raise S3Error(f"tau is {self.tau}: a temperature must be > 0; infinity is the hard step")
+        if not 0 <= self.beta < 1:
+            raise S3Error(f"a param group's beta is {self.beta}: it must lie in [0, 1)")
+
+
+type AnyRule = Rule | SoftRule
 
 
 def form(p: float) -> int:
@@ -129,7 +159,7 @@ class Step(NamedTuple):
     models: Mapping[Tensor, Tensor] | None = None
 
 
-def check_numbers(weight: Tensor, rule: Rule, step: Step) -> None:
+def check_numbers(weight: Tensor, rule: AnyRule, step: Step) -> None:
     """Raise unless every number in a tensor is one element where a kernel can read it; reads no value.
 
     Raises:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from s3_megatron.kernels.call import Columns, Rule, Step, check_numbers
+from s3_megatron.kernels.call import AnyRule, Columns, Rule, Step, check_numbers
 from s3_megatron.kernels.examine import examine
 from s3_megatron.watch.statistics import LARGEST
 
@@ -24,32 +24,19 @@ def s3_step_(columns: Columns, rule: Rule, step: Step) -> None:
     if not columns:
         return
     examine(columns)
-    params, exp_avgs, roots = columns["weight"], columns["m"], columns["r"]
-    models = columns.lists.get("model weight")
-    check_numbers(params[0], rule, step)
-    # As a tensor of one dimension would make one of a number.
-    lr = rule.lr.reshape(()) if isinstance(rule.lr, Tensor) else rule.lr
-    factor, found_inf = (None if x is None else x.reshape(()) for x in (step.factor, step.found_inf))
+    check_numbers(columns["weight"][0], rule, step)
     format = columns.stored()
     assert format is not None, "examined"
+    exp_avgs, roots = columns["m"], columns["r"]
     pairs = [format.read_pair(*stored) for stored in zip(exp_avgs, roots, strict=True)]
     old_m, old_r = [m for m, _ in pairs], [r for _, r in pairs]
     dtype = format.computed
-    g = [grad.to(dtype) for grad in columns["gradient"]]
-    if factor is not None:
-        g = [x * factor for x in g]
-    if rule.maximize:
-        g = list(torch._foreach_neg(g))
-    # A quarter of the range, or g - m overflows and leaves an infinite m behind; NaN compares false.
-    limit = torch.finfo(dtype).max / 4
-    moving = [x.abs() <= limit for x in g]
-    if found_inf is not None:
-        moving = [ok & (found_inf == 0) for ok in moving]
+    g, moving = gradients(columns, rule, step, dtype)
 
-    m = _average(old_m, g, rule.beta1)
+    m = average(old_m, g, rule.beta1)
     r, b = _next_roots(old_r, torch._foreach_abs(g), rule)
     if rule.nesterov:
-        n = _average(m, g, rule.beta1)
+        n = average(m, g, rule.beta1)
     else:
         n, b = m, r
     update: Tensors = torch._foreach_div(n, b)
@@ -64,19 +51,44 @@ def s3_step_(columns: Columns, rule: Rule, step: Step) -> None:
     # From here on broken gradients select the old value; multiplying by zero would write NaN.
     update = [torch.where(ok, u, 0.0) for ok, u in zip(moving, update, strict=True)]
     if step.statistics is not None:
-        accumulate_(step.statistics, update, g, found_inf)
+        accumulate_(step.statistics, update, g, step.found_inf)
     first = 0
     for i, ok in enumerate(moving):
         format.write_pair((exp_avgs[i], roots[i]), m[i], r[i], moving=ok, seed=step.seed, first=first)
         first += m[i].numel()
+    move_weights(columns, rule, step, update, moving)
+
+
+def gradients(columns: Columns, rule: AnyRule, step: Step, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the gradients as the update takes them, in ``dtype``, and where they move anything."""
+    g = [grad.to(dtype) for grad in columns["gradient"]]
+    if step.factor is not None:
+        # As a tensor of one dimension would make one of a number.
+        g = [x * step.factor.reshape(()) for x in g]
+    if rule.maximize:
+        g = list(torch._foreach_neg(g))
+    # A quarter of the range, or g - m overflows and leaves an infinite m behind; NaN compares false.
+    limit = torch.finfo(dtype).max / 4
+    moving = [x.abs() <= limit for x in g]
+    if step.found_inf is not None:
+        moving = [ok & (step.found_inf.reshape(()) == 0) for ok in moving]
+    return g, moving
+
+
+def move_weights(columns: Columns, rule: AnyRule, step: Step, update: Tensors, moving: list[Tensor]) -> None:
+    """Write weights, and the model's, moved by ``update``, which is 0 where nothing moves and has the dtype of it."""
+    lr = rule.lr.reshape(()) if isinstance(rule.lr, Tensor) else rule.lr
+    models = columns.lists.get("model weight")
+    for i, (param, u, ok) in enumerate(zip(columns["weight"], update, moving, strict=True)):
         # Low-precision weights are moved in the state's precision and rounded once.
-        x = params[i].to(dtype)
-        moved = torch.where(ok, x - lr * (update[i] + rule.weight_decay * x), x)
-        params[i].copy_(moved)
+        x = param.to(u.dtype)
+        moved = torch.where(ok, x - lr * (u + rule.weight_decay * x), x)
+        param.copy_(moved)
         if models is not None:
-            model = models[i]
+            model, found_inf = models[i], step.found_inf
             # A broken coordinate's model weight is its master's all the same; a step that does nothing writes nothing.
-            model.copy_(moved if found_inf is None else torch.where(found_inf == 0, moved.to(model.dtype), model))
+            low = moved.to(model.dtype)
+            model.copy_(low if found_inf is None else torch.where(found_inf.reshape(()) == 0, low, model))
 
 
 def _next_roots(roots: Tensors, magnitudes: Tensors, rule: Rule) -> tuple[Tensors, Tensors]:
@@ -92,12 +104,12 @@ def _next_roots(roots: Tensors, magnitudes: Tensors, rule: Rule) -> tuple[Tensor
     divisor = [torch.where(x == 0, 1.0, x) for x in largest]
     old = _power(torch._foreach_div(roots, divisor), p)
     new = _power(torch._foreach_div(magnitudes, divisor), p)
-    mean = _average(old, new, beta2)
-    ahead = _average(mean, new, beta2)
+    mean = average(old, new, beta2)
+    ahead = average(mean, new, beta2)
     return torch._foreach_mul(_root(mean, p), largest), torch._foreach_mul(_root(ahead, p), largest)
 
 
-def _average(old: Tensors, new: Tensors, beta: float) -> Tensors:
+def average(old: Tensors, new: Tensors, beta: float) -> Tensors:
     """Return ``beta * old + (1 - beta) * new``, exact when old and new are equal."""
     # lerp rounds the weight to float32 and forms the other as 1 - weight: the smaller one has to be given.
     return torch._foreach_lerp(old, new, 1 - beta) if beta >= 0.5 else torch._foreach_lerp(new, old, beta)
@@ -136,6 +148,6 @@ def accumulate_(statistics: Tensor, updates: Tensors, grads: Tensors, found_inf:
             torch.full((), float(elements), dtype=torch.float64, device=statistics.device),
         ]
     )
-    statistics += sums if found_inf is None else torch.where(found_inf == 0, sums, 0.0)
+    statistics += sums if found_inf is None else torch.where(found_inf.reshape(()) == 0, sums, 0.0)
     largest = torch.stack([u.abs().max() for u, _ in pairs]).max()
     statistics[LARGEST] = torch.maximum(statistics[LARGEST], largest.to(torch.float64))

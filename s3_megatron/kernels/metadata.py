@@ -52,7 +52,7 @@ class Memory:
 
     Args:
         objects: the tensors, column after column.
-        table: int64 [row, kinds + 1]: addresses in the order of ``call.ROLES``, 0 of a kind left out; elements.
+        table: int64 [row, kinds + 1]: addresses, one column after another and then 0; elements.
     """
 
     objects: np.ndarray
@@ -93,7 +93,7 @@ def read(columns: Sequence[Sequence[Tensor]], kinds: Iterable[type]) -> Memory |
     All that ``examine`` looks for is looked for, each time, but for tensors that share memory.
 
     Args:
-        columns: lists in the order of ``call.ROLES``, of which the last ones may be left out: one length each, >= 1.
+        columns: lists in the order of ``call.ROLES``, of which r and model weights may be left out: one length, >= 1.
         kinds: classes whose tensors are their memory.
     """
     reader = _reader()

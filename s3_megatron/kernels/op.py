@@ -1,4 +1,4 @@
-"""``torch.ops.s3.step_``: one S3 step over lists of tensors, by whichever kernel is best for where they are."""
+"""One step over lists of tensors, by whichever kernel is best for where they are; S3's is ``torch.ops.s3.step_``."""
 
 import functools
 import logging
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
-from s3_megatron.kernels import cpu, foreach, triton
-from s3_megatron.kernels.call import STATES, Columns, Kind, Rule, Step
+from s3_megatron.kernels import cpu, foreach, softsignum, triton
+from s3_megatron.kernels.call import STATES, AnyRule, Columns, Kind, Rule, SoftRule, Step
 from s3_megatron.kernels.examine import examine
 from s3_megatron.kernels.formats import FORMATS
 from s3_megatron.kernels.metadata import Memory
@@ -30,24 +30,24 @@ _FAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 _FAST_FORMATS = ("float32", "bfloat16")
 
 
-def step_(columns: Columns, rule: Rule, step: Step, implementation: str, memory: Memory | None = None) -> None:
-    """Move every parameter by one S3 step, in a single pass over memory where a fast kernel runs.
+def step_(columns: Columns, rule: AnyRule, step: Step, implementation: str, memory: Memory | None = None) -> None:
+    """Move every parameter by one step of S3 or SoftSignum, in one pass over memory where a fast kernel runs.
 
-    In what is compiled it is ``torch.ops.s3.step_``. Without a compiler to see it, this function itself is the shorter
-    way: the dispatcher takes 6 us a tensor.
+    In what is compiled S3's is ``torch.ops.s3.step_``; SoftSignum is not compiled. Without a compiler to see it, this
+    function itself is the shorter way: the dispatcher takes 6 us a tensor.
 
-    The state is m and the root ``r = s^(1/p)``. The arithmetic is float32 (float64 for float64
+    The state is m and, of S3, the root ``r = s^(1/p)``. The arithmetic is float32 (float64 for float64
     states); the tensors of a row have one shape and device. Nothing waits for a GPU.
 
     Before anything is written, every tensor is looked at. A kernel that works on memory gets plain dense tensors only;
     all others (subclasses with an own ``__torch_dispatch__``, the negative bit, several in one memory) go to foreach.
 
     Args:
-        columns: weights, float32, bfloat16, float16 or float64; gradients of any floating dtype; m and r, both float32,
-            bfloat16 or float64; model weights in low precision. All but the gradients are modified in place. A
+        columns: weights, float32, bfloat16, float16 or float64; gradients of any floating dtype; the states, all
+            float32, bfloat16 or float64; model weights in low precision. All but the gradients are modified in place. A
             coordinate whose gradient is not finite (or beyond a quarter of the state arithmetic's range) keeps its
-            weight, m and r bit for bit.
-        rule: the numbers of the update.
+            weight and states bit for bit.
+        rule: the numbers of the update, in range; whose they are is whose step it is.
         step: what this step has beside.
         implementation: one of ``IMPLEMENTATIONS``.
         memory: what ``rows.read`` returned of these columns just now, which are then not read again.
@@ -59,9 +59,11 @@ def step_(columns: Columns, rule: Rule, step: Step, implementation: str, memory:
     if not columns:
         return
     if torch.compiler.is_compiling():
+        assert isinstance(rule, Rule), "SoftSignum.step is not compiled"
         _as_op(columns, rule, step, implementation)
         return
-    kernel = _kernel_for(columns, implementation)
+    title = "SoftSignum" if isinstance(rule, SoftRule) else "S3"
+    kernel = _kernel_for(columns, implementation, title)
     if kernel != "foreach":
         try:
             _run(kernel, columns, rule, step, memory)
@@ -72,7 +74,7 @@ def step_(columns: Columns, rule: Rule, step: Step, implementation: str, memory:
     # kernel, before the first is moved.
     examine(columns)
     parts = sort(columns)
-    for kernel, part in zip([_kernel_for(part, implementation) for part in parts], parts, strict=True):
+    for kernel, part in zip([_kernel_for(part, implementation, title) for part in parts], parts, strict=True):
         try:
             _run(kernel, part, rule, step)
         except Unfit as unfit:
@@ -81,19 +83,23 @@ def step_(columns: Columns, rule: Rule, step: Step, implementation: str, memory:
             _run("foreach", part, rule, step)
 
 
-def _kernel_for(columns: Columns, implementation: str) -> str:
+def _kernel_for(columns: Columns, implementation: str, title: str) -> str:
     """Choose by the first row."""
     if not all(columns.lists.values()):
         return "foreach"  # which refuses lists of several lengths
     stored, device = columns.stored(), columns["weight"][0].device.type
-    return choose(implementation, device, frozenset(columns.dtypes()), "float32" if stored is None else stored.name)
+    format = "float32" if stored is None else stored.name
+    return choose(implementation, device, frozenset(columns.dtypes()), format, title)
 
 
-def _run(kernel: str, columns: Columns, rule: Rule, step: Step, memory: Memory | None = None) -> None:
+def _run(kernel: str, columns: Columns, rule: AnyRule, step: Step, memory: Memory | None = None) -> None:
     if kernel == "foreach":
-        foreach.s3_step_(columns, rule, step)
+        if isinstance(rule, SoftRule):
+            softsignum.foreach_(columns, rule, step)
+        else:
+            foreach.s3_step_(columns, rule, step)
         return
-    _FAST_KERNELS[kernel].s3_step_(columns, rule, step, memory)
+    _FAST_KERNELS[kernel].step_(columns, rule, step, memory)
     # It writes past autograd, which must know that what it may have saved is no more.
     if memory is None or not memory.count_up_versions():
         torch.autograd.graph.increment_version([*chain.from_iterable(columns.written().values())])
@@ -159,17 +165,24 @@ def _(*args: object, **kwargs: object) -> None:
     """Compute nothing: all outputs are written in place."""
 
 
+def check_implementation(name: str) -> None:
+    """Raise S3Error unless it is one of ``IMPLEMENTATIONS``."""
+    if name not in IMPLEMENTATIONS:
+        raise S3Error(f"implementation is {name!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
+
+
 @functools.cache
-def choose(implementation: str, device: str, dtypes: frozenset[torch.dtype], format: str = "float32") -> str:
+def choose(
+    implementation: str, device: str, dtypes: frozenset[torch.dtype], format: str = "float32", title: str = "S3"
+) -> str:
     """Name the kernel that runs for tensors of these dtypes on this type of device; says so once.
 
-    ``format`` is the states', one of ``FORMATS``.
+    ``format`` is the states', one of ``FORMATS``; ``title`` is the optimizer's, for people.
 
     Raises:
         S3Error: the implementation asked for is unknown, or cannot run.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise S3Error(f"implementation is {implementation!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
+    check_implementation(implementation)
     if implementation == "foreach":
         return "foreach"
     reason = _obstacle(_FAST.get(device) if implementation == "auto" else implementation, device, dtypes, format)
@@ -178,21 +191,22 @@ def choose(implementation: str, device: str, dtypes: frozenset[torch.dtype], for
             raise S3Error(f"implementation={implementation!r} cannot run here: {reason}; 'auto' takes what can")
         return implementation
     if reason is None:
-        return _announce(device, None)
+        return _announce(title, device, None)
     if device in _FAST and dtypes <= _FAST_DTYPES and format in _FAST_FORMATS:
-        return _announce(device, reason)
+        return _announce(title, device, reason)
     return "foreach"
 
 
 @functools.cache
-def _announce(device: str, obstacle: str | None) -> str:
+def _announce(title: str, device: str, obstacle: str | None) -> str:
     """Name what "auto" takes, and say so once a device, however many dtypes come."""
     fast = _FAST[device]
     if obstacle is None:
-        logger.info("S3 steps on %s by kernel %s%s", device, fast, f" ({cpu.loop_name()})" if fast == "cpu" else "")
+        loop = f" ({cpu.loop_name()})" if fast == "cpu" else ""
+        logger.info("%s steps on %s by kernel %s%s", title, device, fast, loop)
         return fast
-    message = "S3 steps on %s by kernel foreach, in about ten passes over memory where %s takes one: %s"
-    logger.warning(message, device, fast, obstacle)
+    message = "%s steps on %s by kernel foreach, in about ten passes over memory where %s takes one: %s"
+    logger.warning(message, title, device, fast, obstacle)
     return "foreach"
 
 

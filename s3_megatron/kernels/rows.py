@@ -11,7 +11,7 @@ from torch import Tensor
 
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels import guards, metadata
-from s3_megatron.kernels.call import GRADIENTS, Columns
+from s3_megatron.kernels.call import GRADIENTS, ROLES, Columns
 from s3_megatron.kernels.examine import examine, is_memory, same_lengths
 from s3_megatron.kernels.metadata import Memory
 
@@ -30,7 +30,8 @@ class Unfit(S3Error):
 class Rows:
     """The memory of a call: its columns, with contiguous copies of what is in no order of memory that a row shares.
 
-    ``table`` is ``metadata.Memory``'s.
+    ``table`` is int64 [row, kinds + 1]: addresses, each kind's in the place it has in ``call.ROLES``, 0 of one that is
+    left out; elements.
     """
 
     columns: Columns
@@ -39,8 +40,8 @@ class Rows:
 
     @property
     def addresses(self) -> np.ndarray:
-        """int64 [column, row]."""
-        return self.table[:, : len(self.columns.lists)].T
+        """int64 [kind, row], in the order of ``call.ROLES``."""
+        return self.table[:, :-1].T
 
     @property
     def sizes(self) -> np.ndarray:
@@ -110,6 +111,7 @@ def lay_out(columns: Columns, takes: Container[torch.dtype], memory: Memory | No
         memory = memory or read(columns)
         table = memory.table if memory is not None else _known_otherwise(columns)
         if table is not None:
+            table = _in_places(columns, table)
             _keep_apart(columns, table)
             return Rows(columns, columns, table)
     every = list(chain.from_iterable(columns.lists.values()))
@@ -159,12 +161,23 @@ def _look_closely(columns: Columns, every: list[Tensor]) -> Rows:
     examine(columns)
     if any(any(map(Tensor.is_neg, column)) for column in straight.written().values()):
         raise Unfit("a tensor has the negative bit")
+    table = _in_places(columns, table)
     if straight is columns:
         _keep_apart(columns, table)
         guards.keep(lists)
     else:  # of copies the addresses are new each time
         _find_apart(table, _widths(straight))
     return Rows(columns, straight, table)
+
+
+def _in_places(columns: Columns, table: np.ndarray) -> np.ndarray:
+    """Return a table of one kind after another with each where ``ROLES`` has it, 0 in the place of a missing one."""
+    places = [i for i, kind in enumerate(ROLES) if kind in columns.lists]
+    if places[-1] == len(places) - 1:  # none is missing in between
+        return table
+    spread = np.zeros_like(table)
+    spread[:, [*places, -1]] = table[:, [*range(len(places)), -1]]
+    return spread
 
 
 def _straight(columns: Columns) -> Columns:
@@ -188,7 +201,8 @@ def _in_one_order(row: Sequence[Tensor]) -> bool:
 
 
 def _widths(columns: Columns) -> list[int]:
-    return [column[0].element_size() for column in columns.lists.values()]
+    """Return each kind's bytes an element, in the order of ``ROLES``; 0 of a missing one, which so meets no other."""
+    return [0 if x is None else x.element_size() for x in columns.by_role()]
 
 
 def _keep_apart(columns: Columns, table: np.ndarray) -> None:

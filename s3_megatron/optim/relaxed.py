@@ -40,7 +40,7 @@ class RelaxedOptimizer(EngineOptimizer):
     Its phases, its temperatures and the number of the step lie in every param group, and so in checkpoints. A step at
     rate 0 in every group does not count: torch's checkpoint functions take one, on some ranks, to allocate state.
 
-    A subclass has a ``spec``, the ``soft_map``, ``step_group`` and ``measure``.
+    A subclass has a ``spec``, the ``soft_map``, ``step_group`` or ``step_groups``, and ``measure``.
     """
 
     soft_map: ClassVar[str]  # a key of temperature.REACHES
@@ -88,6 +88,11 @@ class RelaxedOptimizer(EngineOptimizer):
     def step_group(self, group: dict[str, Any], tau: float) -> None:
         """Move a group's parameters that have a gradient, by the temperature ``tau``; infinity is a hard step."""
         raise NotImplementedError
+
+    def step_groups(self, tau: float) -> None:
+        """Move all groups' parameters, as ``step_group`` does."""
+        for group in self.param_groups:
+            self.step_group(group, tau)
 
     def measure(self) -> tuple[float, float]:
         """Return mu and sigma of the whole model's momentum."""
@@ -163,9 +168,11 @@ class RelaxedOptimizer(EngineOptimizer):
         check_groups(self.param_groups, self.spec)
         if self.update_statistics is not None:
             self.update_statistics.zero_()
-        tau = self.tau
-        for group in self.param_groups:
-            self.step_group(group, tau)
+        found_inf = None if self.next_step is None else self.next_step.found_inf
+        if found_inf is not None and found_inf.item():  # read, for the schedule is kept on the host, and stands still
+            self.next_step = None
+            return loss
+        self.step_groups(self.tau)
         if not self.is_stepped_in_parts:
             self.end_step()
         return loss

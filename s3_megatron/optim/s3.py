@@ -1,26 +1,19 @@
 """S3 as a ``torch.optim.Optimizer``."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from s3_megatron.errors import S3Error
-from s3_megatron.kernels import rows
-from s3_megatron.kernels.call import ROLES, Columns, Kind, Rule, Step
-from s3_megatron.kernels.metadata import Memory
-from s3_megatron.kernels.op import IMPLEMENTATIONS, Implementation, step_
+from s3_megatron.kernels.call import Rule, Step
+from s3_megatron.kernels.op import Implementation, check_implementation, step_
 from s3_megatron.optim import registry
+from s3_megatron.optim.columns import Lookups, columns_of, seed_on
 from s3_megatron.optim.engine_optimizer import EngineOptimizer, check_rounding
-from s3_megatron.optim.lookup import Lookup
-from s3_megatron.optim.placement import localize
 from s3_megatron.optim.settings import check_step, names_what_it_takes, report_ignored
-from s3_megatron.optim.spec import NAMES, Spec
-from s3_megatron.optim.state import EXP_AVG, EXP_AVG_ROOT, check_groups
-
-type Lookups = tuple[Lookup, Lookup]  # of states, and of the model's copies
+from s3_megatron.optim.spec import Spec
+from s3_megatron.optim.state import check_groups
 
 
 class S3(EngineOptimizer):
@@ -76,8 +69,7 @@ class S3(EngineOptimizer):
         rounding_seed: int | None = None,
         capturable: bool = False,
     ) -> None:
-        if implementation not in IMPLEMENTATIONS:
-            raise S3Error(f"implementation is {implementation!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
+        check_implementation(implementation)
         check_rounding(state_dtype, rounding_seed)
         self.implementation = implementation
         self.state_dtype = state_dtype
@@ -120,7 +112,7 @@ class S3(EngineOptimizer):
             self.update_statistics.zero_()
         given, self.next_step = self.next_step or Step(), None
         # torch's compiler cannot follow them, and needs them not.
-        lookups = None if torch.compiler.is_compiling() else (Lookup(self.state), Lookup(given.models or {}))
+        lookups = None if torch.compiler.is_compiling() else Lookups(self.state, given.models or {})
         for group in self.param_groups:
             check_step(group)  # of all, before the first moves
         for group in self.param_groups:
@@ -134,54 +126,14 @@ class S3(EngineOptimizer):
             *(group["lr"], beta1, beta2, group["p"]),
             *(group["weight_decay"], group["nesterov"], group["maximize"]),
         )
-        for columns, memory in self._rows(group, given.models or {}, lookups):
-            on_device = _on(columns["weight"][0].device, seed)
+        for columns, memory in columns_of(self, group, given.models or {}, lookups):
+            on_device = seed_on(columns["weight"][0].device, seed)
             step = Step(given.factor, given.found_inf, self.update_statistics, on_device)
             step_(columns, rule, step, self.implementation, memory)
         if isinstance(seed, Tensor):
             seed += 1
         elif seed is not None:
             group["rounding_seed"] = seed + 1
-
-    def _rows(
-        self, group: dict[str, Any], copies: Mapping[Tensor, Tensor], lookups: Lookups | None
-    ) -> list[tuple[Columns, Memory | None]]:
-        """List a group's parameters, gradients, m, r and model parameters, one device and kind of row at a time.
-
-        Beside each list is what ``rows.read`` found, if it is as a kernel wants it.
-        """
-        # Shards come by the thousand, and a step of a small one takes a microsecond: loops are few and short here.
-        params, grads = group["params"], [param.grad for param in group["params"]]
-        if type(None) in set(map(type, grads)):
-            params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
-            grads = [grad for grad in grads if grad is not None]
-        if not params:
-            return []
-        entries, exp_avgs, roots = self._states(params, lookups)
-        models: list[Any] = []
-        if copies:
-            models = lookups[1].of(params) if lookups else [copies.get(param) for param in params]
-        if lookups is not None and type(None) not in set(map(type, models)):
-            lists: dict[Kind, Sequence[Tensor]] = {"weight": params, "gradient": grads, "m": exp_avgs, "r": roots}
-            columns = Columns({**lists, "model weight": models} if models else lists, self.format)
-            memory = rows.read(columns)
-            if memory is not None:
-                return [(columns, memory)]
-        local: list[tuple[Tensor, ...]] = list(zip(params, grads, exp_avgs, roots, strict=True))
-        if any(issubclass(kind, DTensor) for kind in set(map(type, params))):
-            local = [localize(*row, NAMES) for row in zip(params, grads, entries, strict=True)]
-        return [(Columns(part, self.format), None) for part in _apart(local, models or [None] * len(params))]
-
-    def _states(self, params: list[Tensor], lookups: Lookups | None) -> tuple[list[Any], list[Tensor], list[Tensor]]:
-        """Return the entries of parameters in the state, which get one if they have none, and m and r of each."""
-        entries = [] if lookups is None else lookups[0].of(params)
-        try:
-            if sum(map(len, entries)) == len(NAMES) * len(params):
-                return entries, [entry[EXP_AVG] for entry in entries], [entry[EXP_AVG_ROOT] for entry in entries]
-        except (TypeError, KeyError):  # none yet, or not S3's
-            pass
-        entries = [self.state_of(param) for param in params]
-        return entries, [entry[EXP_AVG] for entry in entries], [entry[EXP_AVG_ROOT] for entry in entries]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take state and param groups as any engine's optimizer does, and keep what graphs read."""
@@ -202,18 +154,3 @@ class S3(EngineOptimizer):
                 continue
             value = torch.as_tensor(value, dtype=dtype).to(group["params"][0].device)
             group[name] = held.copy_(value) if isinstance(held, Tensor) else value
-
-
-def _apart(rows: list[tuple[Tensor, ...]], models: list[Tensor | None]) -> list[dict[Kind, Sequence[Tensor]]]:
-    """Sort rows apart by device, and by whether they have a model parameter."""
-    parts: dict[tuple[torch.device, bool], list[tuple[Tensor, ...]]] = {}
-    for row, model in zip(rows, models, strict=True):
-        parts.setdefault((row[0].device, model is None), []).append(row if model is None else (*row, model))
-    return [dict(zip(ROLES, map(list, zip(*part, strict=True)), strict=False)) for part in parts.values()]
-
-
-def _on(device: torch.device, seed: int | Tensor | None) -> Tensor | None:
-    """The seed as a tensor there. Not as_tensor for a number: it copies from the host, which then waits for the GPU."""
-    if seed is None or isinstance(seed, Tensor):
-        return None if seed is None else seed.to(device)
-    return torch.full((), seed, dtype=torch.int64, device=device)

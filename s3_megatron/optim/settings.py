@@ -85,7 +85,7 @@ def check_step(group: dict[str, Any]) -> None:
     """
     (beta1, beta2), p = group["betas"], group["p"]
     if not torch.compiler.is_compiling():
-        _check_sizes(group["lr"], group["weight_decay"])
+        check_sizes(group["lr"], group["weight_decay"])
     if not _P.holds(p):
         raise S3Error(f"a param group's p is {p}: it must be a finite number {_P}; 3 is the paper's")
     if not (_BETA.holds(beta1) and _BETA.holds(beta2)):
@@ -94,7 +94,8 @@ def check_step(group: dict[str, Any]) -> None:
         _warn_of_two_betas(beta1, beta2)
 
 
-def _check_sizes(lr: float | Tensor, weight_decay: float) -> None:
+def check_sizes(lr: float | Tensor, weight_decay: float) -> None:
+    """Raise S3Error for a param group's rate or decay out of range; a rate on the device is not read."""
     on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
     if not on_device and not _LR.holds(float(lr)):
         raise S3Error(f"a param group's lr is {float(lr)}: it must be a finite number {_LR}; look at what writes it")

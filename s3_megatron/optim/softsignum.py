@@ -8,14 +8,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from s3_megatron.kernels.softsignum import softsignum_step_
+from s3_megatron.kernels.call import SoftRule, Step
+from s3_megatron.kernels.op import Implementation, check_implementation, step_
 from s3_megatron.optim import registry
+from s3_megatron.optim.columns import Lookups, columns_of, seed_on
 from s3_megatron.optim.engine_optimizer import check_rounding
-from s3_megatron.optim.placement import localize
 from s3_megatron.optim.pooled_median import median_and_deviation
 from s3_megatron.optim.relaxed import RelaxedOptimizer
-from s3_megatron.optim.settings import names_what_it_takes
-from s3_megatron.optim.soft_updates import add_updates_
+from s3_megatron.optim.settings import check_sizes, names_what_it_takes
 from s3_megatron.optim.spec import Spec
 from s3_megatron.optim.state import EXP_AVG
 
@@ -48,6 +48,7 @@ class SoftSignum(RelaxedOptimizer):
         eps: how far tanh stays below 1 at each quantile of the momentum, in (0, 1).
         tmax: the highest tau, >= 1. The first soft step has it: it is hard for all |m| above about 10 / tmax.
         maximize: maximize the objective instead of minimizing it.
+        implementation: the kernel, as S3's: "auto", "foreach", "cpu" (C++) or "triton".
         state_dtype: dtype of m: torch.float32, or torch.bfloat16 for half the memory. Float64 parameters always have
             a float64 m.
         rounding_seed: if given, a bfloat16 m is rounded stochastically with noise of this seed and the step's number;
@@ -61,8 +62,10 @@ class SoftSignum(RelaxedOptimizer):
     """
 
     spec: ClassVar[Spec] = registry.SOFTSIGNUM
+    single_pass: ClassVar[bool] = True
     counts_updates: ClassVar[bool] = True
     soft_map = "tanh"
+    _kept: ClassVar[tuple[str, ...]] = ("implementation", *RelaxedOptimizer._kept)
 
     @names_what_it_takes
     def __init__(
@@ -80,11 +83,14 @@ class SoftSignum(RelaxedOptimizer):
         eps: float = 1e-4,
         tmax: float = 1e9,
         maximize: bool = False,
+        implementation: Implementation = "auto",
         state_dtype: torch.dtype = torch.float32,
         rounding_seed: int | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        check_implementation(implementation)
         check_rounding(state_dtype, rounding_seed)
+        self.implementation = implementation
         self.state_dtype = state_dtype
         super().__init__(
             params,
@@ -105,23 +111,25 @@ class SoftSignum(RelaxedOptimizer):
             tmax=tmax,
         )
 
-    def step_group(self, group: dict[str, Any], tau: float) -> None:
-        """Move a group's parameters that have a gradient, by the temperature ``tau``; infinity is a hard step."""
-        # Steps must not share their noise, as groups do not.
-        seed = None if group["rounding_seed"] is None else group["rounding_seed"] + group["steps_taken"]
-        parts: dict[torch.device, list[list[Tensor]]] = {}
-        for param in group["params"]:
-            if param.grad is None:
-                continue
-            local = localize(param, param.grad, self.state_of(param), self.spec.state_names)
-            for column, x in zip(parts.setdefault(param.device, [[], [], []]), local, strict=True):
-                column.append(x)
-        direction = {"tau": tau, **{name: group[name] for name in ("beta", "nesterov", "maximize")}}
-        size = {name: group[name] for name in ("lr", "weight_decay")}
-        for params, grads, exp_avgs in parts.values():
-            softsignum_step_(params, grads, exp_avgs, **direction, **size, rounding_seed=seed)
-            if self.update_statistics is not None:
-                add_updates_(self.update_statistics, grads, exp_avgs, **direction)
+    def step_groups(self, tau: float) -> None:
+        """Move every parameter that has a gradient, by the temperature ``tau``; infinity is a hard step."""
+        given, self.next_step = self.next_step or Step(), None
+        rules = []
+        for group in self.param_groups:  # of all, before the first moves
+            check_sizes(group["lr"], group["weight_decay"])
+            rule = SoftRule(
+                *(group["lr"], group["beta"], tau, group["weight_decay"]), *(group["nesterov"], group["maximize"])
+            )
+            rule.check()
+            rules.append(rule)
+        lookups = Lookups(self.state, given.models or {})
+        for group, rule in zip(self.param_groups, rules, strict=True):
+            # Steps must not share their noise, as groups do not.
+            seed = None if group["rounding_seed"] is None else group["rounding_seed"] + group["steps_taken"]
+            for columns, memory in columns_of(self, group, given.models or {}, lookups):
+                on_device = seed_on(columns["weight"][0].device, seed)
+                step = Step(given.factor, None, self.update_statistics, on_device)
+                step_(columns, rule, step, self.implementation, memory)
 
     def measure(self) -> tuple[float, float]:
         """Return median and median absolute deviation of m over the model."""

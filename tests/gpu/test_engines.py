@@ -82,6 +82,15 @@ def test_megatron_resumes_in_bf16_where_it_was(tmp_path: Path, record_property: 
 
 
 @in_a_visit
+def test_softsignum_trains_through_both_phases(tmp_path: Path) -> None:
+    """In bf16, in Megatron's distributed optimizer: the temperature is taken on the device, over its ranks."""
+    text, events = train(job("optimizer=softsignum", "optimizer.soft_start=0.5"), tmp_path)
+    assert KERNEL.replace("S3", "SoftSignum") in text and "SoftSignum is soft for 4 steps" in text
+    assert len(events) == ITERATIONS and falls(events)
+    assert all(event.updates.max is not None and 0 < event.updates.max <= 1 for event in events)
+
+
+@in_a_visit
 def test_megatrons_fp16_scaler_skips_and_then_trains(tmp_path: Path) -> None:
     """A loss scale at which fp16's gradients overflow, halved after every step that is skipped."""
     scale = ["--fp16", "--initial-loss-scale", str(2**30), "--hysteresis", "1", "--loss-scale-window", "100"]

@@ -16,7 +16,8 @@ FLAGS = [
     "-fno-sanitize=null,alignment,object-size,pointer-overflow,bounds,vptr",
     *("-fno-tree-pta", "-fira-algorithm=priority"),
 ]
-TESTS = [f"tests/kernels/test_{name}.py" for name in ("single_pass", "oracle", "edges", "fuzz", "metadata")]
+NAMES = ("single_pass", "oracle", "edges", "fuzz", "metadata", "softsignum_one_pass", "softsignum_pass")
+TESTS = [f"tests/kernels/test_{name}.py" for name in NAMES]
 # Ten thousand steps would take a quarter of an hour, and go where one goes; allocations are the sanitizer's own.
 LEFT_OUT = "not ten_thousand and not allocates and not compiled_library"
 

@@ -63,6 +63,20 @@ def test_two_optimizers_that_take_turns_on_the_same_weights_are_both_known(looks
     assert len(looks) == 2
 
 
+def test_without_a_root_the_models_weight_has_its_place(looks) -> None:
+    """And two of its tensors that share memory are seen, as they are among the others'."""
+    weights, grads, ms, _ = columns()
+    models = [torch.zeros(4, 6, dtype=torch.bfloat16) for _ in weights]
+    settings = {"lr": RATE, "beta": 0.9, "tau": 5.0, "weight_decay": 0.1, "nesterov": False}
+    for _ in range(2):
+        cpu.softsignum_step_(weights, grads, ms, model_params=models, **settings)
+        assert all(torch.equal(model, x.bfloat16()) for model, x in zip(models, weights, strict=True))
+    assert len(looks) == 1
+    models[1] = models[0]
+    with pytest.raises(rows.Unfit, match="share memory"):
+        cpu.softsignum_step_(weights, grads, ms, model_params=models, **settings)
+
+
 def shrink(x: Tensor) -> None:
     x.untyped_storage().resize_(8)
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from s3_megatron.kernels import softsignum
-from s3_megatron.kernels.call import Columns, SoftRule
+from s3_megatron.kernels import cpu, softsignum
+from s3_megatron.kernels.call import Columns, SoftRule, Step
 from s3_megatron.kernels.cpu import library
-from s3_megatron.kernels.cpu import softsignum as one_pass
-from s3_megatron.kernels.softsignum import foreach_, softsignum_step_
+from s3_megatron.kernels.op import step_
 from s3_megatron.optim.softsignum_reference import softsignum_reference_step
+from tests.kernels.by_keyword import columns_of
 from tests.tensors import random
 
 INF = math.inf
@@ -26,7 +26,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def move(x: Tensor, g: Tensor, m: Tensor, rule: SoftRule, loop: int, seed: int | None = None) -> None:
-    one_pass.step_(Columns({"weight": [x], "gradient": [g], "m": [m]}), rule, seed, loop=loop)
+    cpu.step_(columns_of([x], [g], [m]), rule, Step(seed=None if seed is None else torch.tensor(seed)), loop=loop)
 
 
 def bits(x: Tensor) -> Tensor:
@@ -134,8 +134,7 @@ def test_no_threads_and_no_shards_change_a_bit(loop, tau, state, threads):
         g[::1001] = math.nan
         pieces = [*itertools.pairwise(cuts)] if sharded else [(0, size)]
         columns = [[t[begin:end] for begin, end in pieces] for t in (x, g, m)]
-        names = ("weight", "gradient", "m")
-        one_pass.step_(Columns(dict(zip(names, columns, strict=True))), RULE._replace(tau=tau), loop=loop)
+        cpu.step_(columns_of(*columns), RULE._replace(tau=tau), Step(), loop=loop)
         return [x, m]
 
     whole = run(1, False)
@@ -155,7 +154,7 @@ def test_noise_does_not_depend_on_threads_and_differs_between_seeds(loop, thread
 
 
 def test_plain_rows_go_to_c_and_the_others_to_foreach(monkeypatch):
-    """Mixed in one list: a float64 row, a weight that is every second element, and plain ones."""
+    """Mixed in one list: a float64 row, a weight with gaps, which is copied, and plain ones."""
     gone: list[int] = []
     its_own = softsignum.foreach_
 
@@ -169,9 +168,10 @@ def test_plain_rows_go_to_c_and_the_others_to_foreach(monkeypatch):
     gs = [random(len(x), seed=1).to(x.dtype) for x in xs]
     ms = [torch.zeros(len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32) for x in xs]
     expected = [x.clone() for x in xs], [m.clone() for m in ms]
-    its_own(Columns({"weight": expected[0], "gradient": gs, "m": expected[1]}), RULE)
+    step_(columns_of(expected[0], gs, expected[1]), RULE, Step(), "foreach")
+    gone.clear()
     versions = [x._version for x in (*xs, *ms)]
-    softsignum_step_(xs, gs, ms, **RULE._asdict())
+    step_(columns_of(xs, gs, ms), RULE, Step(), "auto")
     assert gone == [1]
     assert all(x._version > before for x, before in zip((*xs, *ms), versions, strict=True))
     for now, then in zip((*xs, *ms), (*expected[0], *expected[1]), strict=True):
@@ -183,6 +183,6 @@ def test_tensors_that_share_memory_go_to_foreach():
     """A gradient that is m itself: a loop over memory would read what it has just written."""
     x, m = random(9), random(9, seed=1)
     its_x, its_m, g = x.clone(), m.clone(), m.clone()
-    softsignum_step_([x], [m], [m], **RULE._asdict())
-    foreach_(Columns({"weight": [its_x], "gradient": [g], "m": [its_m]}), RULE)
+    step_(columns_of([x], [m], [m]), RULE, Step(), "auto")
+    step_(columns_of([its_x], [g], [its_m]), RULE, Step(), "foreach")
     assert torch.equal(x, its_x) and torch.equal(m, its_m)

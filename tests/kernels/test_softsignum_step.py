@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from s3_megatron.kernels import softsignum
+from s3_megatron.kernels import cpu
 from s3_megatron.kernels.cpu import library
-from s3_megatron.kernels.softsignum import softsignum_step_
 from s3_megatron.optim.softsignum_reference import softsignum_reference_step
+from tests.kernels.by_keyword import softsignum_step_
 from tests.tensors import bits, random
 
 INF = math.inf
@@ -37,19 +37,20 @@ WALK = [
 
 
 @pytest.fixture(autouse=True, params=["foreach", *library.loops()])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What moves the tensors that C++ takes."""
     if request.param == "foreach":
-        monkeypatch.setattr(softsignum, "_runs_in_one_pass", lambda: False)
+        monkeypatch.setitem(WAY, "implementation", "foreach")
     else:
-        step_ = functools.partial(softsignum.one_pass.step_, loop=library.loops().index(request.param))
-        monkeypatch.setattr(softsignum.one_pass, "step_", step_)
-    return request.param
+        monkeypatch.setattr(cpu, "step_", functools.partial(cpu.step_, loop=library.loops().index(request.param)))
+
+
+WAY = {"implementation": "auto"}
 
 
 def kernel(params: list[Tensor], grads: list[Tensor], ms: list[Tensor], **settings: Any) -> None:
     settings = {"lr": 0.1, "beta": 0.9, "tau": 5.0, "weight_decay": 0.1, "nesterov": False, **settings}
-    softsignum_step_(params, grads, ms, **settings)
+    softsignum_step_(params, grads, ms, **settings, **WAY)
 
 
 @pytest.mark.parametrize(("setting", "row"), GOLDEN.items())
@@ -129,6 +130,17 @@ def test_an_infinite_tau_is_the_sign_and_a_high_one_nearly() -> None:
     assert torch.equal(hard, soft)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_tau_beyond_float32_is_the_hard_step(dtype: torch.dtype) -> None:
+    """As tmax 1e39 makes the first soft one. In float32 it was infinity, times an m of 0: the weight became NaN."""
+    m = random(101, seed=1, dtype=dtype)
+    m[::3] = 0.0
+    hard, soft = (random(101, dtype=dtype) for _ in range(2))
+    for x, tau in ((hard, INF), (soft, 1e39)):
+        kernel([x], [torch.zeros(101, dtype=dtype)], [m.clone()], tau=tau)
+    assert torch.equal(hard, soft) and hard.isfinite().all()
+
+
 def test_a_low_tau_is_momentum_sgd_at_lr_tau() -> None:
     """tanh(y) = y (1 - y^2/3): at tau .001 and |m| < 3 it is y to 3e-6 of it."""
     x, m, g = random(1001), torch.zeros(1001), random(1001, seed=1).clamp(-3, 3)
@@ -180,7 +192,7 @@ def test_a_bfloat16_state_is_rounded_to_nearest_or_without_bias() -> None:
     x, g = torch.zeros(4096), torch.full((4096,), value)
     ms = [torch.zeros(4096, dtype=torch.bfloat16) for _ in range(3)]
     for m, seed in zip(ms, (None, 5, 6), strict=True):
-        kernel([x.clone()], [g], [m], beta=0.0, rounding_seed=seed)
+        kernel([x.clone()], [g], [m], beta=0.0, rounding_seed=None if seed is None else torch.tensor(seed))
     assert torch.equal(ms[0], torch.ones(4096, dtype=torch.bfloat16))
     for m in ms[1:]:
         assert m.double().mean().item() == pytest.approx(value, abs=5 * 2**-8 / 64)
@@ -197,7 +209,7 @@ def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         dtypes = (torch.bfloat16, torch.float64, torch.bfloat16, torch.bfloat16)
         ms = [torch.zeros(x.shape, dtype=d) for x, d in zip(xs, dtypes, strict=True)]
-        kernel(xs, [random(len(x), seed=1, dtype=x.dtype) for x in xs], ms, rounding_seed=3)
+        kernel(xs, [random(len(x), seed=1, dtype=x.dtype) for x in xs], ms, rounding_seed=torch.tensor(3))
         return [*xs, *ms]
 
     whole = run()

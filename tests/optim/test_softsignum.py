@@ -1,5 +1,6 @@
 """SoftSignum: runs through both phases, groups, broken gradients, what counts, closures, compilers, devices."""
 
+import copy
 import itertools
 import math
 
@@ -225,6 +226,39 @@ def test_compiled_code_steps_it_as_it_is() -> None:
         plain.step()
         step()
     assert all(map(torch.equal, params, others)) and plain.schedule == compiled.schedule is not None
+
+
+def test_an_implementation_can_be_named_and_is_kept_by_copies() -> None:
+    """Where a GPU's kernel fails, foreach is the way out. To rounding: a few units of 2^-24 a step, times tau."""
+    runs = []
+    for name in ("auto", "cpu", "foreach"):
+        x = random(4097).requires_grad_()
+        optimizer = SoftSignum([x], lr=0.1, weight_decay=0.1, total_steps=6, implementation=name)
+        for step in range(5):
+            x.grad = random(4097, seed=step + 1)
+            optimizer.step()
+        runs.append(x.detach())
+        assert copy.deepcopy(optimizer).implementation == name
+    assert torch.equal(runs[0], runs[1])
+    torch.testing.assert_close(runs[1], runs[2], rtol=0, atol=1e-5)
+    for name, message in (("triton", "the tensors are on cpu"), ("fast", "must be one of auto, foreach, cpu, triton")):
+        with pytest.raises(S3Error, match=message):
+            optimizer = SoftSignum([x], soft_start=1, implementation=name)
+            optimizer.step()
+    assert torch.equal(x.detach(), runs[2])
+
+
+def test_a_rate_and_a_decay_that_a_callback_writes_are_looked_at() -> None:
+    """In the second group: nothing may have moved by then."""
+    xs = [torch.ones(2).requires_grad_() for _ in range(2)]
+    for name, bad in (("lr", -1.0), ("lr", NAN), ("weight_decay", -0.1), ("weight_decay", INF)):
+        optimizer = SoftSignum([{"params": [x]} for x in xs], soft_start=1)
+        for x in xs:
+            x.grad = torch.ones(2)
+        optimizer.param_groups[1][name] = bad
+        with pytest.raises(S3Error, match=f"a param group's {name} is {bad}"):
+            optimizer.step()
+        assert all(torch.equal(x, torch.ones(2)) for x in xs)
 
 
 def test_a_beta_that_a_callback_writes_is_looked_at() -> None:

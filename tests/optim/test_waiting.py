@@ -8,7 +8,7 @@ import torch
 
 from s3_megatron.kernels import op, triton
 from s3_megatron.kernels.call import Step
-from s3_megatron.optim import S3
+from s3_megatron.optim import S3, SoftSignum
 from s3_megatron.watch.updates import adam_statistics
 from tests.fake_gpu import fake_gpu, never_waiting
 
@@ -27,7 +27,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Step]]:
     """A Triton kernel that could run and does nothing, for tensors without values have no addresses; what it got."""
     calls: list[Step] = []
     monkeypatch.setattr(triton, "unavailable", lambda: None)
-    monkeypatch.setattr(triton, "s3_step_", lambda columns, rule, step, memory: calls.append(step))
+    monkeypatch.setattr(triton, "step_", lambda columns, rule, step, memory: calls.append(step))
     for cached in (op.choose, op._announce):
         cached.cache_clear()
     yield calls
@@ -57,6 +57,29 @@ def test_a_step_does_not_wait(launched: list[Step], settings: dict[str, Any]) ->
     for step in launched:
         seed = step.seed
         assert (seed is None) == ("rounding_seed" not in settings) and (seed is None or seed.device.type == "cuda")
+
+
+@pytest.mark.parametrize("implementation", ["auto", "foreach"])
+@pytest.mark.parametrize("settings", [{}, {"state_dtype": BRAIN, "rounding_seed": 0}], ids=str)
+def test_softsignum_does_not_wait(launched: list[Step], settings: dict[str, Any], implementation: str) -> None:
+    """In both phases, with a factor and statistics; the step that takes the medians is left out."""
+    with fake_gpu():
+        params = [torch.nn.Parameter(torch.randn(size, device="cuda")) for size in (3, 5)]
+        run = {"total_steps": 8, "soft_start": 0.5, "implementation": implementation}
+        optimizer = SoftSignum(params, lr=0.1, weight_decay=0.1, **run, **settings)
+        optimizer.update_statistics = torch.zeros(5, dtype=torch.float64, device="cuda")
+        for param in params:
+            param.grad = torch.randn_like(param)
+        with never_waiting():
+            for taken in (0, 6):
+                soft = {"soft_mu": 1e-4, "soft_sigma": 1e-4, "soft_first": 4, "soft_length": 4} if taken else {}
+                optimizer.write_to_groups(steps_taken=taken, **soft)
+                optimizer.next_step = Step(factor=torch.ones(1, device="cuda"))
+                optimizer.step()
+    assert len(launched) == 2 * (implementation == "auto"), "the kernel for GPUs was to be called"
+    for step in launched:
+        assert step.factor is not None and step.statistics is optimizer.update_statistics
+        assert (step.seed is None) == ("rounding_seed" not in settings)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ",".join(settings) or "defaults")

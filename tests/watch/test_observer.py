@@ -82,12 +82,12 @@ def test_agreement_is_of_weights_that_move_against_their_gradient(tmp_path: Path
     assert shares == [1.0, 1.0, 1.0, 0.5]
 
 
-def test_softsignum_collects_too(tmp_path: Path) -> None:
-    """It is no single pass, and was once taken not to collect: its sizes were null. A hard step moves every weight by
+def test_what_is_no_single_pass_collects_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SoftSignum was none once, and was taken not to collect: its sizes were null. A hard step moves every weight by
     the rate, in float32: 2^-20 as above."""
+    monkeypatch.setattr(SoftSignum, "single_pass", False)
     model = net(0)
     optimizer = SoftSignum(model.parameters(), lr=1.0, weight_decay=0.1, soft_start=1)
-    assert not optimizer.single_pass
     observer = Observer(tmp_path / "watch", optimizer)
     moved = step(model, optimizer, 1).abs()
     observer.train(1, {"loss": 1.0})

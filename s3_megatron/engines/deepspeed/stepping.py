@@ -11,7 +11,7 @@ from s3_megatron.engines.deepspeed import temperature
 from s3_megatron.engines.deepspeed.layout import has_gradscaler, masters
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels.op import choose
-from s3_megatron.optim import S3, EngineOptimizer
+from s3_megatron.optim import S3, EngineOptimizer, SoftSignum
 from s3_megatron.optim.relaxed import RelaxedOptimizer
 from s3_megatron.watch import statistics
 
@@ -90,8 +90,9 @@ def _description(engine: Any, optimizer: EngineOptimizer, held: list[Tensor]) ->
     dtypes = {tensor.dtype for tensor in held}
     device = held[0].device.type if held else "cpu"
     kernel = ""
-    if isinstance(optimizer, S3):
-        name = choose(optimizer.implementation, device, frozenset({*dtypes, optimizer.state_dtype}))
+    if isinstance(optimizer, S3 | SoftSignum):
+        taken = frozenset({*dtypes, optimizer.state_dtype})
+        name = choose(optimizer.implementation, device, taken, title=optimizer.spec.title)
         kernel = f" with kernel {name}"
     spec, group = optimizer.spec, optimizer.param_groups[0]
     wrapper = f"{type(engine.optimizer).__name__} (ZeRO {int(engine.zero_optimization_stage())})"

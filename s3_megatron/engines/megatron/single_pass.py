@@ -1,7 +1,8 @@
 """One pass over memory where megatron-core makes four: unscale, clip, step, copy to the model's parameters.
 
-S3's kernel multiplies gradients by a factor and writes the model's low-precision weights as it goes. So here the host's
-unscaling and clipping only leave their factor for the optimizer's ``next_step``, and its copy finds its work done.
+The kernels of S3 and SoftSignum multiply gradients by a factor and write the model's low-precision weights as they go.
+So here the host's unscaling and clipping only leave their factor for the optimizer's ``next_step``, and its copy finds
+its work done.
 After a step the host's gradients are as the backward pass left them: scaled, and not clipped.
 """
 
@@ -34,7 +35,7 @@ _grad_owners: _Owners = WeakTensorKeyDictionary()
 
 
 def fuse(part: MegatronOptimizer) -> None:
-    """Let S3's step in ``part`` do the work of the host's other passes (replaces methods of this instance).
+    """Let the optimizer's step in ``part`` do the work of the host's other passes (replaces methods of this instance).
 
     Raises:
         S3Error: ``part`` lacks something that this goes through in megatron-core 0.17.1 to 0.19.2.
@@ -120,10 +121,10 @@ class SinglePass:
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> Any:
-        """Step by the host's way, with the model's weights handed to S3."""
+        """Step by the host's way, with the model's weights handed to the optimizer."""
         targets = self._targets()
         self.inner.next_step = Step(factor=self._factor, models=targets)
-        # S3 passes over weights without a gradient; the host copies those as well.
+        # The optimizer passes over weights without a gradient; the host copies those as well.
         self._copied = targets is not None and all(main.grad is not None for main in targets)
         try:
             return self._host["step_with_ready_grads"]()
@@ -179,8 +180,8 @@ def norm_of_unscaled(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``get_grad_norm_fp32`` of ``megatron.core.optimizer.optimizer`` (0.17.1 to 0.19.2).
 
     It reduces over ranks. The 2-norm of a list is the one of its tensors' norms, so each gradient that is still scaled
-    gives way to its norm. So do S3's other gradients where the host has neither Transformer Engine nor Apex: its
-    ``local_multi_tensor_l2_norm`` waits for the GPU once a tensor.
+    gives way to its norm. So do the other gradients of what is fused where the host has neither Transformer Engine nor
+    Apex: its ``local_multi_tensor_l2_norm`` waits for the GPU once a tensor.
     """
 
     @functools.wraps(original)
@@ -225,8 +226,9 @@ def _require(part: Any, *names: str) -> None:
     for name in names:
         if not hasattr(part, name):
             raise S3Error(
-                f"this megatron-core's {type(part).__name__} has no {name}, through which S3 makes its single pass in "
-                "0.19.2: install a version from the table in docs/versions.md, or report this one"
+                f"this megatron-core's {type(part).__name__} has no {name}, through which {part.optimizer.spec.title} "
+                "makes its single pass in 0.19.2: install a version from the table in docs/versions.md, or report this "
+                "one"
             )
 
 

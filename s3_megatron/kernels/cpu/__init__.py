@@ -1,13 +1,14 @@
-"""The S3 update as a C++ loop over any number of tensors: AVX-512, AVX2 or portable, chosen where it runs."""
+"""The updates as C++ loops over any number of tensors: AVX-512, AVX2 or portable, chosen where it runs."""
 
 import ctypes
 import functools
+import math
 
 import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
-from s3_megatron.kernels.call import Columns, Rule, Step, check_numbers, form
+from s3_megatron.kernels.call import AnyRule, Columns, SoftRule, Step, check_numbers, form
 from s3_megatron.kernels.cpu import library
 from s3_megatron.kernels.cpu.build import BuildError
 from s3_megatron.kernels.metadata import Memory
@@ -28,8 +29,8 @@ def loop_name() -> str:
     return library.loops()[0]
 
 
-def s3_step_(columns: Columns, rule: Rule, step: Step, memory: Memory | None = None, *, loop: int = 0) -> None:
-    """Move every parameter by one S3 step in one pass over memory, on torch's number of threads.
+def step_(columns: Columns, rule: AnyRule, step: Step, memory: Memory | None = None, *, loop: int = 0) -> None:
+    """Move every parameter by one step in one pass over memory, on torch's number of threads.
 
     A result depends on nothing but its own element: neither on threads, nor on where in which tensor it stands (but
     for stochastic rounding, whose noise goes by the element's number in the call).
@@ -56,20 +57,33 @@ def s3_step_(columns: Columns, rule: Rule, step: Step, memory: Memory | None = N
     seed = None
     if step.seed is not None and (stored := columns.stored()) is not None and stored.name == "bfloat16":
         seed = int(step.seed)
-    settings = _settings(rule, factor, seed, *columns.dtypes())
+    settings = _settings(rule, factor, seed, *(None if x is None else x.dtype for x in columns.by_role()))
     threads = torch.get_num_threads()
     out = None if step.statistics is None else step.statistics.data_ptr()
-    library.load().s3_step(rows.table.ctypes.data, len(columns), ctypes.byref(settings), loop, threads, out)
+    loaded = library.load()
+    move = loaded.s3_softsignum_step if isinstance(rule, SoftRule) else loaded.s3_step
+    move(rows.table.ctypes.data, len(columns), ctypes.byref(settings), loop, threads, out)
     rows.put_back()
 
 
 # A structure of this size takes longer to fill than one small tensor to move.
 @functools.lru_cache(maxsize=64)
-def _settings(rule: Rule, factor: float, seed: int | None, *dtypes: torch.dtype) -> library.Settings:
+def _settings(rule: AnyRule, factor: float, seed: int | None, *dtypes: torch.dtype | None) -> library.Settings:
+    shared = {
+        "lr": rule.lr,
+        "weight_decay": rule.weight_decay,
+        "factor": -factor if rule.maximize else factor,
+        "nesterov": rule.nesterov,
+        "stochastic": seed is not None,
+        "types": tuple(0 if dtype is None else library.TYPES[dtype] for dtype in dtypes),
+        "seed": library.keys(seed),
+    }
+    if isinstance(rule, SoftRule):
+        return library.Settings(
+            **shared, beta1=rule.beta, one_minus_beta1=1 - rule.beta, tau=math.inf if rule.hard else rule.tau
+        )
     return library.Settings(
-        lr=rule.lr,
-        weight_decay=rule.weight_decay,
-        factor=-factor if rule.maximize else factor,
+        **shared,
         beta1=rule.beta1,
         one_minus_beta1=1 - rule.beta1,
         beta2=rule.beta2,
@@ -77,9 +91,5 @@ def _settings(rule: Rule, factor: float, seed: int | None, *dtypes: torch.dtype)
         p=rule.p,
         bound=rule.bound,
         form=form(rule.p),
-        nesterov=rule.nesterov,
         forgets=rule.beta2 == 0,
-        stochastic=seed is not None,
-        types=tuple(map(library.TYPES.__getitem__, dtypes)),
-        seed=library.keys(seed),
     )

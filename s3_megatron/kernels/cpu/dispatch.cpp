@@ -103,8 +103,8 @@ S3_EXPORT void s3_step(const S3Row *rows, int64_t count, const S3Settings *setti
     share_out(loops()[index].range, rows, count, *settings, threads, out);
 }
 
-// The same for SoftSignum, whose rows have no root; it adds up no statistics.
+// The same for SoftSignum, whose rows have no root.
 S3_EXPORT void s3_softsignum_step(const S3Row *rows, int64_t count, const S3Settings *settings, int32_t index,
-                                  int32_t threads) {
-    share_out(loops()[index].softsignum, rows, count, *settings, threads, nullptr);
+                                  int32_t threads, S3Statistics *out) {
+    share_out(loops()[index].softsignum, rows, count, *settings, threads, out);
 }

@@ -136,8 +136,7 @@ def _open(path: Path) -> ctypes.CDLL:
     library.s3_loop.argtypes, library.s3_loop.restype = [ctypes.c_int32], ctypes.c_char_p
     library.s3_fingerprint.argtypes, library.s3_fingerprint.restype = [], ctypes.c_char_p
     pointer, count = ctypes.c_void_p, ctypes.c_int64
-    library.s3_step.argtypes = [pointer, count, ctypes.POINTER(Settings), ctypes.c_int32, ctypes.c_int32, pointer]
-    library.s3_step.restype = None
-    library.s3_softsignum_step.argtypes = library.s3_step.argtypes[:-1]
-    library.s3_softsignum_step.restype = None
+    for step in (library.s3_step, library.s3_softsignum_step):
+        step.argtypes = [pointer, count, ctypes.POINTER(Settings), ctypes.c_int32, ctypes.c_int32, pointer]
+        step.restype = None
     return library

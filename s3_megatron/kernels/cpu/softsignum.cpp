@@ -2,6 +2,7 @@
 // element in float32, and some thirty operations.
 
 #include "formats.h"
+#include "tally.h"
 
 namespace S3_LOOP {
 
@@ -38,7 +39,7 @@ S3_INLINE Floats average(Floats from, Floats to, const S3Settings &s) {
     return mul_add(s.beta1, from - to, to);
 }
 
-S3_INLINE void move(const S3Row &row, int64_t at, int64_t number, const S3Settings &s) {
+S3_INLINE void move(const S3Row &row, int64_t at, int64_t number, const S3Settings &s, Tally *tally) {
     const Floats g = gradient(row, at, s), m0 = load(row, S3_EXP_AVG, at, s);
     const Ints ok = magnitude(g) <= LARGEST;
     const Floats m = average(m0, g, s), n = s.nesterov ? average(m, g, s) : m;
@@ -47,18 +48,35 @@ S3_INLINE void move(const S3Row &row, int64_t at, int64_t number, const S3Settin
     store_weight(select(ok, moved(x, u, s), x), row, at, s);
     const Bits random = s.stochastic ? noise(s.seed, number) & 0xffffu : every(0);
     store_state(select(ok, m, m0), row.at[S3_EXP_AVG], at, s, random);
+    if (tally) count(*tally, select(ok, u, all(0.0f)), g);
 }
 
 // One copy for any types, and for the ends of rows.
-__attribute__((noinline)) static void move_any(const S3Row &row, int64_t at, int64_t number, const S3Settings &s) {
-    move(row, at, number, s);
+__attribute__((noinline)) static void move_any(const S3Row &row, int64_t at, int64_t number, const S3Settings &s,
+                                               Tally *tally) {
+    move(row, at, number, s, tally);
 }
 
 // What the usual run is like, known when compiled: float32 weights and gradients.
 enum SoftKind { SOFT_ANY, SOFT_FLOAT32, SOFT_BFLOAT16 };
 
+// Moves elements from `at` on, until fewer than WIDTH are left before `end`; returns where it stopped.
 template <SoftKind KIND>
-static void run_soft(const S3Row &its_row, int64_t begin, int64_t end, int64_t first, const S3Settings &settings) {
+S3_INLINE int64_t move_whole(const S3Row &row, int64_t at, int64_t end, int64_t first, const S3Settings &s,
+                             Tally *tally) {
+    for (; at + WIDTH <= end; at += WIDTH) {
+        for (int kind = S3_PARAM; kind <= S3_EXP_AVG; ++kind) prefetch(row.at[kind], at, s.types[kind]);
+        if (KIND == SOFT_ANY)
+            move_any(row, at, first + at, s, tally);
+        else
+            move(row, at, first + at, s, tally);
+    }
+    return at;
+}
+
+template <SoftKind KIND>
+static void run_soft(const S3Row &its_row, int64_t begin, int64_t end, int64_t first, const S3Settings &settings,
+                     S3Statistics *out) {
     // Copies, which no store to a tensor can change: their fields stay in registers.
     const S3Row row = its_row;
     S3Settings s = settings;
@@ -67,21 +85,26 @@ static void run_soft(const S3Row &its_row, int64_t begin, int64_t end, int64_t f
         s.types[S3_EXP_AVG] = KIND == SOFT_FLOAT32 ? S3_FLOAT32 : S3_BFLOAT16;
     }
     int64_t at = begin;
-    for (; at + WIDTH <= end; at += WIDTH) {
-        for (int kind = S3_PARAM; kind <= S3_EXP_AVG; ++kind) prefetch(row.at[kind], at, s.types[kind]);
-        if (KIND == SOFT_ANY)
-            move_any(row, at, first + at, s);
-        else
-            move(row, at, first + at, s);
+    Tally tally;
+    if (!out) at = move_whole<KIND>(row, at, end, first, s, nullptr);
+    while (at + WIDTH <= end) {
+        at = move_whole<KIND>(row, at, end - at < COUNTED ? end : at + COUNTED, first, s, &tally);
+        tally.empty_into(*out);
     }
     if (at < end)
-        move_rest(its_row, at, end, settings, [&](const S3Row &rest) { move_any(rest, 0, first + at, settings); });
+        move_rest(its_row, at, end, settings, [&](const S3Row &rest) {
+            move_any(rest, 0, first + at, settings, out ? &tally : nullptr);
+        });
+    if (!out) return;
+    tally.empty_into(*out);
+    out->elements += end - begin;
 }
 
-void softsignum_range(const S3Row &row, int64_t begin, int64_t end, int64_t first, const S3Settings &s, S3Statistics *) {
+void softsignum_range(const S3Row &row, int64_t begin, int64_t end, int64_t first, const S3Settings &s,
+                      S3Statistics *out) {
     const bool usual = s.types[S3_PARAM] == S3_FLOAT32 && s.types[S3_GRAD] == S3_FLOAT32;
     (!usual                              ? run_soft<SOFT_ANY>
      : s.types[S3_EXP_AVG] == S3_FLOAT32 ? run_soft<SOFT_FLOAT32>
-                                         : run_soft<SOFT_BFLOAT16>)(row, begin, end, first, s);
+                                         : run_soft<SOFT_BFLOAT16>)(row, begin, end, first, s, out);
 }
 }  // namespace S3_LOOP

@@ -6,33 +6,9 @@
 
 #include "formats.h"
 #include "powers.h"
+#include "tally.h"
 
 namespace S3_LOOP {
-
-// Sums of one run; float32 lanes are emptied into doubles before they lose digits.
-struct Tally {
-    Floats sum{}, largest{};
-    Ints saturated{}, agreeing{};
-
-    void empty_into(S3Statistics &out) {
-        for (int64_t i = 0; i < WIDTH; ++i) {
-            const int64_t k = i / REGISTER, j = i % REGISTER;
-            out.sum += sum.of[k][j];
-            out.largest = largest.of[k][j] > out.largest ? largest.of[k][j] : out.largest;
-            out.saturated += saturated.of[k][j];
-            out.agreeing += agreeing.of[k][j];
-        }
-        *this = Tally{};
-    }
-};
-
-S3_INLINE void count(Tally &tally, Floats u, Floats g) {
-    const Floats a = magnitude(u);
-    tally.sum = tally.sum + a;
-    tally.largest = larger(a, tally.largest);
-    tally.saturated = tally.saturated - (a > 0.9f);
-    tally.agreeing = tally.agreeing - (((bits(u) ^ bits(g)) < 0x80000000u) & (u != 0.0f) & (g != 0.0f));
-}
 
 S3_INLINE void prefetch(const S3Row &row, int64_t at, const S3Settings &s) {
     prefetch(row.at[S3_PARAM], at, s.types[S3_PARAM]);
@@ -206,11 +182,10 @@ static void run(const S3Row &its_row, int64_t begin, int64_t end, int64_t first,
         s.nesterov = 1;
         s.forgets = 0;
     }
-    constexpr int64_t BLOCK = 1024;  // float32 sums of 256 updates a lane at most
     Tally tally, others;
     int64_t at = begin;
     while (at + WIDTH <= end) {
-        const int64_t stop = end - at < BLOCK ? end : at + BLOCK;
+        const int64_t stop = end - at < COUNTED ? end : at + COUNTED;
         while (at + WIDTH <= stop) {
             const int64_t from = at;
             if (KIND != ANY && out)

@@ -1,11 +1,11 @@
-"""The S3 update as one Triton kernel over any number of tensors, for CUDA and ROCm."""
+"""The updates as one Triton kernel over any number of tensors, for CUDA and ROCm."""
 
 import importlib.util
 import os
 
 import torch
 
-from s3_megatron.kernels.call import Columns, Rule, Step
+from s3_megatron.kernels.call import AnyRule, Columns, Step
 from s3_megatron.kernels.metadata import Memory
 
 
@@ -22,8 +22,8 @@ def unavailable() -> str | None:
     return None
 
 
-def s3_step_(columns: Columns, rule: Rule, step: Step, memory: Memory | None = None) -> None:
-    """Move every parameter by one S3 step in one pass over memory and at most two launches.
+def step_(columns: Columns, rule: AnyRule, step: Step, memory: Memory | None = None) -> None:
+    """Move every parameter by one step in one pass over memory and at most two launches.
 
     Nothing synchronises with the host. A call with the addresses of an earlier one allocates and copies nothing, and
     can then be captured in a CUDA graph, which must not outlive the tensors.
@@ -39,4 +39,4 @@ def s3_step_(columns: Columns, rule: Rule, step: Step, memory: Memory | None = N
     # Triton takes a second to import.
     from s3_megatron.kernels.triton import launch
 
-    launch.s3_step_(columns, rule, step, memory)
+    launch.step_(columns, rule, step, memory)

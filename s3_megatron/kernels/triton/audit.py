@@ -7,6 +7,7 @@ entries, lr, factor, found_inf) are not counted: 64 bytes to 1,024 elements.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import triton
 import triton.language as tl
@@ -37,7 +38,10 @@ _POINTERS = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One compiled variant: dtypes by torch's names, the form of p, and the optional inputs by name."""
+    """One compiled variant: dtypes by torch's names, the form of p, and the optional inputs by name.
+
+    Where ``softsignum`` names a phase, "soft" or "hard", it is a step of SoftSignum, which has no p.
+    """
 
     param: str = "float32"
     grad: str = "float32"
@@ -47,11 +51,19 @@ class Layout:
     nesterov: bool = True
     aligned: bool = True
     inputs: tuple[str, ...] = ("factor", "found_inf")
+    softsignum: Literal["soft", "hard"] | None = None
+
+    @property
+    def form(self) -> int:
+        """The kernel's formulas."""
+        forms = {"soft": kernel.SOFT, "hard": kernel.HARD}
+        return form(self.p) if self.softsignum is None else int(forms[self.softsignum].value)
 
     @property
     def least(self) -> tuple[int, int]:
         """Bytes an element that any implementation loads and stores."""
-        dtypes: dict[Kind, str | None] = {"weight": self.param, "gradient": self.grad, "m": self.state, "r": self.state}
+        root = self.state if self.softsignum is None else None
+        dtypes: dict[Kind, str | None] = {"weight": self.param, "gradient": self.grad, "m": self.state, "r": root}
         dtypes["model weight"] = self.model
         sizes = {kind: _ITEM_SIZES[dtype] for kind, dtype in dtypes.items() if dtype}
         loaded = sum(size for kind, size in sizes.items() if ROLES[kind] != "out")
@@ -95,7 +107,7 @@ def compiled(target: GPUTarget, layout: Layout, **extra: int) -> triton.compiler
         "GRAD": getattr(tl, layout.grad),
         "STATE": getattr(tl, layout.state),
         "MODEL": getattr(tl, layout.model) if layout.model else None,
-        "FORM": form(layout.p),
+        "FORM": layout.form,
         "NESTEROV": layout.nesterov,
         "ALIGNED": layout.aligned,
         "TOGETHER": target.backend == "cuda",

@@ -1,7 +1,7 @@
-"""The S3 update of many tensors in one Triton kernel: every program moves one block of one row.
+"""The update of many tensors in one Triton kernel: every program moves one block of one row.
 
-Everything that changes from step to step is a run-time value. Compiled apart are only the form (p is 1, 2, 3 or
-another), Nesterov, dtypes, alignment and which optional pointers are given.
+Everything that changes from step to step is a run-time value. Compiled apart are only the form (S3's, whose p is 1, 2,
+3 or another; SoftSignum's, soft or hard), Nesterov, dtypes, alignment and which optional pointers are given.
 """
 
 import triton
@@ -9,10 +9,13 @@ import triton.language as tl
 
 from s3_megatron.kernels.call import ROLES
 from s3_megatron.kernels.triton.roots import next_root_and_inverse
+from s3_megatron.kernels.triton.soft_signs import average, sign_of, tanh_of
 from s3_megatron.watch import statistics as order
 
 # Where each of the sums is.
 SUM, LARGEST, SATURATED, AGREEING, ELEMENTS = (tl.constexpr(order.FIELDS.index(name)) for name in order.FIELDS)
+# Forms beside S3's (call.form): SoftSignum's steps, by tanh and by sign.
+SOFT, HARD = tl.constexpr(-1), tl.constexpr(-2)
 # Columns of the row table, int64: an address for each kind of tensor, and the number of elements.
 COLUMNS = tl.constexpr(len(ROLES) + 1)
 # Eight elements a thread: one 128-bit access for 2-byte types, two for float32, so some 100 bytes a thread are under
@@ -35,6 +38,7 @@ RUN_TIME = [
     "p",
     "inverse_p",
     "bound",
+    "tau",
     "weight_decay",
     "factor",
     "found_inf",
@@ -45,9 +49,15 @@ RUN_TIME = [
 
 @triton.jit
 def load_states(exp_avg, exp_avg_root, mask, TOGETHER: tl.constexpr):
-    """Read m and r as float32: with ``store_states`` the only place that knows the state's format."""
+    """Read m and r as float32: with ``store_states`` the only place that knows the state's format.
+
+    Without a root there is no r, and what stands for it is m.
+    """
     m = tl.load(exp_avg, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
-    return m, tl.load(exp_avg_root, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
+    if exp_avg_root is None:
+        return m, m
+    else:
+        return m, tl.load(exp_avg_root, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
 
 
 @triton.jit
@@ -55,12 +65,15 @@ def store_states(exp_avg, exp_avg_root, m, r, mask, noise):
     """Write m and r, to nearest even, or where ``noise`` is given stochastically with 16 of its bits each."""
     if noise is None:
         low_m = m.to(exp_avg.dtype.element_ty)
-        low_r = r.to(exp_avg_root.dtype.element_ty)
     else:
         low_m = _round_stochastically(m, noise & 0xFFFF)
-        low_r = _round_stochastically(r, noise >> 16)
     tl.store(exp_avg, low_m, mask=mask)
-    tl.store(exp_avg_root, low_r, mask=mask)
+    if exp_avg_root is not None:
+        if noise is None:
+            low_r = r.to(exp_avg_root.dtype.element_ty)
+        else:
+            low_r = _round_stochastically(r, noise >> 16)
+        tl.store(exp_avg_root, low_r, mask=mask)
 
 
 @triton.jit
@@ -113,6 +126,33 @@ def _accumulate(statistics, u, g, count):
     tl.atomic_add(statistics + ELEMENTS, count.to(tl.float64), mask=some, sem="relaxed")
 
 
+@triton.jit
+def _next(  # its arguments are those of the kernel
+    g,
+    m,
+    r,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    p,
+    inverse_p,
+    bound,
+    FORM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+):
+    """Return S3's new m and r, and its update."""
+    ga = one_minus_beta1 * g
+    m1 = beta1 * m + ga
+    n = m1
+    if NESTEROV:
+        n = beta1 * m1 + ga
+    r1, inverse_b = next_root_and_inverse(r, tl.abs(g), beta2, one_minus_beta2, p, inverse_p, FORM, NESTEROV)
+    # b is zero or subnormal: m and r stop fading at a few units of the smallest denormal.
+    u = tl.where(inverse_b > 8.507059173023462e37, 0.0, n * inverse_b)
+    return m1, r1, tl.minimum(tl.maximum(u, -bound), bound)
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def s3_step(
     work,  # int64 a program: row + 2^32 * block of the row
@@ -127,6 +167,7 @@ def s3_step(
     p,
     inverse_p,
     bound,  # of |u|: 1, or inf where the betas differ
+    tau,
     weight_decay,
     factor,
     found_inf,
@@ -136,13 +177,13 @@ def s3_step(
     GRAD: tl.constexpr,
     STATE: tl.constexpr,
     MODEL: tl.constexpr,  # None: no model weight to write
-    FORM: tl.constexpr,  # p if it is 1, 2 or 3, 15 for 1.5, otherwise 0
+    FORM: tl.constexpr,  # p if it is 1, 2 or 3, 15 for 1.5, otherwise 0; SOFT or HARD: SoftSignum's, without r
     NESTEROV: tl.constexpr,
     ALIGNED: tl.constexpr,  # 16-byte addresses and a multiple of 16 elements
     TOGETHER: tl.constexpr,  # keep the loads in front of the arithmetic: volatile, which ptxas does not move
     BLOCK: tl.constexpr,
 ):
-    """Move one block by one S3 step, float32 inside."""
+    """Move one block by one step of S3 or SoftSignum, float32 inside."""
     item = tl.load(work + tl.program_id(0))
     row = item & 0xFFFFFFFF
     chunk = item >> 32
@@ -161,7 +202,9 @@ def s3_step(
     x_at = _pointers(tl.load(entry), start, lane, PARAM, ALIGNED)
     g_at = _pointers(tl.load(entry + 1), start, lane, GRAD, ALIGNED)
     m_at = _pointers(tl.load(entry + 2), start, lane, STATE, ALIGNED)
-    r_at = _pointers(tl.load(entry + 3), start, lane, STATE, ALIGNED)
+    r_at = None
+    if FORM >= 0:
+        r_at = _pointers(tl.load(entry + 3), start, lane, STATE, ALIGNED)
     x = tl.load(x_at, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
     g = tl.load(g_at, mask=mask, other=0.0, volatile=TOGETHER).to(tl.float32)
     m, r = load_states(m_at, r_at, mask, TOGETHER)
@@ -171,18 +214,15 @@ def s3_step(
     if lr_pointer is not None:
         lr = tl.load(lr_pointer).to(tl.float32)
     g *= sign
-    a = tl.abs(g)
     # A quarter of the range, or g - m overflows; NaN compares false.
-    ok = a <= 8.507058665963221e37
-    ga = one_minus_beta1 * g
-    m1 = beta1 * m + ga
-    n = m1
-    if NESTEROV:
-        n = beta1 * m1 + ga
-    r1, inverse_b = next_root_and_inverse(r, a, beta2, one_minus_beta2, p, inverse_p, FORM, NESTEROV)
-    # b is zero or subnormal: m and r stop fading at a few units of the smallest denormal.
-    u = tl.where(inverse_b > 8.507059173023462e37, 0.0, n * inverse_b)
-    u = tl.minimum(tl.maximum(u, -bound), bound)
+    ok = tl.abs(g) <= 8.507058665963221e37
+    if FORM >= 0:
+        m1, r1, u = _next(g, m, r, beta1, one_minus_beta1, beta2, one_minus_beta2, p, inverse_p, bound, FORM, NESTEROV)
+    else:
+        m1 = average(m, g, beta1, one_minus_beta1)
+        r1 = m1
+        n = average(m1, g, beta1, one_minus_beta1) if NESTEROV else m1
+        u = tanh_of(tau * n) if FORM == SOFT else sign_of(n)
     x1 = x - lr * (u + weight_decay * x)
 
     # Broken gradients select the old value; multiplying by zero would write NaN.

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from s3_megatron.kernels.call import Columns, Rule, Step, check_numbers, form
+from s3_megatron.kernels.call import AnyRule, Columns, Rule, SoftRule, Step, check_numbers, form
 from s3_megatron.kernels.metadata import Memory
 from s3_megatron.kernels.rows import lay_out
 from s3_megatron.kernels.triton import kernel
@@ -19,24 +19,23 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 _tables = Tables(kernel.BLOCK, kernel.COLUMNS.value)
 
 
-def s3_step_(columns: Columns, rule: Rule, step: Step, memory: Memory | None = None) -> None:
+def step_(columns: Columns, rule: AnyRule, step: Step, memory: Memory | None = None) -> None:
     """Launch the kernel once or twice; see ``kernels.triton``."""
     if not columns:
         return
     check_numbers(columns["weight"][0], rule, step)
     laid = lay_out(columns, DTYPES, memory)
-    param, grad, state, _, *model = (DTYPES[dtype] for dtype in columns.dtypes())
-    arguments = _arguments(rule, step) | {"PARAM": param, "GRAD": grad, "STATE": state}
+    arguments = _arguments(rule, step) | _types(columns)
     device = columns["weight"][0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         # Here, where the current stream is that of the tensors' device: it is asked whether it captures.
-        table = _tables.find([column[0] for column in laid.straight.lists.values()], laid.addresses, laid.sizes)
+        widths = [0 if x is None else x.element_size() for x in laid.straight.by_role()]
+        table = _tables.find(device, widths, laid.addresses, laid.sizes)
         for launch in table.launches:
             kernel.s3_step[(launch.work.numel(),)](
                 launch.work,
                 table.rows,
                 **arguments,
-                MODEL=model[0] if model else None,
                 ALIGNED=launch.aligned,
                 # LLVM has AMD's GPUs wait for every volatile load.
                 TOGETHER=torch.version.hip is None,
@@ -46,13 +45,32 @@ def s3_step_(columns: Columns, rule: Rule, step: Step, memory: Memory | None = N
     laid.put_back()
 
 
-def _arguments(rule: Rule, step: Step) -> dict[str, Any]:
+def _types(columns: Columns) -> dict[str, Any]:
+    """Name the dtypes that are compiled in."""
+    dtypes = {kind: DTYPES[column[0].dtype] for kind, column in columns.lists.items()}
+    model = dtypes.get("model weight")
+    return {"PARAM": dtypes["weight"], "GRAD": dtypes["gradient"], "STATE": dtypes["m"], "MODEL": model}
+
+
+def _arguments(rule: AnyRule, step: Step) -> dict[str, Any]:
     """Name the kernel's arguments that no tensor of the columns decides."""
     pointer = rule.lr if isinstance(rule.lr, Tensor) and rule.lr.device.type != "cpu" else None
-    return {
+    numbers = _soft_numbers(rule) if isinstance(rule, SoftRule) else _numbers(rule)
+    return numbers | {
         "lr": float(rule.lr) if pointer is None else 0.0,
         "lr_pointer": pointer,
         "sign": -1.0 if rule.maximize else 1.0,
+        "weight_decay": float(rule.weight_decay),
+        "factor": step.factor,
+        "found_inf": step.found_inf,
+        "statistics": step.statistics,
+        "seed": step.seed,
+        "NESTEROV": rule.nesterov,
+    }
+
+
+def _numbers(rule: Rule) -> dict[str, Any]:
+    return {
         "beta1": float(rule.beta1),
         "one_minus_beta1": 1.0 - rule.beta1,
         "beta2": float(rule.beta2),
@@ -60,13 +78,19 @@ def _arguments(rule: Rule, step: Step) -> dict[str, Any]:
         "p": float(rule.p),
         "inverse_p": 1.0 / rule.p,
         "bound": rule.bound,
-        "weight_decay": float(rule.weight_decay),
-        "factor": step.factor,
-        "found_inf": step.found_inf,
-        "statistics": step.statistics,
-        "seed": step.seed,
+        "tau": 1.0,
         "FORM": form(rule.p),
-        "NESTEROV": rule.nesterov,
+    }
+
+
+def _soft_numbers(rule: SoftRule) -> dict[str, Any]:
+    """Those of one beta and no root."""
+    unused = dict.fromkeys(("beta2", "one_minus_beta2", "p", "inverse_p", "bound"), 1.0)
+    return unused | {
+        "beta1": float(rule.beta),
+        "one_minus_beta1": 1.0 - rule.beta,
+        "tau": 1.0 if rule.hard else float(rule.tau),
+        "FORM": (kernel.HARD if rule.hard else kernel.SOFT).value,
     }
 
 

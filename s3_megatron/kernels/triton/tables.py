@@ -43,22 +43,21 @@ class Tables:
         self._recent: OrderedDict[tuple[object, ...], Table] = OrderedDict()
         self._captured: dict[tuple[object, ...], Table] = {}
 
-    def find(self, first: Sequence[Tensor], addresses: np.ndarray, sizes: np.ndarray) -> Table:
+    def find(self, device: torch.device, item_sizes: Sequence[int], addresses: np.ndarray, sizes: np.ndarray) -> Table:
         """Return the table of a call.
 
         Args:
-            first: the first tensor of every column, weights first; as all, contiguous.
-            addresses: int64 [column, row].
+            device: of all tensors, which are contiguous.
+            item_sizes: bytes an element of every column, 0 of one that is left out.
+            addresses: int64 [column, row], 0 of a column that is left out.
             sizes: int64 [row], elements.
         """
-        device = first[0].device
-        item_sizes = tuple(x.element_size() for x in first)
-        key = (device, item_sizes, addresses.tobytes(), sizes.tobytes())
+        key = (device, *item_sizes, addresses.tobytes(), sizes.tobytes())
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         table = self._recent.get(key) or self._captured.get(key)
         if table is None:
             if capturing:
-                raise S3Error("S3: a CUDA graph captures a step on tensors never stepped before; run one step first")
+                raise S3Error("a CUDA graph captures a step on tensors never stepped before; run one step first")
             table = self._build(addresses, sizes, item_sizes, device)
         if capturing:
             # A replay reads this table for as long as the graph lives, and its end is not reported.
@@ -72,7 +71,7 @@ class Tables:
         return table
 
     def _build(
-        self, addresses: np.ndarray, sizes: np.ndarray, item_sizes: tuple[int, ...], device: torch.device
+        self, addresses: np.ndarray, sizes: np.ndarray, item_sizes: Sequence[int], device: torch.device
     ) -> Table:
         works, rows = plan(addresses, sizes, item_sizes, self._block, self._columns)
         buffer = torch.from_numpy(np.concatenate([*works, rows.reshape(-1)]))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from s3_megatron.kernels import foreach
 from s3_megatron.kernels.call import Columns, Kind, Rule, Step
-from s3_megatron.kernels.triton import s3_step_
+from s3_megatron.kernels.triton import step_
 
 
 def fault(device: str) -> str | None:
@@ -16,7 +16,7 @@ def fault(device: str) -> str | None:
     ours, theirs = (Columns({kind: [tensor.clone()] for kind, tensor in row.items()}) for _ in range(2))
     rule = Rule(lr=torch.tensor(0.1), beta1=0.95, beta2=0.95, p=3.0, weight_decay=0.1, nesterov=True)
     try:
-        s3_step_(ours, rule, Step())
+        step_(ours, rule, Step())
         foreach.s3_step_(theirs, rule, Step())
         worst = max(float((a - b).abs().max()) for a, b in zip(*ours.rows(), *theirs.rows(), strict=True))
     except Exception as error:  # the compiler's, the driver's or the launch's

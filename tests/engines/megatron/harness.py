@@ -32,7 +32,7 @@ from megatron.core.package_info import MAJOR, MINOR, __version__  # noqa: E402
 from megatron.core.transformer import MegatronModule, TransformerConfig  # noqa: E402
 from megatron.training import arguments, training  # noqa: E402
 
-from s3_megatron.engines.megatron import S3OptimizerConfig, install  # noqa: E402
+from s3_megatron.engines.megatron import S3OptimizerConfig, SoftSignumOptimizerConfig, install  # noqa: E402
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3  # noqa: E402
 from tests.engines.megatron.gpt import flags  # noqa: E402
 
@@ -113,7 +113,7 @@ class Run:
             overlap_grad_reduce=bucket_size is not None,  # Megatron makes one bucket otherwise
         )
         self.ddp = DistributedDataParallel(self.net.config, config, self.net, disable_bucketing=bucket_size is None)
-        kind = S3OptimizerConfig if optimizer == "s3" else OptimizerConfig
+        kind = {"s3": S3OptimizerConfig, "softsignum": SoftSignumOptimizerConfig}.get(optimizer, OptimizerConfig)
         settings = {"lr": LR, "min_lr": 0.0, "weight_decay": DECAY, "clip_grad": 0.0, **settings}
         self.config = kind(
             optimizer=optimizer,

@@ -6,7 +6,16 @@ import pytest
 
 from tests import rank_checks
 
-NAMES = ("worker.py", "passes.py", "resumes.py", "watching.py", "toy.py", "softsignum.py", "softmuon.py")
+NAMES = (
+    "worker.py",
+    "passes.py",
+    "resumes.py",
+    "watching.py",
+    "toy.py",
+    "softsignum.py",
+    "soft_passes.py",
+    "softmuon.py",
+)
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 CHECKS = rank_checks.in_files(SOURCES)
 

@@ -42,13 +42,13 @@ def test_the_doctors_launch(monkeypatch):
     """The doctor printed "GPU: Triton" of any GPU that torch saw, and launched nothing on it."""
     assert trial.fault("cpu") is None
     with monkeypatch.context() as patch:
-        patch.setattr(trial, "s3_step_", lambda *args, **kwargs: None)
+        patch.setattr(trial, "step_", lambda *args, **kwargs: None)
         assert trial.fault("cpu").startswith("a launch is off by ")
 
     def fails(*args, **kwargs):
         raise RuntimeError("Triton Error [CUDA]: device kernel image is invalid\nand more")
 
-    monkeypatch.setattr(launch, "s3_step_", fails)
+    monkeypatch.setattr(launch, "step_", fails)
     wanted = "a launch fails: RuntimeError: Triton Error [CUDA]: device kernel image is invalid"
     assert trial.fault("cpu") == wanted
 
@@ -221,7 +221,7 @@ def _arguments():
     none = dict.fromkeys(["lr_pointer", "factor", "found_inf", "statistics", "seed", "MODEL"])
     numbers = {"sign": 1.0, "lr": 0.125, "beta1": 0.95, "beta2": 0.95, "p": 3.0}
     numbers |= {"one_minus_beta1": 0.05, "one_minus_beta2": 0.05}
-    numbers |= {"inverse_p": 1 / 3, "bound": 1.0, "weight_decay": 0.25}
+    numbers |= {"inverse_p": 1 / 3, "bound": 1.0, "weight_decay": 0.25, "tau": 1.0}
     float32 = launch.DTYPES[F32]
     forms = {"PARAM": float32, "GRAD": float32, "STATE": float32, "FORM": 3, "NESTEROV": True, "BLOCK": kernel.BLOCK}
     return none | numbers | forms

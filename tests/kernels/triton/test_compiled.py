@@ -19,6 +19,12 @@ LAYOUTS = [
     Layout(state="bfloat16", model="bfloat16", inputs=EVERY_INPUT),
 ]
 FORMS = [Layout(p=1), Layout(p=2, nesterov=False), Layout(p=1.5, inputs=()), Layout(p=1.5, inputs=EVERY_INPUT)]
+SOFTSIGNUM = [
+    Layout(softsignum="hard", nesterov=False, inputs=()),
+    Layout(softsignum="soft"),
+    Layout(softsignum="soft", state="bfloat16", model="bfloat16", inputs=EVERY_INPUT),
+    Layout("bfloat16", "bfloat16", "bfloat16", softsignum="hard"),
+]
 ONE_OF_EACH_MAKER = ("sm_90", "gfx942")
 # Every target in the layouts of all engines; every form on one of each maker. `make test-fast` compiles for these two.
 ROWS = [
@@ -26,7 +32,7 @@ ROWS = [
     for target in TARGETS
     for layout in LAYOUTS
 ]
-ROWS += [(target, layout) for target in ONE_OF_EACH_MAKER for layout in FORMS]
+ROWS += [(target, layout) for target in ONE_OF_EACH_MAKER for layout in (*FORMS, *SOFTSIGNUM)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +45,7 @@ def cache(tmp_path_factory):
 
 @pytest.mark.parametrize(("target", "layout"), ROWS)
 def test_memory_is_touched_once_and_in_vectors(target, layout):
-    """x, g, m, r in, x, m, r and the model's weight out: 28 bytes an element where all is float32."""
+    """x, g, m, r in, x, m, r and the model's weight out: 28 bytes an element where all is float32, 20 without r."""
     (row,) = audit([target], [layout])
     assert (row.loaded, row.stored) == (row.least_loaded, row.least_stored)
     assert (row.narrowest, row.widest) == (128, 128)
@@ -53,14 +59,17 @@ def test_memory_is_touched_once_and_in_vectors(target, layout):
     assert (row.loads == row.loaded * kernel.ELEMENTS_PER_THREAD / 16) or target == "gfx942"
 
 
-@pytest.mark.parametrize("p", [3, 1.5])
-def test_arithmetic_takes_less_time_than_memory_on_paper(p):
+@pytest.mark.parametrize(
+    "layout",
+    [*(Layout(p=p, inputs=()) for p in (3, 1.5)), *(Layout(softsignum=x, inputs=()) for x in ("soft", "hard"))],
+)
+def test_arithmetic_takes_less_time_than_memory_on_paper(layout):
     """p=1.5 went through two logarithms and two powers: 1,552 instructions, 6.6 ms of 10^9 weights on an H200, whose
     memory takes 6.5. An H200 issues four instructions of 32 threads a clock on 132 multiprocessors at 1.755 GHz, and
     copies at 4.3 TB/s; half of the memory's time is left for what paper does not know."""
-    (row,) = audit(["sm_90"], [Layout(p=p, inputs=())])
+    (row,) = audit(["sm_90"], [layout])
     issued = 10**9 / (32 * kernel.ELEMENTS_PER_THREAD) * row.instructions / (132 * 4 * 1.755e9)
-    assert issued < 0.5 * 10**9 * sum(Layout().least) / 4.3e12
+    assert issued < 0.5 * 10**9 * sum(layout.least) / 4.3e12
 
 
 def test_a_load_that_has_moved_down_is_seen():
@@ -77,6 +86,8 @@ def test_the_least_is_what_the_formula_says():
     assert sum(Layout(model="bfloat16").least) == 30
     assert sum(Layout(grad="bfloat16", state="bfloat16", model="bfloat16").least) == 20
     assert sum(Layout("bfloat16", "bfloat16", "bfloat16").least) == 14
+    assert sum(Layout(softsignum="soft").least) == 20
+    assert sum(Layout(grad="bfloat16", state="bfloat16", model="bfloat16", softsignum="hard").least) == 16
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
@@ -121,8 +132,8 @@ def test_nothing_that_changes_is_compiled_in():
 
 def test_denormals_are_not_flushed():
     """m and r of faded weights are denormal, and the powers of two that scale them reach 2^-126."""
-    ptx = compiled(TARGETS["sm_90"], Layout()).asm["ptx"]
-    assert ".ftz" not in ptx
+    for layout in (Layout(), Layout(softsignum="soft"), Layout(softsignum="hard")):
+        assert ".ftz" not in compiled(TARGETS["sm_90"], layout).asm["ptx"]
     # The square root of p = 1.5 takes numbers between 0 and 2, of which a denormal one adds nothing to the other term.
     flushing = re.findall(r"\w+\.[\w.]*ftz[\w.]*", compiled(TARGETS["sm_90"], Layout(p=1.5)).asm["ptx"])
     assert set(flushing) <= {"sqrt.approx.ftz.f32"}

@@ -1,5 +1,6 @@
 """What a launch compiles, with a driver that pretends to be a GPU: compiled for real, never run."""
 
+import math
 from collections import defaultdict
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -81,12 +82,29 @@ def test_two_launches_and_nothing_is_compiled_twice(compiling):
     assert len({id(built) for built in compiling.launched}) == 6
 
 
+def _soft_step(tau, **settings):
+    columns = [[torch.zeros(64, dtype=kind)] for kind in (torch.float32, BF16, BF16)]
+    defaults = {"lr": torch.tensor(0.1), "beta": 0.9, "weight_decay": 0.1, "nesterov": True}
+    triton.softsignum_step_(*columns, tau=tau, **defaults | settings)
+
+
+def test_softsignum_is_compiled_once_for_each_phase(compiling):
+    """Its temperature is another number in every soft step."""
+    for tau in (math.inf, math.inf, 1e9, 16.0, 1.0):
+        _soft_step(tau)
+    _soft_step(math.inf, beta=0, weight_decay=1)
+    assert len({id(built) for built in compiling.launched}) == 2
+
+
 def test_the_audit_compiles_what_a_launch_does(compiling, monkeypatch):
-    _step(sizes=(64,), scale=torch.ones(1), found_inf=torch.zeros(1))
-    (launched,) = compiling.launched
+    given = {"scale": torch.ones(1), "found_inf": torch.zeros(1)}
+    _step(sizes=(64,), **given)
+    _soft_step(5.0, **given)
+    _soft_step(math.inf, **given)
     monkeypatch.setattr(kernel, "s3_step", compiling.kernel)
-    audited = compiled(TARGETS["sm_90"], Layout(grad="bfloat16", state="bfloat16"))
-    assert launched.asm["ptx"] == audited.asm["ptx"]
+    for launched, softsignum in zip(compiling.launched, (None, "soft", "hard"), strict=True):
+        audited = compiled(TARGETS["sm_90"], Layout(grad="bfloat16", state="bfloat16", softsignum=softsignum))
+        assert launched.asm["ptx"] == audited.asm["ptx"]
 
 
 def test_the_stream_of_the_tensors_device_is_queried_for_a_capture(monkeypatch):
@@ -104,7 +122,7 @@ def test_the_stream_of_the_tensors_device_is_queried_for_a_capture(monkeypatch):
         queried.append(list(entered))
         raise S3Error("enough")
 
-    columns = [[SimpleNamespace(device=device, dtype=torch.float32)] for _ in range(4)]
+    columns = [[SimpleNamespace(device=device, dtype=torch.float32, element_size=lambda: 4)] for _ in range(4)]
     laid = SimpleNamespace(straight=columns_of(*columns), addresses=None, sizes=None)
     monkeypatch.setattr(torch.cuda, "device", entering)
     monkeypatch.setattr(launch, "lay_out", lambda *_: laid)

@@ -1,4 +1,4 @@
-"""Runs interpreted_cases.py with Triton's interpreter, in a process of its own: it is chosen at import."""
+"""Runs the interpreted cases, S3's and SoftSignum's, in a process of their own: the interpreter is chosen at import."""
 
 import os
 import re
@@ -12,12 +12,12 @@ pytest.importorskip("triton")
 
 
 def test_the_kernel_is_the_oracle_in_the_interpreter():
-    cases = Path(__file__).with_name("interpreted_cases.py")
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(cases)]
+    cases = [Path(__file__).with_name(f"interpreted_{name}cases.py") for name in ("", "soft_")]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *map(str, cases)]
     # The edges divide by zero and overflow on purpose, which NumPy would report.
     command += ["-W", "ignore::RuntimeWarning"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=environment, cwd=cases.parents[3], capture_output=True, text=True)
+    run = subprocess.run(command, env=environment, cwd=cases[0].parents[3], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"^\d{2,} passed", run.stdout, re.MULTILINE), run.stdout
     assert "skipped" not in run.stdout

@@ -15,7 +15,8 @@ BLOCK = 1024
 
 def find(cache, columns):
     addresses = np.array([[x.data_ptr() for x in column] for column in columns])
-    return cache.find([column[0] for column in columns], addresses, np.array([x.numel() for x in columns[0]]))
+    widths = [column[0].element_size() for column in columns]
+    return cache.find(columns[0][0].device, widths, addresses, np.array([x.numel() for x in columns[0]]))
 
 
 def _spans(works, rows, item_size):
