@@ -5,13 +5,14 @@ Every host symbol named here was read in deepspeed 0.19.8.
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from deepspeed.utils import logger
+from deepspeed.utils import log_dist, logger
 
 from s3_megatron.engines import versions
 from s3_megatron.engines.deepspeed.layout import is_flat, is_sharded, is_stage3, masters
@@ -162,6 +163,7 @@ class _LoadGuard:
                 f'{what}: give the checkpoint\'s values, or add "{spec.field(OVERRIDE)}": true to the params of '
                 f"optimizer {spec.title} to go on with this run's"
             )
+        log_dist(f"{what}: this run's values count", ranks=[0], level=logging.WARNING)
         return True
 
 

@@ -1,10 +1,12 @@
 """What may be loaded into an optimizer of ours, and what its own checkpoints may be loaded into."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
+from megatron.core.utils import log_single_rank
 
 from s3_megatron.engines.megatron import groups
 from s3_megatron.engines.megatron.config import SpecOptimizerConfig
@@ -12,6 +14,8 @@ from s3_megatron.errors import S3Error
 from s3_megatron.optim import registry
 from s3_megatron.optim.spec import FROM_ADAM, OVERRIDE, Spec
 from s3_megatron.optim.state import accept, check_convertible, convert_from_adam, is_marked, written_by
+
+logger = logging.getLogger(__name__)
 
 
 def guard_own(part: MegatronOptimizer, config: SpecOptimizerConfig, spec: Spec) -> None:
@@ -24,6 +28,7 @@ def guard_own(part: MegatronOptimizer, config: SpecOptimizerConfig, spec: Spec) 
 
     def on_change(what: str) -> bool:
         if config.asks(OVERRIDE, spec):
+            log_single_rank(logger, logging.WARNING, f"{what}: this run's values count")
             return True
         raise S3Error(f"{what}: pass the checkpoint's values, or {spec.flag(OVERRIDE)} to go on with this run's")
 

@@ -48,6 +48,7 @@ def config_class(spec: Spec) -> type[SpecOptimizerConfig]:
 # Where pickle looks for them.
 S3Config = config_class(registry.S3)
 SoftSignumConfig = config_class(registry.SOFTSIGNUM)
+SoftMuonConfig = config_class(registry.SOFTMUON)
 
 # What no optimizer of ours can do in Megatron yet, by the argument that asks for it.
 _UNSUPPORTED = {
@@ -140,17 +141,18 @@ def validate(original: Callable[..., Any]) -> Callable[..., Any]:
         if spec is None:
             return original(args, *rest, **kwargs)
         refuse_unsupported(args)
-        spec.check(_engine_values(spec, args), spec.flag)
-        for each in layer_wise.used(spec, args):
-            each.check(each.chosen(own_values(each, args)), each.flag)
+        for each in spec.engine:
+            each.check(getattr(args, spec.field(each.name)), spec.flag(each.name))
+        for one in layer_wise.used(spec, args):
+            one.check(one.chosen(own_values(one, args)), one.flag)
         if getattr(args, spec.field(FROM_ADAM), False):
             args.override_opt_param_scheduler = True
         with nullcontext() if spec.beside else _by_adams_name(args):
             validated = original(args, *rest, **kwargs)
         # From here on the arguments are complete, for Megatron's optimizer and for DeepSpeed's; or refused.
-        for each in layer_wise.used(spec, args):
-            for name, value in each.complete(own_values(each, args), _iterations(args)).items():
-                setattr(args, each.field(name), value)
+        for one in layer_wise.used(spec, args):
+            for name, value in one.complete(own_values(one, args), _iterations(args)).items():
+                setattr(args, one.field(name), value)
         return validated
 
     return validate_args

@@ -37,13 +37,15 @@ def make_optimizer(original: Callable[..., MegatronOptimizer]) -> Callable[..., 
                 guard_other(part)
         else:
             if not isinstance(config, SpecOptimizerConfig):
-                listed = spec in (registry.S3, registry.SOFTSIGNUM)
-                made = f"{spec.title}OptimizerConfig" if listed else f"config.config_class(<the Spec {spec.name}>)"
+                is_own = spec in registry.OWN
+                made = f"{spec.title}OptimizerConfig" if is_own else f"config.config_class(<the Spec {spec.name}>)"
                 raise S3Error(
                     f"optimizer={spec.name!r} came in a plain OptimizerConfig: build it as s3_megatron.engines."
                     f"megatron.{made}, which has {spec.title}'s hyperparameters"
                 )
             refuse_unsupported(config)
+            if spec.beside:
+                layer_wise.refuse_shards(config, model_chunks)
             with _road(config):
                 optimizer = original(config, model_chunks, *args, **kwargs)
             _finish_all(optimizer, config, model_chunks)

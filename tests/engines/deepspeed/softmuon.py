@@ -16,8 +16,11 @@ from tests.engines.deepspeed.window import OLD
 from tests.rank_checks import refuses, shared_folder
 
 STEPS, HARD = 8, 4
-PARAMS = {"total_steps": STEPS, "soft_start": 0.5}
-MATRICES = ("linear", "square", "wide", "tall")
+PHASES = {"total_steps": STEPS, "soft_start": 0.5}
+# Two head groups of a fused weight: the rows of Q, K and V.
+QKV = [4, 2, 2]
+PARAMS = {**PHASES, "split_qkv": {"fu?ed": QKV}}
+MATRICES = ("linear", "square", "wide", "tall", "fused")
 # The longest step: 0.2 * sqrt(27) times the rate; the map has the same input as the unsharded one.
 LONGEST = on.LR * 0.2 * 27**0.5
 
@@ -28,19 +31,26 @@ class Net(on.Net):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(2)
-        for name, shape in (("square", (8, 8)), ("wide", (5, 21)), ("tall", (20, 3))):
+        for name, shape in (("square", (8, 8)), ("wide", (5, 21)), ("tall", (20, 3)), ("fused", (16, 8))):
             value = torch.randn(shape, generator=generator).bfloat16().float()
             self.register_parameter(name, nn.Parameter(value))
 
 
+def blocks(fused: Tensor) -> list[Tensor]:
+    """The Q of both head groups, as one matrix, the K and the V."""
+    first, second = fused.detach().chunk(2)
+    return [torch.cat(rows) for rows in zip(first.split(QKV), second.split(QKV), strict=True)]
+
+
 class Reference:
-    """SoftMuon and S3 side by side on float32 copies."""
+    """SoftMuon and S3 side by side on float32 copies; Q, K and V of the fused weight are matrices of their own."""
 
     def __init__(self, **settings: Any) -> None:
         self.net = Net()
         named = dict(self.net.named_parameters())
-        matrices = [named[name] for name in named if name in MATRICES]
-        settings = {**PARAMS, "process_group": alone(), **settings}
+        self.blocks = [nn.Parameter(block) for block in blocks(named["fused"])]
+        matrices = [named[name] for name in named if name in MATRICES and name != "fused"] + self.blocks
+        settings = {**PHASES, "process_group": alone(), **settings}
         rest = [{"params": [named["embedding"]]}, {"params": [named["bias"]], "weight_decay": 0.0}]
         rest.append({"params": [named["scale"]], "weight_decay": 0.5 if on.ALONE else 0.0})
         self.optimizers = [
@@ -53,11 +63,15 @@ class Reference:
             param.grad = grads[name].clone() if param.requires_grad else None
         if clip:
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), clip)
+        for block, grad in zip(self.blocks, blocks(self.net.fused.grad), strict=True):
+            block.grad = grad
         for optimizer in self.optimizers:
             optimizer.step()
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: param.detach() for name, param in self.net.named_parameters() if param.requires_grad}
+        found = {name: param.detach() for name, param in self.net.named_parameters() if param.requires_grad}
+        halves = zip(*(block.detach().chunk(2) for block in self.blocks), strict=True)
+        return {**found, "fused": torch.cat([part for half in halves for part in half])}
 
 
 _alone: list[Any] = []
@@ -104,7 +118,7 @@ def compare(run: on.Run, reference: Reference) -> None:
 
 
 def check_softmuon_trains_and_resumes() -> None:
-    """As the unsharded run, with weight decay; saved in either phase, it goes on to the bit.
+    """As the unsharded run, with weight decay and Q, K and V apart; saved in either phase, it goes on to the bit.
 
     The partitions' borders cut matrices, of which each holder maps the whole: m has the same bits there, and so weights
     agree to 1e-6, 8 ULP, of the value or of the longest step.
@@ -197,13 +211,47 @@ def check_a_nan_leaves_softmuons_weights() -> None:
     assert all(weight.isfinite().all() for weight in after.values())
 
 
+def check_other_settings_of_softmuon_are_refused_at_a_resume() -> None:
+    """The checkpoint's counted, in silence; and of a split that no group had, this run's."""
+    run = started()
+    run.step(grads_of(0))
+    save(run, folder := shared_folder())
+    for changed in (
+        {"scale_mode": "unit_rms_norm"},
+        {"extra_scale_factor": 1.0},
+        {"coefficient_type": "simple"},
+        {"num_ns_steps": 7},
+        {"fp32_matmul_prec": "highest"},
+        {"split_qkv": {}},
+    ):
+        (name, value), *_ = changed.items()
+        advice = f"{name}={value}", '"softmuon_override_hyperparameters": true'
+        refuses(lambda c=changed: load(started(params={**PARAMS, **c}), folder), *advice)
+        other = started(params={**PARAMS, **changed, "softmuon_override_hyperparameters": True})
+        load(other, folder)
+        assert all(group[name] == value for group in other.engine.basic_optimizer.param_groups[:1])
+        assert other.step(grads_of(1))
+    load(same := started(), folder)
+    assert same.engine.basic_optimizer.param_groups[0]["split_qkv"] == {"fu?ed": QKV}
+
+
 def check_what_softmuon_cannot_do_is_refused() -> None:
+    for split, advice in (
+        (True, "split_qkv is True: it must have the rows"),
+        ({"fused": 8}, "it must have the rows"),
+        ({"fused": [4, 0, 4]}, "it must have the rows"),
+        ({"c_attn*": QKV}, "'c_attn*', and no parameter of the model is called so"),
+        ({"embedding": QKV}, "embedding of shape [101, 13] is no matrix of SoftMuon's"),
+        ({"fused": [3, 3, 3]}, "fused has 16 rows: they must be a multiple of 9"),
+        ({"fused": QKV, "fu*": [2, 1, 1]}, "fused must fit one entry"),
+    ):
+        refuses(lambda s=split: started(params={**PHASES, "split_qkv": s}), advice)
     for stage in (0, 3):
         refuses(lambda s=stage: started(s), "ZeRO 1 and 2 alone", f"stage {stage}")
     refuses(lambda: started(params={"soft_start": 0.5}), "the length of the run is not known")
     refuses(lambda: started(params={**PARAMS, "scale_mode": "frobenius"}), "spectral, unit_rms_norm, shape_scaling")
     refuses(lambda: started(params={**PARAMS, "tp_mode": "blockwise"}), "'tp_mode'")
-    client = SoftMuon([(net := Net()).linear], weight_decay=on.DECAY, **PARAMS)
+    client = SoftMuon([(net := Net()).linear], weight_decay=on.DECAY, **PHASES)
     refuses(lambda: on.Run(1, client=client, net=net), '{"type": "SoftMuon"}')
     other = on.Run(1).s3.state_dict()
     refuses(lambda: started().engine.basic_optimizer.load_state_dict(other), "param groups and this run has")
