@@ -298,6 +298,31 @@ def test_a_recipe_of_softsignum_becomes_flags() -> None:
         assert memory.exp_avg > 0 and memory.exp_avg_root == 0
 
 
+def test_a_recipe_of_softmuon_becomes_flags() -> None:
+    """What moves the rest is in the recipe, and its state in the estimate: a matrix has none but m."""
+    from s3_megatron.jobs.flags import optimizer
+    from s3_megatron.jobs.memory import estimate, parameters
+
+    def job(*settings: str) -> Job:
+        return compose.load("gpt2_tiny", "local", ["optimizer=softmuon", *settings])
+
+    whole = job("optimizer.split_qkv=false", "optimizer.tp_mode=blockwise", "optimizer.nesterov=false")
+    given = optimizer(whole.recipe.optimizer, 0.1)
+    assert (given["optimizer"], given["lr"], given["weight_decay"]) == ("softmuon", 3e-4, 0.1)
+    named = ("no_nesterov", "no_split_qkv", "scalar_optimizer", "tp_mode", "scale_mode", "num_ns_steps")
+    assert [given[f"softmuon_{name}"] for name in named] == [True, True, "s3", "blockwise", "spectral", 5]
+    assert "softmuon_total_steps" not in given, "that is Megatron's --train-iters"
+    with pytest.raises(S3Error, match=r"optimizer\.scalar_optimizer = \"lion\": Input should be 's3', 'adam' or"):
+        job("optimizer.scalar_optimizer=lion")
+    for engine in ("megatron", "deepspeed"):
+        memory = estimate(job(f"engine={engine}"))
+        # 4 layers of width 192, all on each of 2 ranks; the rest are the embedding and what has one dimension.
+        matrices = 4 * 12 * 192**2 + 128 * 192
+        assert memory.exp_avg == 4 * parameters(whole) // 2
+        assert memory.exp_avg_root == 4 * (parameters(whole) - matrices) // 2
+    assert estimate(job("optimizer.scalar_optimizer=softsignum")).exp_avg_root == 0
+
+
 def softsignum(settings: dict[str, object], *more: str) -> Job:
     given = [f"optimizer.{name}={value}" for name, value in settings.items()]
     return compose.load("gpt2_tiny", "local", ["optimizer=softsignum", *given, *more])

@@ -21,6 +21,7 @@ from s3_megatron.optim import S3, SoftMuon, softmuon_groups
 from s3_megatron.optim.polar import direction, pieces
 from s3_megatron.optim.spec import Spec
 from s3_megatron.optim.state import EXP_AVG
+from s3_megatron.watch import statistics
 
 # By their names, as DeepSpeed's Muon leaves them out (0.19.8, set_optimizer_flags of deepspeed/__init__.py).
 _NO_MATRICES = ("*embed*", "*lm_head*")
@@ -120,7 +121,12 @@ class ZeroSoftMuon(SoftMuon):
         if _is_s3s(group):
             assert self._s3 is not None
             self._s3.param_groups, self._s3.state = [group], self.state
+            if self.update_statistics is not None:
+                self._s3.update_statistics = statistics.zeros(device=self.update_statistics.device)
             self._s3.step()
+            if self._s3.update_statistics is not None:
+                assert self.update_statistics is not None
+                statistics.merge_(self.update_statistics, self._s3.update_statistics)
             return
         self.check_group(group)
         for partition in group["params"]:
@@ -133,13 +139,15 @@ class ZeroSoftMuon(SoftMuon):
         grad = sign * x.grad.to(m.dtype)
         new = m.lerp(grad, 1 - group["beta"])
         ahead = new.lerp(grad, 1 - group["beta"]) if group["nesterov"] else new
-        soft = None if tau == torch.inf else (tau, *self._plan(group, tau))
-        update = torch.zeros_like(ahead)  # padding has none
+        soft = None if tau == torch.inf else (tau, *self.plan(group, tau))
+        update, mine = torch.zeros_like(ahead), []  # padding has none
         for piece in self.pieces[x]:
             whole = piece.whole(ahead)
             if whole is not None:
                 mapped = direction(whole, soft, group, piece.qkv).reshape(-1)
                 update[piece.mine] = mapped[piece.part].to(update)
+                mine.append(piece.mine)
+        self._add_updates([update[place] for place in mine], [grad[place] for place in mine])
         keep, before = update.isnan(), x.to(m.dtype)
         moved = before * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
         x.copy_(torch.where(keep, before, moved))

@@ -141,8 +141,6 @@ def validate(original: Callable[..., Any]) -> Callable[..., Any]:
         if spec is None:
             return original(args, *rest, **kwargs)
         refuse_unsupported(args)
-        for each in spec.engine:
-            each.check(getattr(args, spec.field(each.name)), spec.flag(each.name))
         for one in layer_wise.used(spec, args):
             one.check(one.chosen(own_values(one, args)), one.flag)
         if getattr(args, spec.field(FROM_ADAM), False):
@@ -188,12 +186,19 @@ def _by_adams_name(args: argparse.Namespace) -> Iterator[None]:
 
 
 def refuse_unsupported(settings: argparse.Namespace | OptimizerConfig) -> None:
-    """Raise S3Error for a setting, a flag or one of OptimizerConfig's, under which Megatron would not use ours."""
+    """Raise S3Error for a setting, a flag or one of OptimizerConfig's, under which Megatron would not use ours.
+
+    So it does for a value that the road of ``spec.engine`` does not have: no class checks these.
+    """
     for name, fix in _UNSUPPORTED.items():
         if getattr(settings, name, None):
             raise S3Error(f"--{name.replace('_', '-')} does not work with --optimizer {settings.optimizer}: {fix}")
     spec = registry.find(settings.optimizer)
-    if spec is not None and spec.beside:
+    if spec is None:
+        return
+    for each in spec.engine:
+        each.check(getattr(settings, spec.field(each.name)), spec.flag(each.name))
+    if spec.beside:
         layer_wise.refuse(settings)
 
 

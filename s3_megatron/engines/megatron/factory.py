@@ -129,7 +129,7 @@ def _finish_all(optimizer: MegatronOptimizer, config: SpecOptimizerConfig, model
                 f"Megatron built {type(inner).__name__} where {spec.title} was asked for: report this version"
             )
         else:
-            guard_other(part)
+            guard_other(part, spec.flag("scalar_optimizer"))
     for each, held in mine.items():
         for part in held:
             _finish(part, config, each)

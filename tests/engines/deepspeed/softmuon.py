@@ -253,5 +253,6 @@ def check_what_softmuon_cannot_do_is_refused() -> None:
     refuses(lambda: started(params={**PARAMS, "tp_mode": "blockwise"}), "'tp_mode'")
     client = SoftMuon([(net := Net()).linear], weight_decay=on.DECAY, **PHASES)
     refuses(lambda: on.Run(1, client=client, net=net), '{"type": "SoftMuon"}')
-    other = on.Run(1).s3.state_dict()
-    refuses(lambda: started().engine.basic_optimizer.load_state_dict(other), "param groups and this run has")
+    s3, ours = on.Run(1).s3, started().engine.basic_optimizer
+    refuses(lambda: ours.load_state_dict(s3.state_dict()), "written by optimizer s3, and SoftMuon cannot continue it")
+    refuses(lambda: s3.load_state_dict(ours.state_dict()), "written by optimizer softmuon, and S3 cannot continue it")
