@@ -243,8 +243,6 @@ def test_softmuon_trains_as_in_megatron_and_resumes(metrics: dict[str, Metrics],
         for name in ("mean", "max", "agreement"):
             found, wanted = (getattr(each.updates, name) for each in (event, theirs.train[i]))
             assert found == pytest.approx(wanted, rel=1e-2), (i, name)
-    means = [event.updates.mean for _, event in sorted(whole.train.items())]
-    assert means[7] < 0.9 * means[4]
 
 
 @pytest.mark.distributed

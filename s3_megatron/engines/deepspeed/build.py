@@ -67,7 +67,7 @@ def configure_basic_optimizer(original: Callable[..., Any]) -> Callable[..., Any
             asked = {} if asked in (None, "auto") else asked
             matrices, rest = softmuon.make_groups(self.module, model_parameters)
             found = softmuon.find_qkv(self.module, matrices, asked)
-            build = functools.partial(softmuon.ZeroSoftMuon, rest=rest, split_qkv=asked, qkv=found)
+            build = functools.partial(softmuon.ZeroMatrices, rest=rest, split_qkv=asked, qkv=found)
             optimizer = make(spec, matrices, settings, bf16_states=bf16_states, build=build)
         else:
             optimizer = make(spec, model_parameters, settings, bf16_states=bf16_states)
@@ -151,7 +151,7 @@ def configure_optimizer(original: Callable[..., None]) -> Callable[..., None]:
         if client_optimizer is not None:
             self._config.zero_force_ds_cpu_optimizer = False  # "use DeepSpeedCPUAdam": S3 has its own C++ kernel
             _freeze_step_during_init(client_optimizer)
-        kind = softmuon.ZeroSoftMuon if spec.beside else spec.load()
+        kind = softmuon.ZeroMatrices if spec.beside else spec.load()
         try:
             with _masters_may_be_16_bit(kind):
                 original(self, client_optimizer, model_parameters)

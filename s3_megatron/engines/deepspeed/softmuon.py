@@ -80,8 +80,12 @@ class Piece:
         return row.view(self.shape) if has_some else None
 
 
-class ZeroSoftMuon(SoftMuon):
-    """SoftMuon for the matrices of a model in ZeRO 1 or 2, and S3 for the rest, in param groups of their own."""
+class ZeroMatrices(SoftMuon):
+    """SoftMuon for the matrices of a model in ZeRO 1 or 2, and S3 for the rest, in param groups of their own.
+
+    Its name has no "muon": ZeRO 1 and 2 (deepspeed 0.19.8, ``_is_muon_group``) take a class whose name has for
+    DeepSpeed's Muon, and map the gradients of weights that have its mark ``use_muon``.
+    """
 
     # By a group's partition, once ZeRO has made them.
     pieces: Mapping[Tensor, list[Piece]] = MappingProxyType({})
@@ -244,7 +248,7 @@ def _are_rows(value: Any) -> bool:
 
 def refuse(engine: Any, client: Any) -> None:
     """Raise S3Error for an object, and for a stage at which a rank has no partition, or no whole gradient, to step."""
-    if client is not None and not isinstance(client, ZeroSoftMuon):
+    if client is not None and not isinstance(client, ZeroMatrices):
         raise S3Error(
             'a SoftMuon object knows no partitions: give {"type": "SoftMuon"} in the DeepSpeed configuration, which '
             "parts the model's weights between SoftMuon and S3"
@@ -257,7 +261,7 @@ def refuse(engine: Any, client: Any) -> None:
         )
 
 
-def lay_out(optimizer: ZeroSoftMuon, wrapper: Any) -> dict[Tensor, list[Piece]]:
+def lay_out(optimizer: ZeroMatrices, wrapper: Any) -> dict[Tensor, list[Piece]]:
     """Find the matrices in ZeRO's partitions."""
     return {
         master: [
