@@ -40,7 +40,7 @@ def contenders() -> list[Contender]:
     """List what is compared: 5 steps of the iteration in bfloat16 for each of the hard ones."""
     from emerging_optimizers.orthogonalized_optimizers import Muon
 
-    rates = {"lr": 3e-4, "weight_decay": 0.1}
+    rates: dict[str, Any] = {"lr": 3e-4, "weight_decay": 0.1}
     hard: partial[SoftMuon] = partial(SoftMuon, **rates, soft_start=1)
     soft: partial[SoftMuon] = partial(SoftMuon, **rates, sign_iters=0, transition_iters=SOFT_STEPS)
     found = [

@@ -20,7 +20,7 @@ def describe(model: nn.Module, model_config: Any, params: dict[str, Any], split_
         S3Error: ``params`` have another ``split_qkv`` than the flag.
     """
     for param in model.parameters():
-        param.use_muon = not host._is_nonlinear_or_embedding(param)
+        param.use_muon = not host._is_nonlinear_or_embedding(param)  # type: ignore[attr-defined]
     is_fused = any(name.endswith(_FUSED_QKV) and param.requires_grad for name, param in model.named_parameters())
     wanted = {f"*{_FUSED_QKV}": host._get_qkv_split_shapes(model_config)} if split_qkv and is_fused else {}
     if params.setdefault("split_qkv", wanted) != wanted:

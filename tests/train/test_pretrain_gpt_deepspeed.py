@@ -232,9 +232,7 @@ def test_softsignum_trains_through_its_switch_and_resumes(
 def test_softmuon_trains_as_in_megatron_and_resumes(metrics: dict[str, Metrics], folder: Path, engine: str) -> None:
     """Both engines have the same matrices, learned positions among them, and Q, K and V apart: losses are Megatron's,
     and sizes of the updates, of S3's and SoftMuon's together, which were S3's alone."""
-    whole, theirs, resumed = (
-        read_metrics(folder / f"softmuon-{name}") for name in (engine, "megatron", f"{engine}-6")
-    )
+    whole, theirs, resumed = (read_metrics(folder / f"softmuon-{name}") for name in (engine, "megatron", f"{engine}-6"))
     assert sorted(whole.train) == list(range(1, 9)) and sorted(resumed.train) == [7, 8]
     print(f"{engine}: losses differ by {gap(whole, theirs):.1e}")
     assert gap(whole, theirs) <= BOUND["bf16"] and gap(resumed, whole) == 0

@@ -102,7 +102,7 @@ class ZeroMatrices(SoftMuon):
 
         ``settings`` are SoftMuon's, of which S3 shares what they have in common.
         """
-        self.qkv_of = lambda weight: qkv.get(weight)  # a method could not be copied
+        self.qkv_of = qkv.get
         shared = {name: settings[name] for name in ("lr", "weight_decay", "maximize") if name in settings}
         self._s3 = S3(rest, **shared) if rest else None
         others = [] if self._s3 is None else [{**group, "optimizer": _REST} for group in self._s3.param_groups]
@@ -199,9 +199,7 @@ def _fits(module: nn.Module, pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) for name, _ in module.named_parameters())
 
 
-def find_qkv(
-    module: nn.Module, matrices: list[dict[str, Any]], split_qkv: Any
-) -> dict[Tensor, Sequence[int]]:
+def find_qkv(module: nn.Module, matrices: list[dict[str, Any]], split_qkv: Any) -> dict[Tensor, Sequence[int]]:
     """Find the fused QKV weights: no mark of DeepSpeed's, nor of a model's, says which they are.
 
     Args:
@@ -263,6 +261,7 @@ def refuse(engine: Any, client: Any) -> None:
 
 def lay_out(optimizer: ZeroMatrices, wrapper: Any) -> dict[Tensor, list[Piece]]:
     """Find the matrices in ZeRO's partitions."""
+    assert optimizer.qkv_of is not None
     return {
         master: [
             Piece(weight.shape, first, master.numel(), ranks, weight.device, optimizer.qkv_of(weight))
