@@ -45,7 +45,7 @@ def make_optimizer(original: Callable[..., MegatronOptimizer]) -> Callable[..., 
                 )
             refuse_unsupported(config)
             if spec.beside:
-                layer_wise.refuse_shards(config, model_chunks)
+                layer_wise.refuse_chunks(config, model_chunks)
             with _road(config):
                 optimizer = original(config, model_chunks, *args, **kwargs)
             _finish_all(optimizer, config, model_chunks)

@@ -56,18 +56,26 @@ def refuse(settings: argparse.Namespace | OptimizerConfig) -> None:
         )
 
 
-def refuse_shards(config: OptimizerConfig, model_chunks: list[Any]) -> None:
-    """Raise S3Error where DDP reduces gradients into shards that cut matrices, as for a DistributedOptimizer.
+def refuse_chunks(config: OptimizerConfig, model_chunks: list[Any]) -> None:
+    """Raise S3Error for a model without a matrix on this rank, and where DDP cuts the gradients of matrices.
 
-    Each rank would step the matrices with gradients of its own, of which one shard is the average. Megatron's
-    validation of flags turns the setting off; who builds configurations himself, or Megatron-Bridge, does not.
+    DDP does so for a DistributedOptimizer: each rank would step the matrices with gradients of its own, of which one
+    shard is the average. Megatron's validation of flags turns the setting off; who builds configurations himself, or
+    Megatron-Bridge, does not.
     """
-    for chunk in model_chunks:
+    from megatron.core.optimizer.emerging_optimizers import _is_nonlinear_or_embedding as is_rest
+
+    trained = [[param for param in chunk.parameters() if param.requires_grad] for chunk in model_chunks]
+    if all(is_rest(param) for chunk in trained for param in chunk):
+        raise S3Error(
+            "a rank has no matrix to train, and --optimizer softmuon moves those of every rank: share the layers out "
+            "over pipeline stages in another way, or take --optimizer s3 for all weights"
+        )
+    for chunk, params in zip(model_chunks, trained, strict=True):
         ddp = getattr(chunk, "ddp_config", None)
         if ddp is None or not ddp.use_distributed_optimizer:
             continue
-        trained = [param for param in chunk.parameters() if param.requires_grad]
-        is_laid_out = all(hasattr(param, "is_managed_by_layer_wise_optimizer") for param in trained)
+        is_laid_out = all(hasattr(param, "is_managed_by_layer_wise_optimizer") for param in params)
         if not (config.use_layer_wise_distributed_optimizer and is_laid_out):
             raise S3Error(
                 "use_distributed_optimizer has gradients reduced into shards, and --optimizer softmuon steps whole "

@@ -252,6 +252,17 @@ def check_what_softmuon_cannot_do_is_refused() -> None:
         ({"fused": QKV, "fu*": [2, 1, 1]}, "fused must fit one entry"),
     ):
         refuses(lambda s=split: started(params={**PHASES, "split_qkv": s}), advice)
+    net = Net()
+    net.empty = nn.Parameter(torch.zeros(0, 3))
+    refuses(lambda: started(net=net), "[0, 3], no element")
+    net = Net()
+    net.fused.requires_grad_(False)  # that it is named in split_qkv is no mistake
+    started(net=net).step(grads_of(0))
+    assert torch.equal(net.fused, Net().fused)
+    frozen = Net()
+    for name in MATRICES:
+        frozen.get_parameter(name).requires_grad_(False)
+    refuses(lambda: started(net=frozen), "no matrix of the model is left for SoftMuon")
     for stage in (0, 3):
         refuses(lambda s=stage: started(s), "ZeRO 1 and 2 alone", f"stage {stage}")
     refuses(lambda: started(params={"soft_start": 0.5}), "the length of the run is not known")
