@@ -93,7 +93,7 @@ def add_flags(original: Callable[..., argparse.ArgumentParser]) -> Callable[...,
             metavar="DIR",
             help="Append loss, rates and mean and max |update| to DIR/metrics.jsonl at every logged iteration, with "
             "any optimizer; with S3 and SoftSignum also the shares of |update| > 0.9 and of weights that move against "
-            "their gradient. Default: off.",
+            "their gradient, of which SoftMuon has the latter. Default: off.",
         )
         return parser
 
