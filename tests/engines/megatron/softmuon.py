@@ -334,7 +334,9 @@ def check_softmuons_bad_flags_are_refused() -> None:
     refuses(lambda: Run(precision=None), "needs --bf16")
     with patch.dict(SHAPES, {"gate.weight": (0, 8)}):
         refuses(Run, "[0, 8], no element")
-    with patch.dict(SHAPES, clear=True):  # an assertion of Megatron's without a text, or the advice to give soft_start 1
+    with patch.dict(
+        SHAPES, clear=True
+    ):  # an assertion of Megatron's without a text, or the advice to give soft_start 1
         for layout in (True, False):
             refuses(lambda w=layout: Run(layout=w), "a rank has no matrix to train", "--optimizer s3")
     with patch.dict(sys.modules, {"emerging_optimizers.orthogonalized_optimizers.muon": None}):
