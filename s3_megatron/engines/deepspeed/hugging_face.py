@@ -50,8 +50,8 @@ def fill_match(original: Callable[..., None]) -> Callable[..., None]:
     """Wrap ``HfTrainerDeepSpeedConfig.fill_match`` (transformers 5.23, integrations/deepspeed.py).
 
     It fills an "auto", or notes that a value is another than the Trainer's, which ends the run later. Of S3's betas it
-    does neither: "auto" becomes S3's default unless ``adam_beta1`` or ``adam_beta2`` is set, and a pair stays. Nor of an
-    eps that is no Adam's.
+    does neither: "auto" becomes S3's default unless ``adam_beta1`` or ``adam_beta2`` is set, and a pair stays. Nor of
+    an eps that is no Adam's.
     """
 
     @functools.wraps(original)
@@ -64,7 +64,9 @@ def fill_match(original: Callable[..., None]) -> Callable[..., None]:
             params, name = self.find_config_node(ds_key_long)
             del params[name]
             if is_first_rank():
-                logger.warning(f'"auto" for {name} of {spec.title} is its own default: the Trainer has that of Adam')
+                logger.warning(
+                    f'"auto" for the {name} of {spec.title} is its own default: the Trainer has that of Adam'
+                )
 
     return fill_match
 

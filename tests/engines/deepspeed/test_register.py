@@ -85,7 +85,7 @@ def test_the_trainers_eps_of_adam_is_none_of_a_temperatures(kind: str, caplog: p
         config.fill_match("optimizer.params.eps", 1e-8, "adam_epsilon")
         config.fill_match("optimizer.params.lr", 0.5, "learning_rate")
         assert (config.config["optimizer"]["params"], len(config.mismatches)) == (left, wrong)
-    assert caplog.messages == [f'"auto" for eps of {kind} is its own default: the Trainer has that of Adam']
+    assert caplog.messages == [f'"auto" for the eps of {kind} is its own default: the Trainer has that of Adam']
     adam = HfTrainerDeepSpeedConfig({"optimizer": {"type": "AdamW", "params": {"eps": "auto"}}})
     adam.fill_match("optimizer.params.eps", 1e-8, "adam_epsilon")
     assert adam.config["optimizer"]["params"] == {"eps": 1e-8}
