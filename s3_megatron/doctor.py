@@ -62,6 +62,10 @@ import deepspeed
 from s3_megatron.engines.deepspeed import register
 register()
 """,
+    "emerging_optimizers": """
+from s3_megatron.optim.polar import library
+library()
+""",
     "sentencepiece": "import sentencepiece",
     "transformers": "import transformers",
     "zstd": """
@@ -151,7 +155,7 @@ def _core(probes: dict[str, _Probe]) -> list[Finding]:
         _package("torch", torch, "torch", "pip install torch", needed=True),
         gpu,
         _megatron(engine),
-        _engine(engine, bool(gpus)),
+        _engine(engine, bool(gpus), has_polar=not probes["emerging_optimizers"].error),
         _kernels(probes["kernels"], bool(gpus)),
     ]
 
@@ -172,11 +176,11 @@ def _megatron(engine: _Probe) -> Finding:
     return Finding(ERROR, "megatron-core", "not found", "pip install 's3-megatron[megatron]'")
 
 
-def _engine(engine: _Probe, gpu: bool) -> Finding:
+def _engine(engine: _Probe, gpu: bool, has_polar: bool) -> Finding:
     if engine.error:
         return Finding(ERROR, "engine: Megatron", engine.error)
     how = "" if gpu else ", with --rehearsal"
-    names = " or ".join(spec.name for spec in registry.specs())
+    names = " or ".join(spec.name for spec in registry.specs() if has_polar or not spec.beside)
     return Finding(OK, "engine: Megatron", f"works: --optimizer {names}{how}")
 
 
@@ -192,6 +196,12 @@ def _packages(probes: dict[str, _Probe]) -> list[Finding]:
             probes["deepspeed"],
             "deepspeed",
             'for {"type": "S3"} in DeepSpeed: pip install \'s3-megatron[deepspeed]\'',
+        ),
+        _package(
+            "emerging-optimizers",
+            probes["emerging_optimizers"],
+            "emerging-optimizers",
+            "for SoftMuon: pip install 's3-megatron[softmuon]'",
         ),
         _package("Transformer Engine", probes["transformer_engine"], "transformer_engine", container),
         _apex(probes["apex"], container),

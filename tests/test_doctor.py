@@ -19,7 +19,8 @@ def test_it_finds_this_environment_fit() -> None:
     result = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, ["doctor"])
     assert result.exit_code == 0, result.output
     rows = {line.split("  ")[0]: line for line in result.stdout.splitlines()}
-    assert "--optimizer s3" in rows["engine: Megatron"]
+    assert "--optimizer s3 or softsignum or softmuon" in rows["engine: Megatron"]
+    assert "0.3." in rows["emerging-optimizers"]
     assert "0.19." in rows["megatron-core"]
     assert "foreach" in rows["kernels"]
     assert "GPU" in rows["training"]
@@ -63,7 +64,13 @@ def test_it_reports_broken_packages_and_never_falls(tmp_path: Path, monkeypatch:
         "not possible here",
     ):
         assert words in result.stdout
-    assert result.stdout.count("\n") == 18
+    assert result.stdout.count("\n") == 19
+
+
+def test_softmuon_is_offered_where_its_library_is() -> None:
+    """It was listed, and the job's check refused it."""
+    offers = [doctor._engine(doctor._Probe({}), gpu=True, has_polar=has_polar).found for has_polar in (True, False)]
+    assert offers == ["works: --optimizer s3 or softsignum or softmuon", "works: --optimizer s3 or softsignum"]
 
 
 def test_it_knows_nvidias_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,18 @@ def softmuon_map(
     _run("softmuon_map", "softmuon", json_file, columns=columns)
 
 
+@app.command()
+def softmuon_step(
+    width: Annotated[int, typer.Option(metavar="N", min=8, help="Of the model.")] = 512,
+    layers: Annotated[int, typer.Option(metavar="N", min=1, help="Of four matrices each.")] = 2,
+    rounds: Rounds = 5,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the weights are.")] = "cpu",
+    json_file: JsonFile = None,
+) -> None:
+    """Time a step of SoftMuon, hard and soft, beside torch's Muon and Megatron's."""
+    _run("softmuon_step", "softmuon", json_file, width=width, layers=layers, rounds=rounds, device=device)
+
+
 def _run(module: str, extra: str, json_file: Path | None, **options: Any) -> None:
     """Measure with ``s3_megatron.bench.MODULE``, whose packages ``extra`` installs; print and write what it finds."""
     try:

@@ -68,10 +68,11 @@ def optimizer(chosen: OwnOptimizer | AdamW, min_lr_ratio: float) -> dict[str, An
     if isinstance(chosen, AdamW):
         return {"optimizer": "adam", **rates, "adam_beta1": chosen.beta1, "adam_beta2": chosen.beta2}
     spec = chosen.spec
-    values = spec.chosen(dict(chosen))
+    given = dict(chosen)
+    values = spec.chosen(given) | {each.name: given[each.name] for each in spec.engine}
     own = {
         spec.field(each.switch): values[each.name] != each.default if each.kind is bool else values[each.name]
-        for each in spec.hyperparameters
+        for each in (*spec.hyperparameters, *spec.engine)
         if each.name in values
     }
     return {"optimizer": spec.name, **rates, **own}

@@ -9,6 +9,7 @@ from s3_megatron.errors import S3Error
 from s3_megatron.jobs.flags import deepspeed_file
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.recipe import Model, OwnOptimizer
+from s3_megatron.optim import registry
 from s3_megatron.optim.spec import NAMES
 
 GIB = 2**30
@@ -133,36 +134,41 @@ def deepspeed_json(job: Job) -> dict[str, Any]:
 
 def _layer_parameters(model: Model) -> tuple[int, int]:
     """Parameters of a layer that tensor ranks share, and that each of them has."""
-    hidden, ffn = model.hidden_size, model.ffn_size
-    matrices = 4 * hidden * hidden + 2 * hidden * ffn
-    return matrices + 3 * hidden + ffn, 6 * hidden
+    return _matrices(model) + 3 * model.hidden_size + model.ffn_size, 6 * model.hidden_size
+
+
+def _matrices(model: Model) -> int:
+    """Parameters of a layer's matrices."""
+    return 4 * model.hidden_size**2 + 2 * model.hidden_size * model.ffn_size
 
 
 def _stage(job: Job, stage: int, zero: Mapping[str, Any] | None) -> Memory:
     count = shard_parameters(job, stage)
-    states = _megatron_states(job, count) if zero is None else _deepspeed_states(job, count, zero)
+    second = _with_second_state(job, count, stage)
+    states = _megatron_states(job, count, second) if zero is None else _deepspeed_states(job, count, second, zero)
     logits = _logits(job) if stage == job.recipe.layout.pipeline - 1 else 0
     return Memory(stage=stage, activations=activations(job, stage), logits=logits, **states)
 
 
-def _megatron_states(job: Job, count: int) -> dict[str, int]:
+def _megatron_states(job: Job, count: int, second: int) -> dict[str, int]:
     """Megatron's distributed optimizer (megatron-core 0.19.2, core/optimizer/distrib_optimizer.py).
 
     Gradients are accumulated in a float32 buffer of the whole shard. Masters, m and r are divided among the ranks that
-    hold the same weights. A float32 model is its own master.
+    hold the same weights; of whole matrices, which the layer-wise optimizer deals out, as evenly as they come out. A
+    float32 model is its own master. ``second`` is how many of ``count`` weights have a second state.
     """
-    sharers = job.data_parallel * job.recipe.layout.context
-    share = -(-count // max(sharers, 1))
+    sharers = max(job.data_parallel * job.recipe.layout.context, 1)
+    share = -(-count // sharers)
     return {
         "weights": _width(job) * count,
         "gradients": 4 * count,
         "masters": 4 * share if job.recipe.precision == "bf16" else 0,
         "exp_avg": 4 * share,
-        "exp_avg_root": 4 * share * _has_second_state(job),
+        "exp_avg_root": 4 * -(-second // sharers),
     }
 
 
-def _deepspeed_states(job: Job, count: int, zero: Mapping[str, Any]) -> dict[str, int]:
+def _deepspeed_states(job: Job, count: int, second: int, zero: Mapping[str, Any]) -> dict[str, int]:
     """DeepSpeed 0.19.8 as the entry configures it: gradients are accumulated and reduced in float32.
 
     Stage 1 in bf16 is BF16_Optimizer's, with float32 gradients of the whole model; stages 2 and 3 keep a part
@@ -173,10 +179,10 @@ def _deepspeed_states(job: Job, count: int, zero: Mapping[str, Any]) -> dict[str
     bf16 = job.recipe.precision == "bf16"
     share = -(-count // max(job.data_parallel, 1))
     part = share if stage >= 1 else count
-    moments = part * (2 if zero["state_dtype"] == "bfloat16" else 4)
+    width_of_state = 2 if zero["state_dtype"] == "bfloat16" else 4
     # Float32 under ZeRO is copied too: only stage 0 moves the weights themselves.
-    states = {"masters": 4 * part if stage >= 1 or bf16 else 0, "exp_avg": moments}
-    states["exp_avg_root"] = moments * _has_second_state(job)
+    states = {"masters": 4 * part if stage >= 1 or bf16 else 0, "exp_avg": part * width_of_state}
+    states["exp_avg_root"] = -(-second * part // count) * width_of_state
     # Up to stage 1 the micro-batch's own gradients, in bf16, are there until its backward pass ends.
     gradients = 4 * share if stage >= 2 else (6 if bf16 else 4) * count
     host = 0
@@ -283,9 +289,20 @@ def _sequence_sharers(job: Job) -> int:
     return layout.tensor if layout.sequence_parallel else 1
 
 
-def _has_second_state(job: Job) -> bool:
+def _with_second_state(job: Job, count: int, stage: int) -> int:
+    """Of ``count`` weights of a tensor rank those that have a second state."""
     chosen = job.recipe.optimizer
-    return not isinstance(chosen, OwnOptimizer) or NAMES[1] in chosen.spec.state
+    if not isinstance(chosen, OwnOptimizer):
+        return count
+    if not chosen.spec.beside:
+        return count if NAMES[1] in chosen.spec.state else 0
+    # Matrices have none, and learned positions are one to Megatron; what moves the rest may.
+    rest = registry.find(dict(chosen)["scalar_optimizer"])
+    if rest is not None and NAMES[1] not in rest.state:
+        return 0
+    model = job.recipe.model
+    positions = model.seq_length * model.hidden_size if stage == 0 else 0
+    return count - stage_layers(job) * _matrices(model) // job.recipe.layout.tensor - positions
 
 
 def _width(job: Job) -> int:

@@ -150,10 +150,10 @@ class OwnOptimizer(Section):
 
 
 def section(spec: Spec) -> type[OwnOptimizer]:
-    """Make the section of a recipe that names ``spec``, with a key for each of its hyperparameters."""
+    """Make the section of a recipe that names ``spec``, with a key for each of its settings."""
     fields: dict[str, Any] = {"name": (Literal[spec.name], ...)}
-    for each in spec.hyperparameters:
-        value: Any = each.kind
+    for each in (*spec.hyperparameters, *spec.engine):
+        value: Any = Literal[each.choices] if each.choices else each.kind
         if each.range is not None:
             limit = None if math.isinf(each.range.high) else each.range.high
             below, most = (None, limit) if each.range.includes_high else (limit, None)
@@ -183,11 +183,9 @@ class AdamW(Section):
         return self.weight_decay
 
 
-# One of matrices is no recipe's yet: what moves the rest has settings of its own.
-_SPECS = [spec for spec in registry.specs() if not spec.beside]
-_OWN = [section(spec) for spec in _SPECS]
+_OWN = [section(spec) for spec in registry.OWN]
 # What a union's member is called in a file.
-OPTIMIZERS = (*(spec.name for spec in _SPECS), "adamw")
+OPTIMIZERS = (*(spec.name for spec in registry.OWN), "adamw")
 if TYPE_CHECKING:
     type Optimizer = OwnOptimizer | AdamW
 else:

@@ -131,7 +131,8 @@ def _short(chosen: OwnOptimizer | AdamW) -> OwnOptimizer | AdamW:
     if not isinstance(chosen, OwnOptimizer):
         return chosen
     given = chosen.spec.hyperparameters
-    short = chosen.model_copy(update={each.name: each.default for each in given if each.kind is int})
+    counts = [each for each in given if each.kind is int and not each.defines_state]
+    short = chosen.model_copy(update={each.name: each.default for each in counts})
     try:
         short.complete(ITERATIONS)
     except S3Error:

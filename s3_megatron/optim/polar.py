@@ -1,16 +1,22 @@
 """SoftMuon's map of one matrix, by the polar iteration of emerging-optimizers; and how it is to be computed."""
 
+import functools
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import metadata
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
+from s3_megatron.machine import is_first_rank
 from s3_megatron.optim.tensor_parallel import Cut
+
+logger = logging.getLogger(__name__)
 
 Precision = Literal["medium", "highest"]  # bfloat16 and float32, by torch's names for products of float32 matrices
 
@@ -28,6 +34,8 @@ MARGIN = 4.0
 def library() -> tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., float]]:
     """Return newton_schulz, newton_schulz_tp and get_muon_scale_factor of emerging-optimizers.
 
+    Logs once that another version than the one SoftMuon was run with is installed.
+
     Raises:
         S3Error: the package is missing, or lacks them.
     """
@@ -39,7 +47,22 @@ def library() -> tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..
             f"SoftMuon needs emerging-optimizers 0.3 ({error}): pip install 's3-megatron[softmuon]', or "
             "pip install emerging-optimizers==0.3.0"
         ) from error
+    _look_at_version()
     return newton_schulz, newton_schulz_tp, get_muon_scale_factor
+
+
+@functools.cache
+def _look_at_version() -> None:
+    try:
+        found = metadata.version("emerging-optimizers")
+    except metadata.PackageNotFoundError:  # a checkout has none
+        found = "of an unknown version"
+    if not found.startswith("0.3.") and is_first_rank():
+        logger.warning(
+            "emerging-optimizers %s was never run with SoftMuon, whose steps it computes: pip install "
+            "emerging-optimizers==0.3.0 if they fail",
+            found,
+        )
 
 
 def plan(tau: float, norm: float, largest: float) -> tuple[int, Precision]:

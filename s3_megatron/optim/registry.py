@@ -116,21 +116,31 @@ SOFTMUON = Spec(
             *("scale_mode", "spectral", "what an update is multiplied by, as Megatron's Muon has it"),
             kind=str,
             choices=("spectral", "unit_rms_norm", "shape_scaling"),
+            defines_state=True,
         ),
         Hyperparameter(
             *("extra_scale_factor", 0.2, "and this; 0.2 with spectral makes updates as long as AdamW's"),
             range=Range(0, includes_low=False),
+            defines_state=True,
         ),
         Hyperparameter(
             *("coefficient_type", "quintic", "the hard step's polynomials"),
             kind=str,
             choices=("simple", "quintic", "polar_express", "cans", "aol", "deepseekv4"),
+            defines_state=True,
         ),
-        Hyperparameter("num_ns_steps", 5, "and how many of them", kind=int, range=Range(1), hint="5 is Muon's"),
+        Hyperparameter(
+            *("num_ns_steps", 5, "and how many of them"),
+            kind=int,
+            range=Range(1),
+            defines_state=True,
+            hint="5 is Muon's",
+        ),
         Hyperparameter(
             *("fp32_matmul_prec", "medium", "products in bfloat16 where that is close enough, or in float32"),
             kind=str,
             choices=("medium", "highest"),
+            defines_state=True,
         ),
     ),
     complete=_with_length,
@@ -148,9 +158,12 @@ SOFTMUON = Spec(
         ),
         Hyperparameter("split_qkv", True, "map Q, K and V of a fused weight apart", kind=bool),
     ),
+    road=("tp_mode", "split_qkv", "qkv_split_shapes"),
 )
 
-_specs = {spec.name: spec for spec in (S3, SOFTSIGNUM, SOFTMUON)}
+# Those of this package; each has a configuration for Megatron-Bridge, by its title.
+OWN = (S3, SOFTSIGNUM, SOFTMUON)
+_specs = {spec.name: spec for spec in OWN}
 
 
 def specs() -> tuple[Spec, ...]:

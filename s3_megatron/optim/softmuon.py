@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from s3_megatron.errors import S3Error
+from s3_megatron.kernels.foreach import accumulate_
 from s3_megatron.optim import registry
 from s3_megatron.optim.placement import localize
 from s3_megatron.optim.polar import Precision, direction, library, pieces, plan
@@ -22,6 +23,7 @@ from s3_megatron.optim.spec import Spec
 from s3_megatron.optim.state import EXP_AVG
 from s3_megatron.optim.tensor_parallel import Cut
 from s3_megatron.optim.whole_matrices import Matrices, batches
+from s3_megatron.watch import statistics
 
 
 class SoftMuon(RelaxedOptimizer):
@@ -67,6 +69,7 @@ class SoftMuon(RelaxedOptimizer):
     """
 
     spec: ClassVar[Spec] = registry.SOFTMUON
+    counts_updates: ClassVar[bool] = True
     soft_map = "algebraic"
     # The model's largest Frobenius norm and singular value, where the soft phase began.
     of_the_run = (*OF_THE_RUN, "soft_norm", "soft_largest")
@@ -170,20 +173,22 @@ class SoftMuon(RelaxedOptimizer):
             self._step_batch(batch, group, tau)
 
     def _step_batch(self, params: list[Tensor], group: dict[str, Any], tau: float) -> None:
-        beta, soft = group["beta"], None if tau == math.inf else (tau, *self._plan(group, tau))
-        rows, parts = [], []
+        beta, soft = group["beta"], None if tau == math.inf else (tau, *self.plan(group, tau))
+        rows, parts, grads = [], [], []
         for param in params:
             assert param.grad is not None
             x, grad, m = localize(param, param.grad, self.state_of(param), self.spec.state_names)
-            grad = grad.to(m.dtype)
-            new = m.lerp(-grad if group["maximize"] else grad, 1 - beta)
+            grad = -grad.to(m.dtype) if group["maximize"] else grad.to(m.dtype)
+            new = m.lerp(grad, 1 - beta)
             rows.append((x, m, new))
-            ahead = new.lerp(-grad if group["maximize"] else grad, 1 - beta) if group["nesterov"] else new
+            grads.append(grad)
+            ahead = new.lerp(grad, 1 - beta) if group["nesterov"] else new
             parts.append(ahead.float())
         qkv, cut = self._qkv(params[0], group), self._cut(params[0])
         matrices = Matrices(params, parts, cut)
         together = None if cut is None or cut.is_gathered else cut
         updates = matrices.back([direction(mine, soft, group, qkv, together) for mine in matrices.mine])
+        self._add_updates(updates, grads)
         for (x, m, new), update in zip(rows, updates, strict=True):
             # A matrix that could not be mapped is NaN everywhere, on every rank that has a part of it.
             keep, before = update.isnan(), x.to(m.dtype)
@@ -191,13 +196,26 @@ class SoftMuon(RelaxedOptimizer):
             x.copy_(torch.where(keep, before, moved))
             m.copy_(torch.where(keep, m, new))
 
+    def _add_updates(self, updates: list[Tensor], grads: list[Tensor]) -> None:
+        """Add what this rank has of ``updates``, NaN where a matrix stays, to ``update_statistics``, where these are.
+
+        Of an update whose entries have no bound none is saturated.
+        """
+        if self.update_statistics is None or not updates:
+            return
+        found = statistics.zeros(device=updates[0].device)
+        accumulate_(found, [update.nan_to_num(0.0) for update in updates], grads)
+        found[statistics.SATURATED] = torch.nan
+        statistics.merge_(self.update_statistics, found.to(self.update_statistics.device))
+
     def _qkv(self, param: Tensor, group: dict[str, Any]) -> Sequence[int] | None:
         return group["qkv_split_shapes"] if self.qkv_of is None else self.qkv_of(param)
 
     def _cut(self, param: Tensor) -> Cut | None:
         return None if self.cut_of is None else self.cut_of(param)
 
-    def _plan(self, group: dict[str, Any], tau: float) -> tuple[int, Precision]:
+    def plan(self, group: dict[str, Any], tau: float) -> tuple[int, Precision]:
+        """Return how many steps of the iteration a soft step takes, and in which precision."""
         steps, precision = plan(tau, group["soft_norm"], group["soft_largest"])
         return steps, precision if group["fp32_matmul_prec"] == "medium" else "highest"
 

@@ -61,7 +61,8 @@ class Hyperparameter:
         count: how many values it has: 1, or 2 for a pair.
         range: which numbers are allowed.
         choices: which texts are.
-        defines_state: whether a state that was made with another value means something else.
+        defines_state: whether a state that was made with another value means something else, or its run took other
+            steps than this one would.
         key: its name in the param groups, where that is not ``name``.
         hint: a value that is right, for who gave a wrong one.
     """
@@ -141,6 +142,8 @@ class Spec:
         hyperparameters: its arguments beside ``lr`` and ``weight_decay``.
         beside: of an optimizer of matrices the element-wise ones that may take the rest of a model; else none.
         engine: what Megatron's road for such an optimizer is asked, and the class is not.
+        road: entries of a param group that an engine, or a user, puts there, and that are compared at a resume as
+            hyperparameters are that define the state, where both the checkpoint and the run have them.
         complete: gives the values, by name, with what follows from the length of the host's run in steps, or None;
             raises S3Error for values that do not go together.
         from_adam: makes a parameter's state of its Adam state; None: there is no such conversion.
@@ -160,6 +163,7 @@ class Spec:
     from_adam_help: str = ""
     beside: "tuple[Spec, ...]" = ()
     engine: tuple[Hyperparameter, ...] = ()
+    road: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise S3Error for what the hosts would not find, or would take for their own."""
@@ -239,7 +243,7 @@ class Spec:
             each.check(value, label(each.name))
 
     def _present(self, values: Mapping[str, Any]) -> Iterator[tuple[Hyperparameter, Any]]:
-        for each in (LR, WEIGHT_DECAY, *self.hyperparameters, *self.engine):
+        for each in (LR, WEIGHT_DECAY, *self.hyperparameters):
             value = values.get(each.name)
             if value is None and each.key != each.name:
                 # In a param group the one beta is a pair of equals, and is to be called what the user gave.

@@ -94,15 +94,15 @@ def check_entry(entry: Mapping[str, Any], shape: "torch.Size", spec: Spec, *, ma
 
 
 def accept(saved: Groups, ours: Groups, spec: Spec, on_change: Callable[[str], bool]) -> None:
-    """Compare what defines the state between saved param groups and this run's, one by one.
+    """Compare what defines the state, and ``spec.road``, between saved param groups and this run's, one by one.
 
     Where it differs ``on_change`` gets a clause that says so: it raises, or returns whether this run's values count,
     which are then written into ``saved`` in place.
     """
     changed: dict[str, tuple[Any, Any]] = {}
     for old, new in zip(saved, ours, strict=True):
-        for key in spec.state_keys:
-            if key in old and _plain(old[key]) != _plain(new[key]):
+        for key in (*spec.state_keys, *spec.road):
+            if key in old and key in new and _plain(old[key]) != _plain(new[key]):
                 changed.setdefault(key, (_plain(old[key]), _plain(new[key])))
     if not changed:
         return

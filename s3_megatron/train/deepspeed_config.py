@@ -113,6 +113,7 @@ class DeepSpeedFlags:
                     "and saves in its own way over data-parallel ranks only: drop the flag, or use "
                     "s3_megatron.train.pretrain_gpt"
                 )
+        _refuse_settings_of_the_rest(args)
 
     def complete(self, args: argparse.Namespace) -> Config:
         """Fill the file's configuration from validated ``args``.
@@ -139,6 +140,26 @@ class DeepSpeedFlags:
         if left:
             raise S3Error(f'{self.path} has "auto" for {", ".join(left)}, which no flag gives: write a number')
         return config
+
+
+def _refuse_settings_of_the_rest(args: argparse.Namespace) -> None:
+    """Raise S3Error for what an optimizer of matrices is asked in Megatron alone: under DeepSpeed it has S3 beside it.
+
+    That one has its defaults there, and tensor parallelism there is none.
+    """
+    spec = registry.find(args.optimizer)
+    if spec is None or not spec.beside:
+        return
+    asked = [(spec, each) for each in spec.engine if each.name != "split_qkv"]
+    asked += [(beside, each) for beside in spec.beside for each in beside.hyperparameters]
+    for owner, each in asked:
+        value = getattr(args, owner.field(each.name))
+        if value != each.default:
+            raise S3Error(
+                f"{owner.flag(each.switch)} does nothing under DeepSpeed with --optimizer {spec.name}, which has S3 "
+                "with its defaults beside it, and no tensor parallelism: drop the flag, or use "
+                "s3_megatron.train.pretrain_gpt"
+            )
 
 
 def _wanted(args: argparse.Namespace) -> dict[str, tuple[Any, str]]:

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from s3_megatron.engines.deepspeed import decay_groups, register, use_gloo
 from s3_megatron.engines.deepspeed import watch as deepspeed_watch
 from s3_megatron.engines.megatron import watch as megatron_watch
+from s3_megatron.optim import registry
 from s3_megatron.swap import SymbolSwap
-from s3_megatron.train import deepspeed_checkpoint, gpt
+from s3_megatron.train import deepspeed_checkpoint, deepspeed_matrices, gpt
 from s3_megatron.train.deepspeed_config import Config, DeepSpeedFlags
 
 
@@ -117,6 +118,10 @@ def setup_model_and_optimizer(
     (model,) = builder.build_distributed_models(pg_collection=pg_collection, wrap_with_ddp=False)
     _leave_out_empty_extra_state(unwrap_model(model))
     elements = sum(param.numel() for param in model.parameters())
+    if (spec := registry.find(args.optimizer)) is not None and spec.beside:
+        params = config["optimizer"]["params"]
+        split_qkv = getattr(args, spec.field("split_qkv"))
+        deepspeed_matrices.describe(model, unwrap_model(model).config, params, split_qkv=split_qkv)
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=_param_groups(model), config=config, dist_init_required=False
     )

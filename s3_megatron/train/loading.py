@@ -20,6 +20,8 @@ from s3_megatron.swap import SymbolSwap
 _DAMAGE = (EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError)
 _DAMAGE_IN_C = re.compile("PytorchStreamReader|unexpected EOF|wrong byte size|central directory")  # of RuntimeError
 
+# What megatron-core 0.19.2 raises for a torch_dist checkpoint that lacks a tensor; it then lists all that there are.
+_MISSING_STATE = re.compile(r"(?P<key>[\w.]*optimizer\.\S+) from model not in state dict")
 
 # What OptimizerParamScheduler (megatron-core 0.19.2) compares with the checkpoint's, by the flags that say it.
 _SCHEDULE = {
@@ -46,7 +48,7 @@ def watched(checkpoint: Callable[[], Path]) -> Iterator[None]:
     ``s3_megatron.checkpoints.whole`` passes over a marked checkpoint until it is saved anew.
 
     Raises:
-        S3Error: Megatron's assertions: the checkpoint is of another model.
+        S3Error: Megatron's assertions: the checkpoint is of another model; or its state is another optimizer's.
         LoadError: anything else; torch's CheckpointException is no Exception, and had no line anywhere.
     """
     try:
@@ -57,6 +59,12 @@ def watched(checkpoint: Callable[[], Path]) -> Iterator[None]:
         raise S3Error(f"{checkpoint()} does not fit this run: {' '.join(str(error).split())}") from error
     except BaseException as error:
         folder, cause = checkpoint(), _root(error)
+        if isinstance(cause, KeyError) and (missing := _MISSING_STATE.search(str(cause))):
+            raise S3Error(
+                f"{folder} holds no {missing['key']}: another optimizer wrote its state; give --optimizer, and with "
+                "softmuon --softmuon-scalar-optimizer, as that run had them, or pass --no-load-optim to go on from its "
+                "weights with fresh state"
+            ) from error
         reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
         advice = ""
         if _is_damage(cause):

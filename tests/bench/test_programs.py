@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from s3_megatron import cli
-from s3_megatron.bench import kernel_instructions, rehearsal_products
+from s3_megatron.bench import kernel_instructions, rehearsal_products, softmuon_step
 from s3_megatron.errors import S3Error
 from tests.launcher import settings
 from tests.terminal import run_main
@@ -42,6 +42,21 @@ def test_softmuons_map(tmp_path: Path) -> None:
     # 8 steps reach a singular value of 1e-3; tau 1 leaves those below it near 0, so the rest is float32's rounding.
     assert [row["fp32, 8 steps"] < 1e-3 for row in written["errors"] if row["tau"] == 1.0] == [True] * 5
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_softmuons_step(tmp_path: Path) -> None:
+    target = tmp_path / "step.json"
+    shown = printed("softmuon-step", "--width", "8", "--layers", "1", "--rounds", "2", "--json", str(target))
+    written = json.loads(target.read_text())
+    rows = {row["name"]: row for row in written["rows"]}
+    assert rows["Muon, torch"]["ratio"] == 1 and all(row["ms"] > 0 and name in shown for name, row in rows.items())
+    # The temperature falls, and with it the steps of the iteration.
+    plans = [int(row["plan"].partition(",")[0]) for name, row in rows.items() if "soft," in name]
+    assert plans == sorted(plans, reverse=True) and plans[0] == 20 > plans[-1]
+    assert rows["SoftMuon, hard"]["plan"] == "5, medium"
+    assert written["parameters"] == 12 * 8 * 8 and written["versions"]["emerging-optimizers"]
+    with pytest.raises(S3Error, match="--device is tpu: it must be cpu"):
+        softmuon_step.measure(8, 1, 1, "tpu")
 
 
 @pytest.mark.slow

@@ -82,6 +82,10 @@ MISTAKES = [
     ("345m", "slurm_pyxis", ["cluster.gpu.memory_gib=20"], "21.7 of 20 GiB a GPU, -8% free", "micro_batch_size"),
     ("345m", "slurm", ["engine=deepspeed", "deepspeed=zero9"], "there is no deepspeed 'zero9'", "configs/deepspeed"),
     ("345m", "slurm", ["engine=deepspeed", "layout.tensor=2"], "layout.tensor 2: the DeepSpeed entry", "tensor=1"),
+    (
+        *("345m", "slurm", ["engine=deepspeed", "deepspeed=zero3", "optimizer=softmuon"]),
+        *("has ZeRO stage 3, and SoftMuon runs in ZeRO 1 and 2 alone", "deepspeed=zero1"),
+    ),
     ("345m", "slurm", ["engine=deepspeed", "optimizer=adamw"], "?type 'S3', and the recipe trains with adamw", "meant"),
     ("345m", "slurm", ["cluster.scratch_dir=/shared/x"], "?/shared/x is under cluster.shared_dirs", "own disk"),
 ]

@@ -39,6 +39,13 @@ def test_phases_of_a_long_run_are_not_the_rehearsals(phases: dict[str, float]):
     assert (optimizer.beta, optimizer.soft_start, optimizer.sign_iters) == (0.8, 0.9, None)
 
 
+def test_the_maps_steps_are_the_rehearsals_too():
+    """They are no steps of the run, and were taken for some."""
+    settings = ["optimizer=softmuon", "optimizer.num_ns_steps=7", "optimizer.total_steps=10000"]
+    optimizer = scaled_down(compose.load("gpt2_345m", "slurm", settings)).recipe.optimizer
+    assert (optimizer.num_ns_steps, optimizer.total_steps) == (7, None)
+
+
 @pytest.mark.parametrize("tensor", [1, 2, 3, 8])
 @pytest.mark.parametrize("pipeline", [1, 2, 3])
 @pytest.mark.parametrize("cluster", ["local", "slurm"])

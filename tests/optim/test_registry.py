@@ -4,6 +4,7 @@ import argparse
 import importlib
 import inspect
 import pickle
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -176,20 +177,16 @@ def test_a_switch_that_is_off_by_default_and_a_count_get_flags_of_their_own() ->
 
 def test_a_configuration_is_pickled_and_compared() -> None:
     engine = importlib.import_module("s3_megatron.engines.megatron")
-    for kind in (engine.S3OptimizerConfig, engine.config.S3Config):
-        made = kind(lr=1.0, s3_p=2.0)
-        assert pickle.loads(pickle.dumps(made)) == made and (made.optimizer, made.s3_p, made.s3_betas) == (
-            "s3",
-            2.0,
-            None,
-        )
-    for kind in (engine.SoftSignumOptimizerConfig, engine.config.SoftSignumConfig):
-        made = kind(lr=1.0, softsignum_total_steps=9)
-        assert pickle.loads(pickle.dumps(made)) == made and (made.optimizer, made.softsignum_total_steps) == (
-            "softsignum",
-            9,
-        )
-        assert made.softsignum_sign_iters is None
+    first = {"s3": ("s3_p", 2.0), "softsignum": ("softsignum_total_steps", 9), "softmuon": ("softmuon_num_ns_steps", 6)}
+    unset = {"s3": "s3_betas", "softsignum": "softsignum_sign_iters", "softmuon": "softmuon_sign_iters"}
+    for spec in registry.OWN:
+        name, value = first[spec.name]
+        for kind in (getattr(engine, f"{spec.title}OptimizerConfig"), getattr(engine.config, f"{spec.title}Config")):
+            made = kind(lr=1.0, **{name: value})
+            assert pickle.loads(pickle.dumps(made)) == made and kind.__name__ in dir(sys.modules[kind.__module__])
+            assert (made.optimizer, getattr(made, name), getattr(made, unset[spec.name])) == (spec.name, value, None)
+    # What moves the rest is configured with it.
+    assert (made.s3_p, made.softsignum_beta, made.softmuon_tp_mode) == (3.0, 0.9, "duplicated")
 
 
 def test_what_differs_of_the_state_is_refused_overridden_or_left() -> None:
@@ -299,6 +296,31 @@ def test_a_recipe_of_softsignum_becomes_flags() -> None:
     for engine in ("megatron", "deepspeed"):
         memory = estimate(softsignum({}, f"engine={engine}"))
         assert memory.exp_avg > 0 and memory.exp_avg_root == 0
+
+
+def test_a_recipe_of_softmuon_becomes_flags() -> None:
+    """What moves the rest is in the recipe, and its state in the estimate: a matrix has none but m."""
+    from s3_megatron.jobs.flags import optimizer
+    from s3_megatron.jobs.memory import estimate, parameters
+
+    def job(*settings: str) -> Job:
+        return compose.load("gpt2_tiny", "local", ["optimizer=softmuon", *settings])
+
+    whole = job("optimizer.split_qkv=false", "optimizer.tp_mode=blockwise", "optimizer.nesterov=false")
+    given = optimizer(whole.recipe.optimizer, 0.1)
+    assert (given["optimizer"], given["lr"], given["weight_decay"]) == ("softmuon", 3e-4, 0.1)
+    named = ("no_nesterov", "no_split_qkv", "scalar_optimizer", "tp_mode", "scale_mode", "num_ns_steps")
+    assert [given[f"softmuon_{name}"] for name in named] == [True, True, "s3", "blockwise", "spectral", 5]
+    assert "softmuon_total_steps" not in given, "that is Megatron's --train-iters"
+    with pytest.raises(S3Error, match=r"optimizer\.scalar_optimizer = \"lion\": Input should be 's3', 'adam' or"):
+        job("optimizer.scalar_optimizer=lion")
+    for engine in ("megatron", "deepspeed"):
+        memory = estimate(job(f"engine={engine}"))
+        # 4 layers of width 192, all on each of 2 ranks; the rest are the embedding and what has one dimension.
+        matrices = 4 * 12 * 192**2 + 128 * 192
+        assert memory.exp_avg == 4 * parameters(whole) // 2
+        assert memory.exp_avg_root == 4 * (parameters(whole) - matrices) // 2
+    assert estimate(job("optimizer.scalar_optimizer=softsignum")).exp_avg_root == 0
 
 
 def softsignum(settings: dict[str, object], *more: str) -> Job:

@@ -3,16 +3,19 @@
 import copy
 import math
 import sys
+from importlib import metadata
 
 import pytest
 import torch
 from torch import nn
 
 from s3_megatron.errors import S3Error
+from s3_megatron.optim import polar
 from s3_megatron.optim.softmuon import SoftMuon
 from s3_megatron.optim.softmuon_reference import softmuon_reference_step
 from s3_megatron.optim.state import EXP_AVG
 from s3_megatron.optim.temperature import Schedule
+from s3_megatron.watch import statistics
 
 LR, DECAY = 0.05, 0.1
 SHAPES = [(12, 8), (8, 12), (8, 8), (1, 6), (6, 1)]
@@ -264,6 +267,60 @@ def test_another_length_at_a_resume_counts_in_the_hard_phase_and_not_in_the_soft
     assert "saved in its soft phase" in caplog.text
 
 
+def test_other_settings_of_the_map_are_one_line_and_the_saved_ones_count(caplog):
+    """As with all of torch's optimizers; of how the state was stepped nothing was said."""
+    saved = SoftMuon([{"params": matrices([(6, 4)]), "qkv_split_shapes": (1, 1, 1)}], LR, soft_start=1, num_ns_steps=7)
+    other = SoftMuon(matrices([(6, 4)]), LR, soft_start=1, scale_mode="shape_scaling")
+    other.load_state_dict(saved.state_dict())
+    (line,) = [message for message in caplog.messages if "the saved values count" in message]
+    for part in ("scale_mode=spectral", "num_ns_steps=7", "qkv_split_shapes=(1, 1, 1)", "scale_mode=shape_scaling"):
+        assert part in line
+    (group,) = other.param_groups
+    assert (group["scale_mode"], group["num_ns_steps"], group["qkv_split_shapes"]) == ("spectral", 7, (1, 1, 1))
+
+
+@pytest.mark.parametrize("settings", [{}, {"nesterov": False}, {"maximize": True}], ids=str)
+def test_what_is_counted_is_what_moved_the_weights(settings):
+    """In float64, with weight decay, in both phases; a matrix with a broken gradient does not move. The numbers were of
+    S3 alone, which moves the rest. The map is float32, so sums agree to 1e-6."""
+    params = matrices(dtype=torch.float64)
+    optimizer = SoftMuon(params, LR, weight_decay=DECAY, total_steps=8, soft_start=0.5, **settings)
+    optimizer.update_statistics = statistics.zeros()
+    for step in range(8):
+        before = [param.detach().clone() for param in params]
+        for i, param in enumerate(params):
+            generator = torch.Generator().manual_seed(100 * i + step)
+            param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64) * 0.1
+        params[2].grad[3, 1] = math.nan
+        optimizer.step()
+        moved = [(a - b) / LR - DECAY * a for a, b in zip(before, params, strict=True)]
+        moved[2] = torch.zeros_like(moved[2])
+        u, gradient = (torch.cat([each.detach().flatten() for each in x]) for x in (moved, [p.grad for p in params]))
+        agreeing = (u * gradient * (-1 if settings.get("maximize") else 1) > 0).sum()
+        total, largest, saturated, agreement, elements = optimizer.update_statistics.tolist()
+        assert total == pytest.approx(u.abs().sum().item(), rel=1e-6)
+        assert largest == pytest.approx(u.abs().max().item(), rel=1e-6)
+        assert math.isnan(saturated), "an entry has no bound to be near to"
+        assert (agreement, elements) == (agreeing, u.numel())
+
+
+def test_a_step_within_a_compiled_one_is_the_same():
+    compiled, plain = matrices(), matrices()
+    optimizers = [SoftMuon(x, LR, weight_decay=DECAY, total_steps=6, soft_start=0.5) for x in (compiled, plain)]
+
+    @torch.compile(backend="eager")
+    def step(optimizer):
+        optimizer.step()
+
+    for i in range(6):
+        for params in (compiled, plain):
+            for x in params:
+                x.grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
+        step(optimizers[0])
+        optimizers[1].step()
+    assert same(compiled, plain) and optimizers[0].schedule == optimizers[1].schedule
+
+
 def test_weights_of_half_and_double_precision():
     """Moved in float32, rounded once: the weight is the float32 run's, rounded. Double has an m in double."""
     half, single = matrices(dtype=torch.bfloat16), matrices(dtype=torch.bfloat16)
@@ -356,6 +413,21 @@ def test_other_optimizers_states_and_sparse_gradients_are_refused():
     with pytest.raises(S3Error, match="sparse=False"):
         optimizer.step()
     assert torch.equal(params[0], before)
+
+
+@pytest.mark.parametrize(("version", "lines"), [("0.4.1", 1), ("0.3.2", 0), (None, 1)])
+def test_a_library_of_another_version_is_used_and_one_line(monkeypatch, caplog, version, lines):
+    def find(_: str) -> str:
+        if version is None:
+            raise metadata.PackageNotFoundError
+        return version
+
+    monkeypatch.setattr(metadata, "version", find)
+    polar._look_at_version.cache_clear()
+    for _ in range(2):
+        train(SoftMuon(matrices(), soft_start=1, weight_decay=DECAY), range(2))
+    assert len(caplog.messages) == lines
+    assert all("was never run with SoftMuon" in line and "==0.3.0" in line for line in caplog.messages)
 
 
 def test_a_missing_library_is_one_line(monkeypatch):

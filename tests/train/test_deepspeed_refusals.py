@@ -46,12 +46,50 @@ def refusal(loop: ModuleType, monkeypatch: pytest.MonkeyPatch, config: Path | No
         ("--ckpt-format", "torch"),
         ("--log-params-norm",),
         ("--rampup-batch-size", "4", "4", "100"),
+        # Of SoftMuon in Megatron, and of what moves the rest there.
+        *(
+            (*flag, "--optimizer", "softmuon")
+            for flag in (
+                ("--softmuon-tp-mode", "blockwise"),
+                ("--softmuon-scalar-optimizer", "adam"),
+                ("--s3-p", "2"),
+                ("--s3-no-nesterov",),
+            )
+        ),
     ],
     ids=lambda flag: flag[0],
 )
 def test_what_would_do_nothing_is_refused(loop: ModuleType, monkeypatch: pytest.MonkeyPatch, flag: list[str]) -> None:
     line = refusal(loop, monkeypatch, ROOT / "configs/deepspeed/zero1.json", *flag)
     assert line.startswith(f"{flag[0]} ") and "does nothing under DeepSpeed" in line
+
+
+def test_the_models_fused_qkv_weights_are_named_for_deepspeed(loop: ModuleType) -> None:
+    """8 heads of 4 in 2 groups: 16 rows of Q, 4 of K and of V. Whatever is a matrix to Megatron is one."""
+    import torch
+
+    from s3_megatron.train.deepspeed_matrices import describe
+
+    shape = SimpleNamespace(num_attention_heads=8, num_query_groups=2, kv_channels=4)
+    model = torch.nn.Module()
+    model.self_attention = torch.nn.Module()
+    model.self_attention.linear_qkv = torch.nn.Linear(32, 48)
+    model.embedding = torch.nn.Embedding(5, 32)
+    model.embedding.weight.is_embedding_or_output_parameter = True
+    model.positions = torch.nn.Embedding(7, 32)
+    params: dict[str, Any] = {}
+    describe(model, shape, params, split_qkv=True)
+    assert params == {"split_qkv": {"*linear_qkv.weight": [16, 4, 4]}}
+    marked = {name: param.use_muon for name, param in model.named_parameters()}
+    assert [name for name, is_matrix in marked.items() if is_matrix] == [
+        *("self_attention.linear_qkv.weight", "positions.weight")
+    ]
+    describe(model, shape, params, split_qkv=True)  # as a file may have it
+    with pytest.raises(S3Error, match=r"the flags make it \{\}: leave it out of the file"):
+        describe(model, shape, params, split_qkv=False)
+    model.self_attention.requires_grad_(False)
+    describe(model, shape, params := {}, split_qkv=True)
+    assert params == {"split_qkv": {}}, "a pattern that fits nothing trained"
 
 
 def test_the_file_must_be_there_and_be_json(loop: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -40,6 +40,20 @@ def test_damage_is_marked_in_a_job_and_answered_with_advice_elsewhere(
     assert (tmp_path / LOAD_FAILED).read_text().startswith(f"{type(error).__name__}: ")
 
 
+def test_a_state_of_another_optimizer_is_named_with_what_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Muon's checkpoint SoftMuon's run showed a KeyError with the names of all that is in it."""
+    monkeypatch.setenv("S3_RUN_DIR", str(tmp_path))
+    key = "chained_0.optimizer.state.exp_avg.linear_qkv.weight"
+    missing = KeyError(f"{key} from model not in state dict: ['chained_0.optimizer.state.momentum_buffer.fc1.weight']")
+    with pytest.raises(S3Error) as refused, watched(lambda: tmp_path):
+        raise CheckpointException("load", {0: (missing, None)})
+    said = str(refused.value)
+    assert f"holds no {key}: another optimizer wrote its state" in said and "--no-load-optim" in said
+    assert "momentum_buffer" not in said and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -94,7 +94,8 @@ def metrics(folder: Path) -> dict[str, Metrics]:
     (folder / TORN).parent.mkdir(parents=True)
     (folder / TORN).touch()
     resumed = [replace(run, resumed=True) for run in RESUMED]
-    return launch([*FULL, *resumed], 2, folder, *over_from_adam(folder), *softsignums(folder))
+    relaxed = [*softsignums(folder), *softmuons(folder)]
+    return launch([*FULL, *resumed], 2, folder, *over_from_adam(folder), *relaxed)
 
 
 def over_from_adam(folder: Path) -> list[Job]:
@@ -134,6 +135,24 @@ def softsignums(folder: Path) -> list[Job]:
         for start in PHASES:
             watch = ["--watch-dir", str(folder / f"{name}-{start}")]
             jobs.append(("deepspeed", [*argv, "--load", saved, "--ckpt-step", str(start), *watch]))
+    return jobs
+
+
+def softmuons(folder: Path) -> list[Job]:
+    """SoftMuon with S3 beside it, in the engines that have it; and from its soft phase once more."""
+    jobs: list[Job] = []
+    for engine in ("megatron", "zero1", "zero2"):
+        name = f"softmuon-{engine}"
+        saved = str(folder / f"{name}-saved")
+        argv = flags(iterations=8, optimizer="softmuon", precision="bf16")
+        argv += ["--num-layers", "1", "--softmuon-soft-start", "0.5"]
+        entry = "deepspeed"
+        if engine == "megatron":
+            entry, argv = engine, [*argv, "--dist-ckpt-optim-fully-reshardable"]
+        else:
+            argv += ["--deepspeed-config", str(CONFIGS / f"{engine}.json")]
+        jobs.append((entry, [*argv, "--save", saved, "--save-interval", "6", "--watch-dir", str(folder / name)]))
+        jobs.append((entry, [*argv, "--load", saved, "--ckpt-step", "6", "--watch-dir", str(folder / f"{name}-6")]))
     return jobs
 
 
@@ -206,6 +225,22 @@ def test_softsignum_trains_through_its_switch_and_resumes(
         resumed = read_metrics(folder / f"softsignum-{engine}-{precision}-{start}")
         assert sorted(resumed.train) == list(range(start + 1, 9))
         assert gap(resumed, whole) == 0
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["megatron", "zero1", "zero2"])
+def test_softmuon_trains_as_in_megatron_and_resumes(metrics: dict[str, Metrics], folder: Path, engine: str) -> None:
+    """Both engines have the same matrices, learned positions among them, and Q, K and V apart: losses are Megatron's,
+    and sizes of the updates, of S3's and SoftMuon's together, which were S3's alone."""
+    whole, theirs, resumed = (read_metrics(folder / f"softmuon-{name}") for name in (engine, "megatron", f"{engine}-6"))
+    assert sorted(whole.train) == list(range(1, 9)) and sorted(resumed.train) == [7, 8]
+    print(f"{engine}: losses differ by {gap(whole, theirs):.1e}")
+    assert gap(whole, theirs) <= BOUND["bf16"] and gap(resumed, whole) == 0
+    for i, event in whole.train.items():
+        assert event.updates.saturated is None, "an entry of a map has no bound to be near to"
+        for name in ("mean", "max", "agreement"):
+            found, wanted = (getattr(each.updates, name) for each in (event, theirs.train[i]))
+            assert found == pytest.approx(wanted, rel=1e-2), (i, name)
 
 
 @pytest.mark.distributed

@@ -27,6 +27,7 @@ from s3_megatron.swap import SymbolSwap
 
 _FROM_TRAINER = ("lr", "weight_decay")  # what transformers and accelerate fill in for any optimizer
 _IS_0_17 = deepspeed.__version__.startswith("0.17.")  # 0.17.6 is the oldest that S3 works with
+_SPLIT_QKV = "split_qkv"
 _STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -59,10 +60,14 @@ def configure_basic_optimizer(original: Callable[..., Any]) -> Callable[..., Any
         if spec is None:
             return original(self, model_parameters)
         bf16_states = _has(self, "bf16_optimizer_states")
-        settings = self.optimizer_params() or {}
+        settings = {**(self.optimizer_params() or {})}
         if spec.beside:
+            # The Spec's own is Megatron's, whose models have marks on these weights.
+            asked = settings.pop(_SPLIT_QKV, None)
+            asked = {} if asked in (None, "auto") else asked
             matrices, rest = softmuon.make_groups(self.module, model_parameters)
-            build = functools.partial(softmuon.ZeroSoftMuon, rest=rest)
+            found = softmuon.find_qkv(self.module, matrices, asked)
+            build = functools.partial(softmuon.ZeroMatrices, rest=rest, split_qkv=asked, qkv=found)
             optimizer = make(spec, matrices, settings, bf16_states=bf16_states, build=build)
         else:
             optimizer = make(spec, model_parameters, settings, bf16_states=bf16_states)
@@ -89,7 +94,7 @@ def make(
     unknown = sorted(set(settings) - own - switches)
     if unknown:
         # betas is for ablations, and whoever comes from Adam has a pair that does not fit: beta is what to see here.
-        known = [name for name in sorted(own | switches) if name != "betas"]
+        known = [name for name in sorted(own | switches | ({_SPLIT_QKV} if spec.beside else set())) if name != "betas"]
         raise S3Error(
             f"the DeepSpeed configuration gives optimizer {spec.title} the params {', '.join(map(repr, unknown))}, "
             f"which it does not have: take them out; it has {', '.join(known)}"
@@ -146,7 +151,7 @@ def configure_optimizer(original: Callable[..., None]) -> Callable[..., None]:
         if client_optimizer is not None:
             self._config.zero_force_ds_cpu_optimizer = False  # "use DeepSpeedCPUAdam": S3 has its own C++ kernel
             _freeze_step_during_init(client_optimizer)
-        kind = softmuon.ZeroSoftMuon if spec.beside else spec.load()
+        kind = softmuon.ZeroMatrices if spec.beside else spec.load()
         try:
             with _masters_may_be_16_bit(kind):
                 original(self, client_optimizer, model_parameters)

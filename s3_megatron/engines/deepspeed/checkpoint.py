@@ -5,13 +5,14 @@ Every host symbol named here was read in deepspeed 0.19.8.
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from deepspeed.utils import logger
+from deepspeed.utils import log_dist, logger
 
 from s3_megatron.engines import versions
 from s3_megatron.engines.deepspeed.layout import is_flat, is_sharded, is_stage3, masters
@@ -131,15 +132,16 @@ class _LoadGuard:
                 run's; or what defines the state is another.
         """
         ours, spec = self.optimizer.param_groups, self.optimizer.spec
+        if is_foreign := not is_marked(saved, spec):  # first: others may have other groups
+            ask = f'add "{spec.field(FROM_ADAM)}": true to the params of optimizer {spec.title}'
+            weights = f"load the weights alone: {_weights_alone(self.wrapper, universal)}"
+            check_convertible(saved, spec, asked=self.from_adam, ask=ask, fresh=weights)
         if len(saved) != len(ours):
             raise S3Error(
                 f"the checkpoint has {len(saved)} param groups and this run has {len(ours)}: group the parameters as "
                 "the checkpoint's run did"
             )
-        if not is_marked(saved, spec):
-            ask = f'add "{spec.field(FROM_ADAM)}": true to the params of optimizer {spec.title}'
-            weights = f"load the weights alone: {_weights_alone(self.wrapper, universal)}"
-            check_convertible(saved, spec, asked=self.from_adam, ask=ask, fresh=weights)
+        if is_foreign:
             return True
         accept(saved, ours, spec, self._on_change)
         names = [name for name in _TAKEN_OVER if name in ours[0]]
@@ -162,6 +164,7 @@ class _LoadGuard:
                 f'{what}: give the checkpoint\'s values, or add "{spec.field(OVERRIDE)}": true to the params of '
                 f"optimizer {spec.title} to go on with this run's"
             )
+        log_dist(f"{what}: this run's values count", ranks=[0], level=logging.WARNING)
         return True
 
 

@@ -70,7 +70,8 @@ def _compared_with_the_state() -> list[str]:
     """List the keys that are compared, group by group, where the optimizer's state is loaded."""
     names = ["weight_decay"]
     for spec in registry.specs():
-        names += [*(each.name for each in spec.hyperparameters if each.defines_state), *spec.switch_fields]
+        names += [each.name for each in spec.hyperparameters if each.defines_state]
+        names += [*spec.road, *spec.switch_fields]
     return [f"optimizer.params.{name}" for name in names]
 
 

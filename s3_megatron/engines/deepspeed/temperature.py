@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from s3_megatron.engines.deepspeed.layout import flat_partitions, has_gradscaler, inside, is_sharded, is_stage3
-from s3_megatron.engines.deepspeed.softmuon import ZeroSoftMuon, lay_out
+from s3_megatron.engines.deepspeed.softmuon import ZeroMatrices, lay_out
 from s3_megatron.errors import S3Error
 from s3_megatron.optim.relaxed import RelaxedOptimizer
 
@@ -26,7 +26,7 @@ def take_over_all_ranks(engine: Any) -> None:
     wrapper, title = engine.optimizer, optimizer.spec.title
     if has_gradscaler(engine):
         raise S3Error(f"torch_autocast in float16 skips steps and {title} cannot know: use bfloat16, or fp16.enabled")
-    if isinstance(optimizer, ZeroSoftMuon):
+    if isinstance(optimizer, ZeroMatrices):
         optimizer.pieces = lay_out(optimizer, wrapper)
     optimizer.counts_steps_at_rate_0 = optimizer.is_stepped_in_parts = True
     if not optimizer.param_groups[0]["transition_iters"]:

@@ -6,7 +6,7 @@ from typing import Any
 from megatron.core import optimizer as host
 from megatron.core.optimizer import MegatronOptimizer
 
-from s3_megatron.engines.megatron.config import S3Config, SoftSignumConfig, SpecOptimizerConfig
+from s3_megatron.engines.megatron.config import S3Config, SoftMuonConfig, SoftSignumConfig, SpecOptimizerConfig
 from s3_megatron.engines.megatron.install import install
 
 
@@ -37,4 +37,14 @@ class SoftSignumOptimizerConfig(SoftSignumConfig, BridgeConfig):  # type: ignore
     """OptimizerConfig (megatron-core 0.19.2) with SoftSignum's own hyperparameters; ``optimizer`` is "softsignum".
 
     ``softsignum_total_steps`` is the length of the run, which a configuration of the optimizer does not know.
+    """
+
+
+@dataclass
+class SoftMuonOptimizerConfig(SoftMuonConfig, BridgeConfig):  # type: ignore[misc, valid-type]
+    """OptimizerConfig (megatron-core 0.19.2) with SoftMuon's own hyperparameters; ``optimizer`` is "softmuon".
+
+    The fields of what moves the rest are in it, too. ``softmuon_total_steps`` is the length of the run.
+    ``use_distributed_optimizer`` must be off, in the configuration of DDP, too: gradients have to come whole;
+    ``use_layer_wise_distributed_optimizer`` then gives each matrix to one rank.
     """

@@ -1,10 +1,12 @@
 """What may be loaded into an optimizer of ours, and what its own checkpoints may be loaded into."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
+from megatron.core.utils import log_single_rank
 
 from s3_megatron.engines.megatron import groups
 from s3_megatron.engines.megatron.config import SpecOptimizerConfig
@@ -12,6 +14,8 @@ from s3_megatron.errors import S3Error
 from s3_megatron.optim import registry
 from s3_megatron.optim.spec import FROM_ADAM, OVERRIDE, Spec
 from s3_megatron.optim.state import accept, check_convertible, convert_from_adam, is_marked, written_by
+
+logger = logging.getLogger(__name__)
 
 
 def guard_own(part: MegatronOptimizer, config: SpecOptimizerConfig, spec: Spec) -> None:
@@ -24,6 +28,7 @@ def guard_own(part: MegatronOptimizer, config: SpecOptimizerConfig, spec: Spec) 
 
     def on_change(what: str) -> bool:
         if config.asks(OVERRIDE, spec):
+            log_single_rank(logger, logging.WARNING, f"{what}: this run's values count")
             return True
         raise S3Error(f"{what}: pass the checkpoint's values, or {spec.flag(OVERRIDE)} to go on with this run's")
 
@@ -37,7 +42,10 @@ def guard_own(part: MegatronOptimizer, config: SpecOptimizerConfig, spec: Spec) 
             return
         foreign = not is_marked(saved, spec)
         if foreign:
-            advice = {"ask": f"pass {spec.flag(FROM_ADAM)}", "fresh": "pass --no-load-optim to start with fresh state"}
+            fresh = "pass --no-load-optim to start with fresh state"
+            if spec is not config.spec:
+                fresh = f"{config.spec.flag('scalar_optimizer')} as in the checkpoint's run, or {fresh}"
+            advice = {"ask": f"pass {spec.flag(FROM_ADAM)}", "fresh": fresh}
             check_convertible(saved, spec, asked=config.asks(FROM_ADAM, spec), **advice)
         ours = part.optimizer.param_groups
         kept: list[dict[str, Any]] = []
@@ -69,15 +77,18 @@ def guard_own(part: MegatronOptimizer, config: SpecOptimizerConfig, spec: Spec) 
         part.load_parameter_state = load_parameter_state
 
 
-def guard_other(part: MegatronOptimizer) -> None:
-    """Make ``part.load_state_dict`` refuse the state of an optimizer of ours, which Adam would read as its own."""
+def guard_other(part: MegatronOptimizer, chosen_by: str = "--optimizer") -> None:
+    """Make ``part.load_state_dict`` refuse the state of an optimizer of ours, which Adam would read as its own.
+
+    ``chosen_by`` is the flag that makes ``part`` another optimizer.
+    """
     original: Callable[..., None] = part.load_state_dict
 
     def load_state_dict(state_dict: dict[str, Any]) -> None:
         if (writer := written_by(_param_groups(state_dict) or ())) is not None:
             raise S3Error(
                 f"the checkpoint's optimizer state is {registry.title(writer)}'s, which no other can continue: pass "
-                f"--optimizer {writer}, or --no-load-optim to start with fresh state"
+                f"{chosen_by} {writer}, or --no-load-optim to start with fresh state"
             )
         original(state_dict)
 

@@ -48,6 +48,7 @@ def config_class(spec: Spec) -> type[SpecOptimizerConfig]:
 # Where pickle looks for them.
 S3Config = config_class(registry.S3)
 SoftSignumConfig = config_class(registry.SOFTSIGNUM)
+SoftMuonConfig = config_class(registry.SOFTMUON)
 
 # What no optimizer of ours can do in Megatron yet, by the argument that asks for it.
 _UNSUPPORTED = {
@@ -92,7 +93,7 @@ def add_flags(original: Callable[..., argparse.ArgumentParser]) -> Callable[...,
             metavar="DIR",
             help="Append loss, rates and mean and max |update| to DIR/metrics.jsonl at every logged iteration, with "
             "any optimizer; with S3 and SoftSignum also the shares of |update| > 0.9 and of weights that move against "
-            "their gradient. Default: off.",
+            "their gradient, of which SoftMuon has the latter. Default: off.",
         )
         return parser
 
@@ -140,17 +141,16 @@ def validate(original: Callable[..., Any]) -> Callable[..., Any]:
         if spec is None:
             return original(args, *rest, **kwargs)
         refuse_unsupported(args)
-        spec.check(_engine_values(spec, args), spec.flag)
-        for each in layer_wise.used(spec, args):
-            each.check(each.chosen(own_values(each, args)), each.flag)
+        for one in layer_wise.used(spec, args):
+            one.check(one.chosen(own_values(one, args)), one.flag)
         if getattr(args, spec.field(FROM_ADAM), False):
             args.override_opt_param_scheduler = True
         with nullcontext() if spec.beside else _by_adams_name(args):
             validated = original(args, *rest, **kwargs)
         # From here on the arguments are complete, for Megatron's optimizer and for DeepSpeed's; or refused.
-        for each in layer_wise.used(spec, args):
-            for name, value in each.complete(own_values(each, args), _iterations(args)).items():
-                setattr(args, each.field(name), value)
+        for one in layer_wise.used(spec, args):
+            for name, value in one.complete(own_values(one, args), _iterations(args)).items():
+                setattr(args, one.field(name), value)
         return validated
 
     return validate_args
@@ -186,12 +186,19 @@ def _by_adams_name(args: argparse.Namespace) -> Iterator[None]:
 
 
 def refuse_unsupported(settings: argparse.Namespace | OptimizerConfig) -> None:
-    """Raise S3Error for a setting, a flag or one of OptimizerConfig's, under which Megatron would not use ours."""
+    """Raise S3Error for a setting, a flag or one of OptimizerConfig's, under which Megatron would not use ours.
+
+    So it does for a value that the road of ``spec.engine`` does not have: no class checks these.
+    """
     for name, fix in _UNSUPPORTED.items():
         if getattr(settings, name, None):
             raise S3Error(f"--{name.replace('_', '-')} does not work with --optimizer {settings.optimizer}: {fix}")
     spec = registry.find(settings.optimizer)
-    if spec is not None and spec.beside:
+    if spec is None:
+        return
+    for each in spec.engine:
+        each.check(getattr(settings, spec.field(each.name)), spec.flag(each.name))
+    if spec.beside:
         layer_wise.refuse(settings)
 
 

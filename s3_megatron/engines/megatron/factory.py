@@ -37,13 +37,15 @@ def make_optimizer(original: Callable[..., MegatronOptimizer]) -> Callable[..., 
                 guard_other(part)
         else:
             if not isinstance(config, SpecOptimizerConfig):
-                listed = spec in (registry.S3, registry.SOFTSIGNUM)
-                made = f"{spec.title}OptimizerConfig" if listed else f"config.config_class(<the Spec {spec.name}>)"
+                is_own = spec in registry.OWN
+                made = f"{spec.title}OptimizerConfig" if is_own else f"config.config_class(<the Spec {spec.name}>)"
                 raise S3Error(
                     f"optimizer={spec.name!r} came in a plain OptimizerConfig: build it as s3_megatron.engines."
                     f"megatron.{made}, which has {spec.title}'s hyperparameters"
                 )
             refuse_unsupported(config)
+            if spec.beside:
+                layer_wise.refuse_chunks(config, model_chunks)
             with _road(config):
                 optimizer = original(config, model_chunks, *args, **kwargs)
             _finish_all(optimizer, config, model_chunks)
@@ -127,7 +129,7 @@ def _finish_all(optimizer: MegatronOptimizer, config: SpecOptimizerConfig, model
                 f"Megatron built {type(inner).__name__} where {spec.title} was asked for: report this version"
             )
         else:
-            guard_other(part)
+            guard_other(part, spec.flag("scalar_optimizer"))
     for each, held in mine.items():
         for part in held:
             _finish(part, config, each)

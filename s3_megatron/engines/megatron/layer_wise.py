@@ -1,6 +1,7 @@
 """Where Megatron's road for optimizers of whole matrices goes, and where it does not (megatron-core 0.19.2)."""
 
 import argparse
+from typing import Any
 
 import megatron.core.optimizer as host
 from megatron.core.optimizer import OptimizerConfig
@@ -53,3 +54,31 @@ def refuse(settings: argparse.Namespace | OptimizerConfig) -> None:
         raise S3Error(
             "--num-distributed-optimizer-instances above 1 does not work with --optimizer softmuon: drop the flag"
         )
+
+
+def refuse_chunks(config: OptimizerConfig, model_chunks: list[Any]) -> None:
+    """Raise S3Error for a model without a matrix on this rank, and where DDP cuts the gradients of matrices.
+
+    DDP does so for a DistributedOptimizer: each rank would step the matrices with gradients of its own, of which one
+    shard is the average. Megatron's validation of flags turns the setting off; who builds configurations himself, or
+    Megatron-Bridge, does not.
+    """
+    from megatron.core.optimizer.emerging_optimizers import _is_nonlinear_or_embedding as is_rest
+
+    trained = [[param for param in chunk.parameters() if param.requires_grad] for chunk in model_chunks]
+    if all(is_rest(param) for chunk in trained for param in chunk):
+        raise S3Error(
+            "a rank has no matrix to train, and --optimizer softmuon moves those of every rank: share the layers out "
+            "over pipeline stages in another way, or take --optimizer s3 for all weights"
+        )
+    for chunk, params in zip(model_chunks, trained, strict=True):
+        ddp = getattr(chunk, "ddp_config", None)
+        if ddp is None or not ddp.use_distributed_optimizer:
+            continue
+        is_laid_out = all(hasattr(param, "is_managed_by_layer_wise_optimizer") for param in params)
+        if not (config.use_layer_wise_distributed_optimizer and is_laid_out):
+            raise S3Error(
+                "use_distributed_optimizer has gradients reduced into shards, and --optimizer softmuon steps whole "
+                "matrices: set it to False in the configurations of DDP and of the optimizer; with "
+                "use_layer_wise_distributed_optimizer=True each matrix is on one rank"
+            )

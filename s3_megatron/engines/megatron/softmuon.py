@@ -28,6 +28,9 @@ def in_the_hosts_registry(config: Any, init_state: Callable[..., None]) -> Itera
     def build(params: list[dict[str, Any]], **arguments: Any) -> SoftMuon:
         groups = arguments.pop("pg_collection")
         made = SoftMuon(params, lr=config.lr, weight_decay=config.weight_decay, **arguments)
+        road = {"tp_mode": _mapped(groups, config.softmuon_tp_mode), "split_qkv": config.softmuon_split_qkv}
+        made.defaults.update(road)
+        made.write_to_groups(**road)
         made.qkv_of = _qkv_of if config.softmuon_split_qkv else lambda param: None
         made.cut_of = _cut_of(groups, config.softmuon_tp_mode)
         made.counted = _counted_of(groups, config.use_layer_wise_distributed_optimizer)
@@ -72,6 +75,12 @@ def _cut_of(groups: Any, mode: str) -> Callable[[Tensor], Cut | None]:
         return Cut(group, dim, is_gathered=mode == "duplicated")
 
     return cut_of
+
+
+def _mapped(groups: Any, mode: str) -> str:
+    """Say which matrices are mapped, for checkpoints: blockwise, other ranks make other steps of the same state."""
+    sizes = sorted({groups.tp.size(), getattr(groups, "expt_tp", groups.tp).size()} - {1})
+    return f"blockwise over {' and '.join(map(str, sizes))} ranks" if mode == "blockwise" and sizes else "whole"
 
 
 def _counted_of(groups: Any, layer_wise: bool) -> Callable[[Tensor, Tensor], Tensor]:

@@ -55,6 +55,14 @@ def _file(job: Job) -> Iterator[Finding]:
             f"{path} has ZeRO stage 0, and precision is bf16: DeepSpeed cannot accumulate float32 gradients there",
             "deepspeed=zero1, or precision=fp32",
         )
+    trained = registry.find(job.recipe.optimizer.name)
+    if trained is not None and trained.beside and zero.get("stage", 0) not in (1, 2):
+        yield Finding(
+            ERROR,
+            "deepspeed",
+            f"{path} has ZeRO stage {zero.get('stage', 0)}, and {trained.title} runs in ZeRO 1 and 2 alone",
+            "deepspeed=zero1 or zero2, or another optimizer",
+        )
     if kind is None:
         return
     spec = registry.find(kind)

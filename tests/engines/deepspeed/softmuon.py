@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from s3_megatron.engines.deepspeed import activity
-from s3_megatron.engines.deepspeed.softmuon import ZeroSoftMuon
+from s3_megatron.engines.deepspeed.softmuon import ZeroMatrices
 from s3_megatron.optim import S3, SoftMuon
 from tests.engines.deepspeed import harness as on
 from tests.engines.deepspeed.checkpoints import convert, load, save
@@ -16,8 +16,11 @@ from tests.engines.deepspeed.window import OLD
 from tests.rank_checks import refuses, shared_folder
 
 STEPS, HARD = 8, 4
-PARAMS = {"total_steps": STEPS, "soft_start": 0.5}
-MATRICES = ("linear", "square", "wide", "tall")
+PHASES = {"total_steps": STEPS, "soft_start": 0.5}
+# Two head groups of a fused weight: the rows of Q, K and V.
+QKV = [4, 2, 2]
+PARAMS = {**PHASES, "split_qkv": {"fu?ed": QKV}}
+MATRICES = ("linear", "square", "wide", "tall", "fused")
 # The longest step: 0.2 * sqrt(27) times the rate; the map has the same input as the unsharded one.
 LONGEST = on.LR * 0.2 * 27**0.5
 
@@ -28,19 +31,26 @@ class Net(on.Net):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(2)
-        for name, shape in (("square", (8, 8)), ("wide", (5, 21)), ("tall", (20, 3))):
+        for name, shape in (("square", (8, 8)), ("wide", (5, 21)), ("tall", (20, 3)), ("fused", (16, 8))):
             value = torch.randn(shape, generator=generator).bfloat16().float()
             self.register_parameter(name, nn.Parameter(value))
 
 
+def blocks(fused: Tensor) -> list[Tensor]:
+    """The Q of both head groups, as one matrix, the K and the V."""
+    first, second = fused.detach().chunk(2)
+    return [torch.cat(rows) for rows in zip(first.split(QKV), second.split(QKV), strict=True)]
+
+
 class Reference:
-    """SoftMuon and S3 side by side on float32 copies."""
+    """SoftMuon and S3 side by side on float32 copies; Q, K and V of the fused weight are matrices of their own."""
 
     def __init__(self, **settings: Any) -> None:
         self.net = Net()
         named = dict(self.net.named_parameters())
-        matrices = [named[name] for name in named if name in MATRICES]
-        settings = {**PARAMS, "process_group": alone(), **settings}
+        self.blocks = [nn.Parameter(block) for block in blocks(named["fused"])]
+        matrices = [named[name] for name in named if name in MATRICES and name != "fused"] + self.blocks
+        settings = {**PHASES, "process_group": alone(), **settings}
         rest = [{"params": [named["embedding"]]}, {"params": [named["bias"]], "weight_decay": 0.0}]
         rest.append({"params": [named["scale"]], "weight_decay": 0.5 if on.ALONE else 0.0})
         self.optimizers = [
@@ -53,11 +63,15 @@ class Reference:
             param.grad = grads[name].clone() if param.requires_grad else None
         if clip:
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), clip)
+        for block, grad in zip(self.blocks, blocks(self.net.fused.grad), strict=True):
+            block.grad = grad
         for optimizer in self.optimizers:
             optimizer.step()
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: param.detach() for name, param in self.net.named_parameters() if param.requires_grad}
+        found = {name: param.detach() for name, param in self.net.named_parameters() if param.requires_grad}
+        halves = zip(*(block.detach().chunk(2) for block in self.blocks), strict=True)
+        return {**found, "fused": torch.cat([part for half in halves for part in half])}
 
 
 _alone: list[Any] = []
@@ -70,9 +84,13 @@ def alone() -> Any:
     return _alone[0]
 
 
-def started(stage: int = 1, precision: str = "fp32", params: dict[str, Any] = PARAMS, **settings: Any) -> on.Run:
-
-    return on.Run(stage, precision, optimizer="SoftMuon", params=params, **{"net": Net(), **settings})
+def started(
+    stage: int = 1, precision: str = "fp32", params: dict[str, Any] = PARAMS, is_marked: bool = False, **settings: Any
+) -> on.Run:
+    net = Net()
+    for name, param in net.named_parameters() if is_marked else []:  # as by DeepSpeed's Muon
+        param.use_muon = name in MATRICES
+    return on.Run(stage, precision, optimizer="SoftMuon", params=params, **{"net": net, **settings})
 
 
 def grads_of(step: int) -> dict[str, Tensor]:
@@ -104,7 +122,7 @@ def compare(run: on.Run, reference: Reference) -> None:
 
 
 def check_softmuon_trains_and_resumes() -> None:
-    """As the unsharded run, with weight decay; saved in either phase, it goes on to the bit.
+    """As the unsharded run, with weight decay and Q, K and V apart; saved in either phase, it goes on to the bit.
 
     The partitions' borders cut matrices, of which each holder maps the whole: m has the same bits there, and so weights
     agree to 1e-6, 8 ULP, of the value or of the longest step.
@@ -112,7 +130,7 @@ def check_softmuon_trains_and_resumes() -> None:
     for stage in (1, 2):
         run, resumed, reference = started(stage), [], Reference()
         optimizer = run.engine.basic_optimizer
-        assert type(optimizer) is ZeroSoftMuon
+        assert type(optimizer) is ZeroMatrices
         cuts = [piece.is_cut for pieces in optimizer.pieces.values() for piece in pieces]
         assert len(cuts) == len(MATRICES) and (any(cuts) or dist.get_world_size() == 1)
         for step in range(STEPS):
@@ -152,10 +170,12 @@ def check_universal_checkpoints_of_softmuon(folder: Path) -> None:
 
 def check_softmuon_clips_gradients_and_no_updates() -> None:
     """DeepSpeed's Muon clips what it has mapped: an update of norm 0.5 where one of 0.2 * sqrt(27) * sqrt(13) was
-    meant. Under offload, accumulation and bfloat16, too."""
+    meant. Under offload, accumulation and bfloat16, too; and where weights have its marks, by which ZeRO took any class
+    with "muon" in its name for its own (KeyError: 'momentum')."""
     bf16 = [{"stage": 2, "precision": "bf16"}]
     bf16 += [] if OLD else [{"precision": "bf16", **on.FLOAT32_ACCUMULATION}]  # BF16_Optimizer
-    for settings in ({}, {"offload": True}, {"accumulate": 2}, *bf16):
+    marked = [{"stage": 2, "is_marked": True}, {"offload": True, "is_marked": True}]
+    for settings in ({}, {"offload": True}, {"accumulate": 2}, *marked, *bf16):
         run, reference = started(clip=0.5, **settings), Reference()
         for step in range(STEPS):
             assert run.step(grads_of(step))
@@ -197,13 +217,59 @@ def check_a_nan_leaves_softmuons_weights() -> None:
     assert all(weight.isfinite().all() for weight in after.values())
 
 
+def check_other_settings_of_softmuon_are_refused_at_a_resume() -> None:
+    """The checkpoint's counted, in silence; and of a split that no group had, this run's."""
+    run = started()
+    run.step(grads_of(0))
+    save(run, folder := shared_folder())
+    for changed in (
+        {"scale_mode": "unit_rms_norm"},
+        {"extra_scale_factor": 1.0},
+        {"coefficient_type": "simple"},
+        {"num_ns_steps": 7},
+        {"fp32_matmul_prec": "highest"},
+        {"split_qkv": {}},
+    ):
+        (name, value), *_ = changed.items()
+        advice = f"{name}={value}", '"softmuon_override_hyperparameters": true'
+        refuses(lambda c=changed: load(started(params={**PARAMS, **c}), folder), *advice)
+        other = started(params={**PARAMS, **changed, "softmuon_override_hyperparameters": True})
+        load(other, folder)
+        assert all(group[name] == value for group in other.engine.basic_optimizer.param_groups[:1])
+        assert other.step(grads_of(1))
+    load(same := started(), folder)
+    assert same.engine.basic_optimizer.param_groups[0]["split_qkv"] == {"fu?ed": QKV}
+
+
 def check_what_softmuon_cannot_do_is_refused() -> None:
+    for split, advice in (
+        (True, "split_qkv is True: it must have the rows"),
+        ({"fused": 8}, "it must have the rows"),
+        ({"fused": [4, 0, 4]}, "it must have the rows"),
+        ({"c_attn*": QKV}, "'c_attn*', and no parameter of the model is called so"),
+        ({"embedding": QKV}, "embedding of shape [101, 13] is no matrix of SoftMuon's"),
+        ({"fused": [3, 3, 3]}, "fused has 16 rows: they must be a multiple of 9"),
+        ({"fused": QKV, "fu*": [2, 1, 1]}, "fused must fit one entry"),
+    ):
+        refuses(lambda s=split: started(params={**PHASES, "split_qkv": s}), advice)
+    net = Net()
+    net.empty = nn.Parameter(torch.zeros(0, 3))
+    refuses(lambda: started(net=net), "[0, 3], no element")
+    net = Net()
+    net.fused.requires_grad_(False)  # that it is named in split_qkv is no mistake
+    started(net=net).step(grads_of(0))
+    assert torch.equal(net.fused, Net().fused)
+    frozen = Net()
+    for name in MATRICES:
+        frozen.get_parameter(name).requires_grad_(False)
+    refuses(lambda: started(net=frozen), "no matrix of the model is left for SoftMuon")
     for stage in (0, 3):
         refuses(lambda s=stage: started(s), "ZeRO 1 and 2 alone", f"stage {stage}")
     refuses(lambda: started(params={"soft_start": 0.5}), "the length of the run is not known")
     refuses(lambda: started(params={**PARAMS, "scale_mode": "frobenius"}), "spectral, unit_rms_norm, shape_scaling")
     refuses(lambda: started(params={**PARAMS, "tp_mode": "blockwise"}), "'tp_mode'")
-    client = SoftMuon([(net := Net()).linear], weight_decay=on.DECAY, **PARAMS)
+    client = SoftMuon([(net := Net()).linear], weight_decay=on.DECAY, **PHASES)
     refuses(lambda: on.Run(1, client=client, net=net), '{"type": "SoftMuon"}')
-    other = on.Run(1).s3.state_dict()
-    refuses(lambda: started().engine.basic_optimizer.load_state_dict(other), "param groups and this run has")
+    s3, ours = on.Run(1).s3, started().engine.basic_optimizer
+    refuses(lambda: ours.load_state_dict(s3.state_dict()), "written by optimizer s3, and SoftMuon cannot continue it")
+    refuses(lambda: s3.load_state_dict(ours.state_dict()), "written by optimizer softmuon, and S3 cannot continue it")

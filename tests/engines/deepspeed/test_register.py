@@ -70,6 +70,27 @@ def test_a_moved_symbol_is_named_and_nothing_stays_replaced(
     assert [getattr(owner, name) for owner, name in touched] == before
 
 
+@pytest.mark.parametrize("kind", ["SoftSignum", "SoftMuon"])
+def test_the_trainers_eps_of_adam_is_none_of_a_temperatures(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The setting "auto" became 1e-8, and every other value was a mismatch that ended the run."""
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    register()
+    for params, left, wrong in (
+        ({"eps": "auto"}, {}, 0),
+        ({"eps": 1e-3}, {"eps": 1e-3}, 0),
+        ({"lr": 1.0}, {"lr": 1.0}, 1),
+    ):
+        config = HfTrainerDeepSpeedConfig({"optimizer": {"type": kind, "params": params}})
+        config.fill_match("optimizer.params.eps", 1e-8, "adam_epsilon")
+        config.fill_match("optimizer.params.lr", 0.5, "learning_rate")
+        assert (config.config["optimizer"]["params"], len(config.mismatches)) == (left, wrong)
+    assert caplog.messages == [f'"auto" for the eps of {kind} is its own default: the Trainer has that of Adam']
+    adam = HfTrainerDeepSpeedConfig({"optimizer": {"type": "AdamW", "params": {"eps": "auto"}}})
+    adam.fill_match("optimizer.params.eps", 1e-8, "adam_epsilon")
+    assert adam.config["optimizer"]["params"] == {"eps": 1e-8}
+
+
 def test_an_unlisted_version_warns_and_names_the_window(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

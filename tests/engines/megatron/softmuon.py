@@ -8,8 +8,10 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.optimizer import OptimizerConfig
 from torch import nn
 
+from s3_megatron.engines.megatron import SoftMuonOptimizerConfig
 from s3_megatron.optim import S3, SoftMuon, SoftSignum
 from tests.engines.megatron import harness as on
 from tests.engines.megatron.softmuon_harness import (
@@ -150,6 +152,13 @@ def check_softmuon_blockwise_maps_each_ranks_part() -> None:
             torch.testing.assert_close(master, wanted, rtol=1e-6, atol=1e-6 * on.LR)
         for a, b in zip(run.softmuon.schedule[:2], blocks.schedule[:2], strict=True):
             assert abs(a - b) <= 1e-6 * abs(b), (a, b)
+        on.save(run, folder := shared_folder(), "fully_reshardable")
+        for mode in ("duplicated", "distributed"):
+            refuses(
+                lambda m=mode: on.load(Run("--softmuon-tp-mode", m), folder, "fully_reshardable"),
+                *("tp_mode=blockwise over 2 ranks", "asks for tp_mode=whole", "--softmuon-override-hyperparameters"),
+            )
+        on.load(Run("--softmuon-tp-mode", "blockwise"), folder, "fully_reshardable")
 
 
 def check_softmuons_hard_phase_is_megatrons_muon() -> None:
@@ -199,10 +208,30 @@ def check_softmuon_resumes_to_the_bit_in_both_phases() -> None:
             lambda: on.load(Run("--softmuon-beta", "0.8", layer_wise=False), folder, kind),
             *("SoftMuon with beta=0.95", "--softmuon-override-hyperparameters"),
         )
-        refuses(
-            lambda: on.load(Run("--softmuon-scalar-optimizer", "adam", layer_wise=False), folder, kind),
-            "optimizer state is S3's",
-        )
+
+        def onto(*flags: str) -> Run:
+            on.load(other := Run(*flags, layer_wise=False), folder, kind)
+            return other
+
+        for beside, advice in (("adam", "optimizer state is S3's"), ("softsignum", "written by optimizer s3")):
+            flags = "--softmuon-scalar-optimizer", beside, "--softsignum-soft-start", "0.5"
+            refuses(lambda f=flags: onto(*f), advice, "--softmuon-scalar-optimizer")
+        # The checkpoint's counted for all but the last one, in silence.
+        for name, value in (
+            ("scale_mode", "unit_rms_norm"),
+            ("extra_scale_factor", 1.0),
+            ("coefficient_type", "simple"),
+            ("num_ns_steps", 7),
+            ("fp32_matmul_prec", "highest"),
+            ("split_qkv", False),
+        ):
+            flag = f"--softmuon-{name.replace('_', '-')}", f"{value}"
+            given = flag if name != "split_qkv" else ("--softmuon-no-split-qkv",)
+            refuses(lambda g=given: onto(*g), f"asks for {name}={value}", "--softmuon-override-hyperparameters")
+            other = onto(*given, "--softmuon-override-hyperparameters")
+            assert other.softmuon.param_groups[0][name] == value
+            assert (other.softmuon.qkv_of(other.net.linear_qkv.weight) is None) is (name == "split_qkv")
+        onto("--softmuon-tp-mode", "blockwise")  # of whole matrices that is the same
 
 
 def check_softmuon_goes_on_under_another_layout() -> None:
@@ -254,6 +283,36 @@ def check_a_nan_gradient_leaves_a_matrix_on_all_ranks() -> None:
             assert run.softmuon.schedule.first == HARD
 
 
+def check_softmuon_by_its_configuration() -> None:
+    """As Megatron-Bridge builds it, which wraps the model for shards unless it is asked not to. Each rank stepped every
+    matrix with a gradient of which one shard was the average, in silence."""
+    on.since(19, "road for whole matrices")
+    settings = {"lr": on.LR, "weight_decay": on.DECAY, "clip_grad": 0.0, "bf16": True, "params_dtype": torch.bfloat16}
+    phases = {"softmuon_total_steps": STEPS, "softmuon_soft_start": 0.5}
+
+    def provided(shards: bool = False, **own: Any) -> Run:
+        config = SoftMuonOptimizerConfig(**settings, **{**phases, **own})
+        config.finalize()
+        return Run(make=config.provide, layout=False, shards=shards)
+
+    with on.tensor_parallel(1):
+        for layer_wise in (True, False):
+            run = provided(use_layer_wise_distributed_optimizer=layer_wise)
+            compare(run, *trained(run), 1e-6)
+        refuses(lambda: provided(softmuon_total_steps=None), "the length of the run is not known")
+        refuses(lambda: provided(softmuon_scale_mode="frobenius"), "spectral, unit_rms_norm, shape_scaling")
+        # They were taken for "distributed" and for Adam.
+        refuses(lambda: provided(softmuon_tp_mode="whole"), "duplicated, distributed, blockwise")
+        refuses(lambda: provided(softmuon_scalar_optimizer="lion"), "s3, adam, softsignum")
+        for layer_wise in (True, False):
+            refuses(
+                lambda w=layer_wise: provided(shards=True, use_layer_wise_distributed_optimizer=w),
+                *("gradients reduced into shards", "use_layer_wise_distributed_optimizer=True"),
+            )
+        plain = OptimizerConfig(optimizer="softmuon", **settings)
+        refuses(lambda: Run(make=lambda c: on.get_megatron_optimizer(plain, c)), "megatron.SoftMuonOptimizerConfig")
+
+
 def check_softmuons_bad_flags_are_refused() -> None:
     on.since(19, "road for whole matrices")
     for bad, message in (
@@ -275,6 +334,11 @@ def check_softmuons_bad_flags_are_refused() -> None:
     refuses(lambda: Run(precision=None), "needs --bf16")
     with patch.dict(SHAPES, {"gate.weight": (0, 8)}):
         refuses(Run, "[0, 8], no element")
+    with patch.dict(
+        SHAPES, clear=True
+    ):  # an assertion of Megatron's without a text, or the advice to give soft_start 1
+        for layout in (True, False):
+            refuses(lambda w=layout: Run(layout=w), "a rank has no matrix to train", "--optimizer s3")
     with patch.dict(sys.modules, {"emerging_optimizers.orthogonalized_optimizers.muon": None}):
         refuses(Run, "SoftMuon needs emerging-optimizers 0.3", "pip install")
 

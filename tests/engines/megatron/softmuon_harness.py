@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -94,6 +95,8 @@ class Run:
         optimizer: str = "softmuon",
         bucketing: bool = True,
         layout: bool = True,
+        shards: bool = False,
+        make: Callable[[list[Any]], MegatronOptimizer] | None = None,
     ):
         own = ("--softmuon-soft-start", "0.5") if optimizer == "softmuon" else ()
         given = ("--lr", f"{on.LR}", "--weight-decay", f"{on.DECAY}", "--clip-grad", "0", *own, *extra)
@@ -107,12 +110,13 @@ class Run:
         (self.ddp,) = training.wrap_model_chunks_with_ddp(
             [self.net],
             self.net.config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True),
-            use_layer_wise_distributed_optimizer=args.use_layer_wise_distributed_optimizer,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=shards),
+            use_layer_wise_distributed_optimizer=args.use_layer_wise_distributed_optimizer and not shards,
             use_layer_wise_param_layout=layout,
             disable_bucketing_per_chunk=[not bucketing],
         )
-        self.optimizer: MegatronOptimizer = on.get_megatron_optimizer(config, [self.ddp])
+        make = make or functools.partial(on.get_megatron_optimizer, config)
+        self.optimizer: MegatronOptimizer = make([self.ddp])
         on.set_decay(self)
 
     def of(self, kind: type) -> Any:
