@@ -16,7 +16,7 @@ from s3_megatron.engines.megatron.groups import Group, find_kinds
 
 
 def let_experts_move(optimizer: MegatronOptimizer) -> None:
-    """Let ``optimizer``, whose parts are all ours, load the state of more or fewer of them (replaces a method of it)."""
+    """Let ``optimizer``, whose parts are all ours, load the state of more or fewer (replaces a method of it)."""
     original: Callable[[Any], None] = optimizer.load_state_dict
 
     def load_state_dict(state_dict: Any) -> None:
@@ -45,7 +45,7 @@ def _fitted(state_dict: Any, parts: list[MegatronOptimizer]) -> Any:
 
 
 def _joined(common: dict[str, Any], saved: list[Group], tensors: dict[str, Any], part: Any) -> dict[str, Any]:
-    """Join what of a part's state is common to all ranks with ``tensors``, under those ``saved`` that are its groups."""
+    """Join what of a part's state is common to all ranks with ``tensors``, under its own of the ``saved`` groups."""
     here = groups_of(tensors) or [{} for _ in part.param_groups]
     taken = find_kinds(saved, part.param_groups)
     found = [{**group, **own} for group, own in zip(taken, here, strict=True)]

@@ -167,7 +167,7 @@ def check_softsignum_counts_what_tensor_parallel_ranks_share_once() -> None:
     """The linear's weight is another one on every tensor-parallel rank, the rest is on all of them; all ranks are
     tensor-parallel. And one weight is marked as the copy that another pipeline stage has."""
     on.since(19, "distributed optimizer with one state tensor")
-    with on.tensor_parallel(dist.get_world_size()):
+    with on.parallel(dist.get_world_size()):
         net = on.Net()
         for name, param in net.named_parameters():
             param.tensor_model_parallel, param.partition_dim, param.partition_stride = name == "linear.weight", 0, 1
@@ -190,17 +190,3 @@ def check_softsignum_counts_what_tensor_parallel_ranks_share_once() -> None:
         rest = [m for name, m in mine.items() if name not in ("linear.weight", "embedding.weight")]
         expected = median_and_deviation([*(each["linear.weight"] for each in everywhere), *rest])
         assert len(rest) == 4 and inner(run).schedule[:2] == expected
-
-
-def check_softsignum_refuses_several_optimizers_a_rank() -> None:
-    """A weight of an expert makes an optimizer of its own, whose median would be another; hard steps need none."""
-    on.since(19, "distributed optimizer with one state tensor")
-
-    def with_expert(soft_start: str) -> on.Run:
-        net = on.Net()
-        net.linear.weight.allreduce = False
-        return started(soft_start=soft_start, net=net)
-
-    refuses(lambda: with_expert("0.5"), "2 optimizers a rank", "soft_start 1")
-    run = with_expert("1")
-    assert len(run.optimizer.chained_optimizers) == 2
