@@ -168,17 +168,12 @@ def trained(run: on.Run, *, frozen: str = "none", change: Change = lambda grads:
     compare(run, copies)
 
 
-def _sharded() -> list[bool]:
-    """Before 0.19 the distributed optimizer takes two state tensors alone."""
-    return [True, False] if on.MINOR >= 19 else [False]
-
-
 def check_softsignum_with_experts_equals_the_unsharded_run() -> None:
     """Each optimizer had a median of its own. Dense weights are on all expert-parallel ranks, routers and norms on all
     tensor-parallel ones, an expert's bias on its own: each counts once, so the schedule is that of one process, to the
     bit."""
     for layout in LAYOUTS[dist.get_world_size()]:
-        for sharded in _sharded():
+        for sharded in on.WRAPPERS:
             for dtype in (torch.float32, torch.bfloat16):
                 with on.parallel(*layout):
                     run = started(sharded=sharded, dtype=dtype)
@@ -189,7 +184,7 @@ def check_softsignum_with_experts_equals_the_unsharded_run() -> None:
 def check_frozen_experts_and_frozen_dense_weights() -> None:
     """Of what is frozen there is no optimizer, or one without weights: it counts for nothing."""
     with on.parallel(1, 2):
-        for sharded in _sharded():
+        for sharded in on.WRAPPERS:
             for frozen in ("expert", "expert0", ("embedding", "norm", "router", "linear")):
                 trained(started(sharded=sharded, frozen=frozen), frozen=frozen)
 
@@ -203,7 +198,7 @@ def check_an_expert_without_tokens_has_an_update_of_0() -> None:
                 grad.zero_()
 
     with on.parallel(1, 2):
-        for sharded in _sharded():
+        for sharded in on.WRAPPERS:
             run = started(sharded=sharded)
             trained(run, change=idle)
             for name, weight in run.weights().items():
@@ -215,7 +210,7 @@ def check_an_expert_without_tokens_has_an_update_of_0() -> None:
 def check_an_experts_overflow_is_skipped_everywhere() -> None:
     """On one rank, in fp16, where the soft phase would begin and in it: no optimizer steps, no schedule advances."""
     with on.parallel(1, 2):
-        for sharded in _sharded():
+        for sharded in on.WRAPPERS:
             run = started(sharded=sharded, dtype=torch.float16)
             for number in range(STEPS):
                 if number in (HARD, HARD + 1):
@@ -248,7 +243,7 @@ def _whole(run: on.Run) -> dict[str, Tensor]:
 def check_experts_resume_to_the_bit_in_both_phases() -> None:
     with on.parallel(1, 2):
         for kind, sharded in (("dp_reshardable", True), ("fully_reshardable", True), ("none", False)):
-            if sharded not in _sharded():
+            if sharded not in on.WRAPPERS:
                 continue
             run, resumed = started(sharded=sharded), []
             for number in range(STEPS):
@@ -271,7 +266,7 @@ def check_experts_resume_under_another_expert_parallelism() -> None:
     changes = [(1, 2), (2, 1)] if dist.get_world_size() == 2 else [(1, 4), (2, 4), (4, 1)]
     for before, after in changes:
         for name, kind in (("softsignum", SoftSignum), ("s3", S3)):
-            for sharded in _sharded() if name == "softsignum" else (True, False):
+            for sharded in on.WRAPPERS if name == "softsignum" else (True, False):
                 for saved_at in (2, HARD + 2):
                     reference, copies = unsharded(kind)
                     with on.parallel(1, before):

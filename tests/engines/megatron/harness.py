@@ -42,6 +42,8 @@ from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402  (the i
 
 STEPS = 10
 LR, DECAY = 3e-3, 0.1
+TAKES_ONE_STATE = (MAJOR, MINOR) >= (0, 19)  # the distributed optimizer does, of an optimizer that has one
+WRAPPERS = (True, False) if TAKES_ONE_STATE else (False,)  # with the distributed optimizer, and without
 
 
 def since(minor: int, what: str) -> None:
