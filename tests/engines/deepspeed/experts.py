@@ -14,6 +14,7 @@ from s3_megatron.optim import EXP_AVG, SoftSignum
 from s3_megatron.optim.pooled_median import median_and_deviation
 from tests.engines.deepspeed import harness as on
 from tests.engines.deepspeed.checkpoints import load
+from tests.engines.deepspeed.window import OLD
 from tests.rank_checks import refuses, shared_folder
 
 STEPS, HARD, EXPERT_RANKS = 8, 4, 2
@@ -93,7 +94,8 @@ def check_softsignum_counts_an_expert_as_often_as_a_dense_weight() -> None:
     for stage, precision in ((0, "fp32"), (1, "fp32"), (2, "bf16")):
         run, resumed = Run(stage, precision), []
         for step in range(STEPS):
-            if step in (2, HARD + 2):
+            # 0.17.6 looks for the state of float32 at stage 0 in another file than it was saved to, of AdamW too.
+            if step in (2, HARD + 2) and not (OLD and stage == 0):
                 run.engine.save_checkpoint(str(folder := shared_folder()), tag="saved")
                 resumed.append(Run(stage, precision))
                 load(resumed[-1], folder)
