@@ -85,14 +85,19 @@ def guard_other(part: MegatronOptimizer, chosen_by: str = "--optimizer") -> None
     original: Callable[..., None] = part.load_state_dict
 
     def load_state_dict(state_dict: dict[str, Any]) -> None:
-        if (writer := written_by(groups_of(state_dict) or ())) is not None:
-            raise S3Error(
-                f"the checkpoint's optimizer state is {registry.title(writer)}'s, which no other can continue: pass "
-                f"{chosen_by} {writer}, or --no-load-optim to start with fresh state"
-            )
+        refuse_ours(state_dict, chosen_by)
         original(state_dict)
 
     part.load_state_dict = load_state_dict
+
+
+def refuse_ours(state_dict: Any, chosen_by: str = "--optimizer") -> None:
+    """Raise S3Error where ``state_dict`` is the state of an optimizer of ours, which ``chosen_by`` would continue."""
+    if (writer := written_by(groups_of(state_dict) or ())) is not None:
+        raise S3Error(
+            f"the checkpoint's optimizer state is {registry.title(writer)}'s, which no other can continue: pass "
+            f"{chosen_by} {writer}, or --no-load-optim to start with fresh state"
+        )
 
 
 def groups_of(state_dict: Any) -> list[dict[str, Any]] | None:

@@ -9,10 +9,11 @@ the same, where a checkpoint's optimizer is fully reshardable; the rest is put t
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
-from s3_megatron.engines.megatron.checkpoint import groups_of
+from s3_megatron.engines.megatron.checkpoint import groups_of, refuse_ours
 from s3_megatron.engines.megatron.groups import Group, find_kinds
+from s3_megatron.errors import S3Error
 
 
 def let_experts_move(optimizer: MegatronOptimizer) -> None:
@@ -25,16 +26,42 @@ def let_experts_move(optimizer: MegatronOptimizer) -> None:
     optimizer.load_state_dict = load_state_dict
 
 
+def name_what_does_not_fit(optimizer: MegatronOptimizer) -> None:
+    """Let ``optimizer``, which is another's, refuse in one line what ours would put together (replaces a method)."""
+    if type(optimizer) is not ChainedOptimizer:
+        return
+    original: Callable[[Any], None] = optimizer.load_state_dict
+
+    def load_state_dict(state_dict: Any) -> None:
+        numbered, bare = _parted(state_dict)
+        if numbered and bare:
+            for saved in (bare, *numbered.values()):
+                refuse_ours(saved)
+            raise S3Error(
+                "the checkpoint's experts are in another number of optimizers than this run's, and Megatron pairs them "
+                "by number: give the checkpoint's --expert-model-parallel-size (1 and above are two kinds), or pass "
+                "--no-load-optim to start with fresh state"
+            )
+        original(state_dict)
+
+    optimizer.load_state_dict = load_state_dict
+
+
+def _parted(state_dict: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """Part what has the number of an optimizer from what has none; a list, or another's dict, gives nothing."""
+    if not isinstance(state_dict, Mapping):
+        return {}, {}
+    numbered = {key: value for key, value in state_dict.items() if isinstance(key, int)}
+    return numbered, {key: value for key, value in state_dict.items() if key not in numbered}
+
+
 def _fitted(state_dict: Any, parts: list[MegatronOptimizer]) -> Any:
     """Give each of ``parts`` the groups of what was saved beside the tensors of its own.
 
     A state dict has both: what was saved once for all ranks, in the checkpoint's parts, and each rank's tensors, in
     this run's. One part alone has no number.
     """
-    if not isinstance(state_dict, Mapping):
-        return state_dict
-    numbered = {key: value for key, value in state_dict.items() if isinstance(key, int)}
-    bare = {key: value for key, value in state_dict.items() if not isinstance(key, int)}
+    numbered, bare = _parted(state_dict)
     if not (numbered and bare):
         return state_dict
     if len(parts) == 1:

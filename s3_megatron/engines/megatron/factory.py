@@ -15,7 +15,7 @@ from s3_megatron.engines.megatron import layer_wise, single_pass, softmuon, watc
 from s3_megatron.engines.megatron.bare_ranks import STEP, save_without_state
 from s3_megatron.engines.megatron.checkpoint import guard_other, guard_own
 from s3_megatron.engines.megatron.config import SpecOptimizerConfig, own_values, refuse_unsupported
-from s3_megatron.engines.megatron.expert_layout import let_experts_move
+from s3_megatron.engines.megatron.expert_layout import let_experts_move, name_what_does_not_fit
 from s3_megatron.engines.megatron.temperature import take_over_all_ranks
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import EngineOptimizer, registry
@@ -36,6 +36,7 @@ def make_optimizer(original: Callable[..., MegatronOptimizer]) -> Callable[..., 
             optimizer = original(config, model_chunks, *args, **kwargs)
             for part in parts_of(optimizer):
                 guard_other(part)
+            name_what_does_not_fit(optimizer)
         else:
             if not isinstance(config, SpecOptimizerConfig):
                 is_own = spec in registry.OWN

@@ -17,7 +17,7 @@ from s3_megatron.engines.megatron.factory import parts_of
 from s3_megatron.optim import EXP_AVG, S3, EngineOptimizer, SoftSignum
 from tests.engines.megatron import harness as on
 from tests.engines.megatron.softmuon_harness import alone
-from tests.rank_checks import shared_folder
+from tests.rank_checks import refuses, shared_folder
 
 STEPS, HARD, EXPERTS = 8, 4, 4
 DENSE = {"embedding_weight": (11, 8), "norm_weight": (8,), "router_weight": (EXPERTS, 8), "linear_weight": (12, 8)}
@@ -284,3 +284,15 @@ def check_experts_resume_under_another_expert_parallelism() -> None:
                         if name == "softsignum":
                             assert numbers(run) == {(reference.schedule, reference.tau, STEPS)}
                         compare(run, copies)
+
+
+def check_adam_says_that_experts_moved() -> None:
+    """2 to 1 was a KeyError 'optimizer', of which our entry made that the checkpoint has no optimizer's state."""
+    for before, after in ((1, 2), (2, 1)):
+        for name, advice in (("adam", "--expert-model-parallel-size"), ("s3", "--optimizer s3")):
+            with on.parallel(1, before):
+                run = started(name)
+                assert step(run, whole_gradients(0))
+                on.save(run, folder := shared_folder(), "fully_reshardable")
+            with on.parallel(1, after):
+                refuses(lambda f=folder: on.load(started("adam"), f, "fully_reshardable"), advice, "--no-load-optim")
