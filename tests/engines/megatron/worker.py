@@ -276,7 +276,9 @@ def main(output: Path, names: list[str]) -> None:
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    found = rank_checks.named(sys.modules[__name__], passes, resumes, watching, toy, softsignum, soft_passes, softmuon, experts)
+    found = rank_checks.named(
+        sys.modules[__name__], passes, resumes, watching, toy, softsignum, soft_passes, softmuon, experts
+    )
     rank_checks.run(found, names, output)
     dist.destroy_process_group()
 
