@@ -304,7 +304,7 @@ def check_softmuon_by_its_configuration() -> None:
         config.finalize()
         return Run(make=config.provide, layout=False, shards=shards)
 
-    with on.tensor_parallel(1):
+    with on.parallel(1):
         for layer_wise in (True, False):
             run = provided(use_layer_wise_distributed_optimizer=layer_wise)
             compare(run, *trained(run), 1e-6)
