@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, Self, overload
 
 import torch
 import torch.distributed as dist
@@ -54,7 +54,8 @@ class RelaxedOptimizer(EngineOptimizer):
     counted: Callable[[Tensor, Tensor], Tensor] | None = None
     # For engines that call for no step but the run's.
     counts_steps_at_rate_0: bool = False
-    # For engines that make one step of the run of several calls, and call ``end_step`` behind the last.
+    # For engines that make one step of the run of several calls, of one optimizer or of several, and call ``end_step``
+    # behind the last.
     is_stepped_in_parts: bool = False
 
     def __init__(
@@ -94,8 +95,8 @@ class RelaxedOptimizer(EngineOptimizer):
         for group in self.param_groups:
             self.step_group(group, tau)
 
-    def measure(self) -> tuple[float, float]:
-        """Return mu and sigma of the whole model's momentum."""
+    def measure(self, *others: Self) -> tuple[float, float]:
+        """Return mu and sigma of the whole model's momentum; ``others`` have the rest of it on this rank."""
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -178,14 +179,18 @@ class RelaxedOptimizer(EngineOptimizer):
         return loss
 
     @torch.no_grad()
-    def end_step(self) -> None:
-        """Count a step of the run; where the soft phase begins, take its schedule, which communicates."""
-        if all(map(_is_zero, self.param_groups)) and not self.counts_steps_at_rate_0:
+    def end_step(self, *others: Self) -> None:
+        """Count a step of the run; where the soft phase begins, take its schedule, which communicates.
+
+        ``others`` have the rest of this rank's weights, the same plan, and made the same step.
+        """
+        together = (self, *others)
+        if not self.counts_steps_at_rate_0 and all(_is_zero(group) for each in together for group in each.param_groups):
             return
         run = self.param_groups[0]
         if self._is_soft() and self.schedule is None:
             first, length = run["steps_taken"], max(run["sign_iters"] + run["transition_iters"] - run["steps_taken"], 1)
-            mu, sigma = self.measure()
+            mu, sigma = self.measure(*others)
             if not (math.isfinite(mu) and math.isfinite(sigma)):
                 raise S3Error(
                     f"the median of the momentum is {mu}, of its deviation {sigma}: the soft phase cannot begin; "
@@ -196,8 +201,11 @@ class RelaxedOptimizer(EngineOptimizer):
             log_on_first_rank(
                 logging.INFO, f"{self.spec.title} is soft for {length} steps, down to a tau of {last:.4g}: {schedule}"
             )
-            self.write_to_groups(**{key: getattr(schedule, name) for name, key in SCHEDULE.items()})
-        self.write_to_groups(steps_taken=run["steps_taken"] + 1)
+            for each in together:
+                each.write_to_groups(**{key: getattr(schedule, name) for name, key in SCHEDULE.items()})
+        taken = run["steps_taken"] + 1
+        for each in together:
+            each.write_to_groups(steps_taken=taken)
 
     def write_to_groups(self, **values: Any) -> None:
         """Give every param group the same values."""

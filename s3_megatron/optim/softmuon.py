@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -219,12 +219,16 @@ class SoftMuon(RelaxedOptimizer):
         steps, precision = plan(tau, group["soft_norm"], group["soft_largest"])
         return steps, precision if group["fp32_matmul_prec"] == "medium" else "highest"
 
-    def measure(self) -> tuple[float, float]:
-        """Return median and median absolute deviation of the singular values of m over the model; keep the largest."""
+    def measure(self, *others: Self) -> tuple[float, float]:
+        """Return median and median absolute deviation of the singular values of m over the model; keep the largest.
+
+        ``others`` have the rest of its matrices on this rank.
+        """
         ranks = self.ranks
         # Norm, singular value, and whether an entry is not finite.
         counted, sizes = [], torch.zeros(3, device=self._device())
-        for piece, is_counted in self._measured():
+        together = (self, *others)
+        for piece, is_counted in (found for each in together for found in each._measured()):
             if not piece.numel():  # a stack with fewer matrices than ranks
                 continue
             is_bad = ~piece.isfinite().all()
@@ -240,7 +244,8 @@ class SoftMuon(RelaxedOptimizer):
             raise S3Error(
                 "an m is not finite: the soft phase cannot begin; resume from a checkpoint whose state is finite"
             )
-        self.write_to_groups(soft_norm=norm, soft_largest=largest)
+        for each in together:
+            each.write_to_groups(soft_norm=norm, soft_largest=largest)
         return median_and_deviation(counted, ranks)
 
     def _device(self) -> torch.device | None:

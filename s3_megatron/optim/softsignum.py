@@ -1,7 +1,7 @@
 """SoftSignum as a ``torch.optim.Optimizer``."""
 
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -131,14 +131,17 @@ class SoftSignum(RelaxedOptimizer):
                 step = Step(given.factor, None, self.update_statistics, on_device)
                 step_(columns, rule, step, self.implementation, memory)
 
-    def measure(self) -> tuple[float, float]:
-        """Return median and median absolute deviation of m over the model."""
+    def measure(self, *others: Self) -> tuple[float, float]:
+        """Return median and median absolute deviation of m over the model; ``others`` have the rest on this rank."""
+        return median_and_deviation([part for each in (self, *others) for part in each._measured()], self.ranks)
+
+    def _measured(self) -> Iterator[Tensor]:
+        """Give what this rank counts of every m."""
         params = [param for group in self.param_groups for param in group["params"]]
         # A weight that got no gradient yet has an m of 0, whether or not an engine has allocated it.
         ms = {param: self.state_of(param)[EXP_AVG] for param in params if param.requires_grad or self.state.get(param)}
-        group = self.ranks
         mixed = any(isinstance(m, DTensor) for m in ms.values())
-        return median_and_deviation([self._counted(param, m, group, mixed) for param, m in ms.items()], group)
+        return (self._counted(param, m, self.ranks, mixed) for param, m in ms.items())
 
     def _counted(self, param: Tensor, m: Tensor, group: dist.ProcessGroup | None, mixed: bool) -> Tensor:
         """Return the part of m that this rank counts: each coordinate is to be counted once."""

@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 # What OptimizerParamScheduler (megatron-core 0.19.2) takes and does not save; loading.py has what it saves.
 _UNSAVED = ("lr_warmup_init", "lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style")
 
+# What ends in a KeyError of torch's where an optimizer is saved as its buffers lie; Megatron compares the other ranks.
+_EXPERT_RANKS = ("expert_model_parallel_size", "expert_tensor_parallel_size")
+
 # Flags that compute nothing: how a run is started, watched, saved and ended, and what a start is asked to do.
 _BESIDE = (
     *("log", "tensorboard", "timing", "wandb", "one_logger", "watch_dir", "profile", "pytorch_profiler", "nvtx"),
@@ -41,7 +44,8 @@ def compare(saved: Mapping[str, Any]) -> None:
     """Compare Megatron's global arguments with ``saved``, those of the checkpoint's run; says what differs.
 
     Raises:
-        S3Error: a part of the schedule that Megatron does not save is another. The rest of the schedule is compared as
+        S3Error: a part of the schedule that Megatron does not save is another, or the ranks of experts are, and the
+            optimizer's state cannot go to others. The rest of the schedule is compared as
             it is loaded, and our optimizers' hyperparameters with their state.
     """
     args = get_args()
@@ -57,6 +61,13 @@ def compare(saved: Mapping[str, Any]) -> None:
             f"the checkpoint was trained with another schedule ({'; '.join(changed[name] for name in schedule)}), and "
             "Megatron does not save this part of it: give the checkpoint's value, or pass "
             "--override-opt-param-scheduler to go on with this run's schedule"
+        )
+    moved = [changed[name] for name in _EXPERT_RANKS if name in changed]
+    is_bound = args.use_distributed_optimizer and not saved.get("dist_ckpt_optim_fully_reshardable")
+    if moved and is_bound and not (args.no_load_optim or args.finetune):
+        raise S3Error(
+            f"the checkpoint's optimizer state cannot go to other ranks of experts ({'; '.join(moved)}): give its "
+            "values, save with --dist-ckpt-optim-fully-reshardable, or pass --no-load-optim to start with fresh state"
         )
     if changed:
         log_single_rank(

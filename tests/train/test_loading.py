@@ -148,6 +148,11 @@ ARGUMENTS: dict[str, Any] = {
     "override_opt_param_scheduler": False,
     "use_checkpoint_opt_param_scheduler": False,
     "no_load_optim": None,
+    "finetune": False,
+    "use_distributed_optimizer": True,
+    "dist_ckpt_optim_fully_reshardable": False,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
     "seed": 1234,
     "clip_grad": 1.0,
     "split": "969,30,1",
@@ -190,6 +195,25 @@ def test_a_part_of_the_schedule_that_megatron_does_not_save_is_compared(
         start(monkeypatch, **{name: value}, **flags)
         changes.compare({**saved, **unused})
         assert f"{flag} {ARGUMENTS[name]}, here {value}" in caplog.text, "in a line all the same"
+
+
+@pytest.mark.parametrize("name", ["expert_model_parallel_size", "expert_tensor_parallel_size"])
+def test_experts_move_to_other_ranks_where_the_state_can(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """In Megatron's default form it was a KeyError of torch's with every key of the checkpoint."""
+    from s3_megatron.train import changes
+
+    saved, flag = changes.settings(SimpleNamespace(**ARGUMENTS)), f"--{name.replace('_', '-')} 1, here 2"
+    start(monkeypatch, **{name: 2})
+    with pytest.raises(S3Error, match=rf"\({flag}\).*--dist-ckpt-optim-fully-reshardable.*--no-load-optim"):
+        changes.compare(saved)
+    changes.compare({**saved, "dist_ckpt_optim_fully_reshardable": True})
+    for flags in ({"no_load_optim": True}, {"finetune": True}, {"use_distributed_optimizer": False}):
+        caplog.clear()
+        start(monkeypatch, **{name: 2}, **flags)
+        changes.compare(saved)
+        assert flag in caplog.text
 
 
 def test_what_differs_is_one_line_and_what_computes_nothing_is_not_in_it(

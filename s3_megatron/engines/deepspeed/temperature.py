@@ -31,13 +31,17 @@ def take_over_all_ranks(engine: Any) -> None:
     optimizer.counts_steps_at_rate_0 = optimizer.is_stepped_in_parts = True
     if not optimizer.param_groups[0]["transition_iters"]:
         return  # all steps are hard
-    if engine.mpu is not None or engine.has_moe_layers:
+    with_experts = engine.has_moe_layers and (isinstance(optimizer, ZeroSoftMuon) or is_stage3(wrapper))
+    if engine.mpu is not None or with_experts:
         raise S3Error(
-            f"{title} takes its temperature over data-parallel ranks alone: run it without tensor, pipeline, sequence "
-            "and expert parallelism, in plain PyTorch or Megatron, or with soft_start 1, for hard steps alone"
+            f"{title} takes its temperature over data-parallel ranks alone: run it without tensor, pipeline and "
+            f"sequence parallelism{' and experts' if with_experts else ''}, in plain PyTorch or Megatron, or with "
+            "soft_start 1, for hard steps alone"
         )
-    if is_sharded(wrapper):  # else every rank has the whole model, and counts it
+    if is_sharded(wrapper):
         optimizer.counted = _counted(wrapper)
+    elif engine.has_moe_layers:  # else every rank has the whole model, and counts it
+        optimizer.counted = _first_copies(engine)
 
 
 def end_step(engine: Any) -> None:
@@ -59,8 +63,24 @@ def _counted(wrapper: Any) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda master, m: torch.cat([m.reshape(-1)[piece] for piece in pieces[master]])
 
 
+def _first_copies(engine: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """Make what counts whole weights once: dense ones are on every rank, an expert's on those of a group of its own."""
+    names = {
+        id(param): group["name"]
+        for group in engine.basic_optimizer.param_groups
+        for param in (group["params"] if group.get("moe") else ())
+    }
+
+    def counted(param: Tensor, m: Tensor) -> Tensor:
+        name = names.get(id(param))
+        ranks = dist.group.WORLD if name is None else engine.expert_data_parallel_group[name]
+        return m if dist.get_rank(ranks) == 0 else m.reshape(-1)[:0]
+
+    return counted
+
+
 def _of_flat_groups(wrapper: Any) -> Iterator[tuple[Tensor, list[slice]]]:
-    """Give the weights' places in each partition of ZeRO 1 and 2."""
+    """Give the weights' places in each partition of ZeRO 1 and 2; an expert's is one of those of its own ranks."""
     for master, _, places in flat_partitions(wrapper):
         yield master, [inside(first, weight.numel(), master.numel()) for weight, first in places]
 

@@ -36,7 +36,7 @@ def guard_own(part: MegatronOptimizer, config: SpecOptimizerConfig, spec: Spec) 
     @torch.no_grad()
     def load_state_dict(state_dict: dict[str, Any]) -> None:
         nonlocal tensors_come_later
-        saved = _param_groups(state_dict)
+        saved = groups_of(state_dict)
         if saved is None:  # the optimizer's own load_state_dict looks at whatever the host makes of it
             original(state_dict)
             return
@@ -85,17 +85,22 @@ def guard_other(part: MegatronOptimizer, chosen_by: str = "--optimizer") -> None
     original: Callable[..., None] = part.load_state_dict
 
     def load_state_dict(state_dict: dict[str, Any]) -> None:
-        if (writer := written_by(_param_groups(state_dict) or ())) is not None:
-            raise S3Error(
-                f"the checkpoint's optimizer state is {registry.title(writer)}'s, which no other can continue: pass "
-                f"{chosen_by} {writer}, or --no-load-optim to start with fresh state"
-            )
+        refuse_ours(state_dict, chosen_by)
         original(state_dict)
 
     part.load_state_dict = load_state_dict
 
 
-def _param_groups(state_dict: Any) -> list[dict[str, Any]] | None:
+def refuse_ours(state_dict: Any, chosen_by: str = "--optimizer") -> None:
+    """Raise S3Error where ``state_dict`` is the state of an optimizer of ours, which ``chosen_by`` would continue."""
+    if (writer := written_by(groups_of(state_dict) or ())) is not None:
+        raise S3Error(
+            f"the checkpoint's optimizer state is {registry.title(writer)}'s, which no other can continue: pass "
+            f"{chosen_by} {writer}, or --no-load-optim to start with fresh state"
+        )
+
+
+def groups_of(state_dict: Any) -> list[dict[str, Any]] | None:
     """Find the param groups in what an optimizer of megatron-core (0.17.1 to 0.19.2) has saved; None in other shapes.
 
     FP32Optimizer saves the inner state dict bare; under Megatron-FSDP a DistributedOptimizer saves no groups, but

@@ -15,7 +15,8 @@ from s3_megatron.engines.megatron import layer_wise, single_pass, softmuon, watc
 from s3_megatron.engines.megatron.bare_ranks import STEP, save_without_state
 from s3_megatron.engines.megatron.checkpoint import guard_other, guard_own
 from s3_megatron.engines.megatron.config import SpecOptimizerConfig, own_values, refuse_unsupported
-from s3_megatron.engines.megatron.temperature import counted_once, take_over_all_ranks
+from s3_megatron.engines.megatron.expert_layout import let_experts_move, name_what_does_not_fit
+from s3_megatron.engines.megatron.temperature import take_over_all_ranks
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import EngineOptimizer, registry
 from s3_megatron.optim.relaxed import RelaxedOptimizer
@@ -35,6 +36,7 @@ def make_optimizer(original: Callable[..., MegatronOptimizer]) -> Callable[..., 
             optimizer = original(config, model_chunks, *args, **kwargs)
             for part in parts_of(optimizer):
                 guard_other(part)
+            name_what_does_not_fit(optimizer)
         else:
             if not isinstance(config, SpecOptimizerConfig):
                 is_own = spec in registry.OWN
@@ -134,25 +136,10 @@ def _finish_all(optimizer: MegatronOptimizer, config: SpecOptimizerConfig, model
         for part in held:
             _finish(part, config, each)
         if issubclass(each.load(), RelaxedOptimizer):
-            _share_temperature(optimizer, held, each)
+            take_over_all_ranks(optimizer, held, model_chunks[0])
         _log_active(each, held, model_chunks)
-
-
-def _share_temperature(optimizer: MegatronOptimizer, held: list[MegatronOptimizer], spec: Spec) -> None:
-    """Take the temperature over all ranks for the one of ``spec`` in ``held``, the parts of ``optimizer`` with it."""
-    last = getattr(optimizer, "chained_optimizers", [optimizer])[-1]
-    if spec.beside:
-        group, counted = torch.distributed.group.WORLD, None
-    elif getattr(last.config, "use_layer_wise_distributed_optimizer", False) and not isinstance(
-        last, DistributedOptimizer
-    ):
-        # Beside the matrices in the layer-wise optimizer, each weight whole on one data-parallel rank.
-        group, counted = torch.distributed.group.WORLD, counted_once(last)
-    else:
-        # Over these Megatron adds up the gradient's norm, which has every coordinate once, too; a stub has them.
-        group, counted = last.get_grad_stats_parallel_group(), counted_once(held[0] if held else last)
-    assert group is not None, "Megatron has started"
-    take_over_all_ranks(held, group, counted)
+    if not spec.beside:
+        let_experts_move(optimizer)
 
 
 def _finish(part: MegatronOptimizer, config: SpecOptimizerConfig, spec: Spec) -> None:

@@ -20,6 +20,12 @@ Group = dict[str, Any]
 _RATES = ("max_lr", "min_lr", "start_wd", "end_wd", "lr_mult")
 _KINDS = ("wd_mult", "is_expert_parallel", "is_decoupled_lr", "optimizer")
 
+_OTHER_GROUPS = (
+    "the checkpoint has {} param groups and this run {}, or others: leave what makes groups (--decoupled-lr, "
+    "weight-decay and learning-rate overrides) as in the checkpoint's run, or pass --no-load-optim to start with fresh "
+    "state"
+)
+
 
 def take_ours(saved: list[Group], ours: list[Group]) -> None:
     """Turn Adam's ``saved`` groups into ours, in place, keeping which parameters they hold."""
@@ -68,14 +74,29 @@ def pair_rates(saved: list[Group], ours: list[Group]) -> list[Group]:
     return []
 
 
+def find_kinds(saved: list[Group], ours: list[Group]) -> list[Group]:
+    """Find for each of ours the one of the ``saved`` groups with its kind and rates, or its kind; experts or not.
+
+    Returns copies, each with our mark of experts.
+
+    Raises:
+        S3Error: none has the kind of one of ours.
+    """
+    kinds = tuple(key for key in _KINDS if key != "is_expert_parallel")
+    found: list[Group] = []
+    for new in ours:
+        alike = [old for old in saved if _values(old, kinds) == _values(new, kinds)]
+        alike = [old for old in alike if _values(old, _RATES) == _values(new, _RATES)] or alike
+        if not alike:
+            raise S3Error(_OTHER_GROUPS.format(len(saved), len(ours)))
+        found.append({**alike[0], "is_expert_parallel": new["is_expert_parallel"]})
+    return found
+
+
 def _check_kinds(saved: list[Group], ours: list[Group]) -> None:
     """Raise S3Error unless both list the same groups, but for their rates, in one order."""
     if [_values(group, _KINDS) for group in saved] != [_values(group, _KINDS) for group in ours]:
-        raise S3Error(
-            f"the checkpoint has {len(saved)} param groups and this run {len(ours)}, or others: leave what makes "
-            "groups (--decoupled-lr, weight-decay and learning-rate overrides) as in the checkpoint's run, or pass "
-            "--no-load-optim to start with fresh state"
-        )
+        raise S3Error(_OTHER_GROUPS.format(len(saved), len(ours)))
 
 
 def _values(group: Group, keys: tuple[str, ...]) -> tuple[Any, ...]:

@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from s3_megatron.engines.deepspeed import activity
 from s3_megatron.engines.deepspeed.watch import part
@@ -186,33 +184,3 @@ def check_softsignum_refuses_what_has_no_temperature() -> None:
     save(adam, folder)
     refuses(lambda: load(started(), folder), "was not written by SoftSignum", "load_module_only=True")
     refuses(lambda: started(params={**PARAMS, "softsignum_from_adam": True}), "softsignum_from_adam")
-
-
-def check_softsignum_with_experts_has_hard_steps_alone() -> None:
-    """Ranks hold other experts, whose weights are on fewer of them: they would count less often than the others."""
-    ranks = dist.get_world_size()
-    for soft_start in (0.5, 1):
-        torch.manual_seed(dist.get_rank())
-        expert = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
-        layer = deepspeed.moe.layer.MoE(8, expert, num_experts=ranks, ep_size=ranks, k=1, min_capacity=0)
-        net = nn.ModuleDict({"in": nn.Linear(6, 8), "moe": layer})
-        params = {"lr": on.LR, "weight_decay": on.DECAY, "total_steps": STEPS, "soft_start": soft_start}
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {"stage": 1},
-            "optimizer": {"type": "SoftSignum", "params": params},
-        }
-        groups = [{"params": list(net.parameters()), "name": "all"}]
-
-        def start(net: nn.Module = net, groups: list[Any] = groups, config: dict[str, Any] = config) -> Any:
-            return deepspeed.initialize(model=net, model_parameters=groups, config=config)[0]
-
-        if soft_start < 1:
-            refuses(start, "expert parallelism", "soft_start 1")
-            continue
-        engine = start()
-        hidden, gate_loss, _ = net["moe"](net["in"](torch.randn(32, 6)))
-        engine.enable_backward_allreduce = True
-        engine.backward(hidden.square().mean() + gate_loss)
-        engine.step()
-        assert {group["steps_taken"] for group in engine.basic_optimizer.param_groups} == {1}

@@ -16,6 +16,7 @@ NAMES = (
     "toy.py",
     "softsignum.py",
     "softmuon.py",
+    "experts.py",
     *(("limits.py",) if OLD else ()),
 )
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]

@@ -17,7 +17,7 @@ from s3_megatron.engines.deepspeed.layout import masters
 from s3_megatron.engines.deepspeed.watch import part
 from s3_megatron.optim.settings import _warn_of_ignored
 from tests import rank_checks
-from tests.engines.deepspeed import checkpoints, features, limits, softmuon, softsignum, toy
+from tests.engines.deepspeed import checkpoints, experts, features, limits, softmuon, softsignum, toy
 from tests.engines.deepspeed.harness import (
     ALONE,
     FLOAT32_ACCUMULATION,
@@ -275,7 +275,7 @@ def main(output: Path, folder: Path, names: list[str]) -> None:
     # DeepSpeed collects garbage for every engine: a quarter of a second, unless it passes over what was imported.
     gc.freeze()
     found = rank_checks.named(
-        sys.modules[__name__], checkpoints, features, toy, softsignum, softmuon, *([limits] if OLD else [])
+        sys.modules[__name__], checkpoints, features, toy, softsignum, softmuon, experts, *([limits] if OLD else [])
     )
     names_of = (*vars(softsignum), *vars(softmuon))
     universal = {name: functools.partial(found[name], folder) for name in names_of if "check_universal" in name}

@@ -42,6 +42,8 @@ from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402  (the i
 
 STEPS = 10
 LR, DECAY = 3e-3, 0.1
+TAKES_ONE_STATE = (MAJOR, MINOR) >= (0, 19)  # the distributed optimizer does, of an optimizer that has one
+WRAPPERS = (True, False) if TAKES_ONE_STATE else (False,)  # with the distributed optimizer, and without
 
 
 def since(minor: int, what: str) -> None:
@@ -242,45 +244,50 @@ def total(optimizer: torch.optim.Optimizer, name: str) -> Tensor:
     return torch.stack(tensors).sum() if tensors else torch.zeros((), dtype=torch.float64)
 
 
+def _metadata(sharding: str) -> dict[str, Any]:
+    """What Megatron's loop says of a checkpoint's form; by the last, keys are without the optimizers' numbers."""
+    return {"distrib_optim_sharding_type": sharding, "chained_optim_avoid_prefix": True}
+
+
 def save(run: Run, folder: Path, sharding: str) -> None:
     model = run.net.sharded_state_dict()
-    state = {"optimizer": run.optimizer.sharded_state_dict(model, metadata={"distrib_optim_sharding_type": sharding})}
+    state = {"optimizer": run.optimizer.sharded_state_dict(model, metadata=_metadata(sharding))}
     dist_checkpointing.save(state, str(folder), validate_access_integrity=False)
 
 
 def load(run: Run, folder: Path, sharding: str) -> None:
     model = run.net.sharded_state_dict()
-    wanted = run.optimizer.sharded_state_dict(
-        model, is_loading=True, metadata={"distrib_optim_sharding_type": sharding}
-    )
+    wanted = run.optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata(sharding))
     run.optimizer.load_state_dict(
         dist_checkpointing.load({"optimizer": wanted}, str(folder), validate_access_integrity=False)["optimizer"]
     )
 
 
-_LAYOUTS: dict[int, dict[str, Any]] = {}  # the host's variables, by the size of tensor-parallel groups
+_LAYOUTS: dict[tuple[int, ...], dict[str, Any]] = {}  # the host's variables, by the sizes of the groups
 
 
 @contextmanager
-def tensor_parallel(size: int) -> Iterator[None]:
-    """All ranks in tensor-parallel groups of ``size``; data-parallel groups across them.
+def parallel(tensor: int = 1, expert: int = 1, expert_tensor: int | None = None) -> Iterator[None]:
+    """All ranks in tensor-, expert- and expert-tensor-parallel groups of these sizes; data-parallel ones across them.
 
-    The groups of a size are made once: the host's destroy_model_parallel ends none of gloo's threads (0.19.2), and a
+    The groups of a layout are made once: the host's destroy_model_parallel ends none of gloo's threads (0.19.2), and a
     launch of 4 ranks had 2,400 in each.
     """
-    host = vars(parallel_state)
+    host, sizes = vars(parallel_state), (tensor, expert, tensor if expert_tensor is None else expert_tensor)
 
     def variables() -> dict[str, Any]:
         return {name: value for name, value in host.items() if name.startswith("_") and name.isupper()}
 
     before = variables()
-    _LAYOUTS.setdefault(parallel_state.get_tensor_model_parallel_world_size(), before)
-    if size not in _LAYOUTS:
+    _LAYOUTS.setdefault((1, 1, 1), before)  # the worker's own
+    if sizes not in _LAYOUTS:
         with patch.object(dist, "destroy_process_group"):  # it would end some of the groups, which come back
             parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
-        _LAYOUTS[size] = variables()
-    host.update(_LAYOUTS[size])
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor, expert_model_parallel_size=expert, expert_tensor_parallel_size=sizes[2]
+        )
+        _LAYOUTS[sizes] = variables()
+    host.update(_LAYOUTS[sizes])
     try:
         yield
     finally:

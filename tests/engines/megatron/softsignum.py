@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer import DistributedOptimizer, OptimizerConfig
 from torch import Tensor
 
 from s3_megatron.engines.megatron import SoftSignumOptimizerConfig
@@ -17,8 +17,9 @@ STEPS, HARD = 8, 4
 LENGTH = {"total_steps": STEPS, "soft_start": 0.5}
 
 
-def started(*extra: str, steps: int = STEPS, soft_start: str = "0.5", **run: Any) -> on.Run:
-    return on.by_flags("softsignum", "--softsignum-soft-start", soft_start, *extra, iterations=steps, **run)
+def started(*extra: str, steps: int = STEPS, soft_start: str = "0.5", sharded: bool = on.TAKES_ONE_STATE, **run: Any):
+    given = ("--softsignum-soft-start", soft_start, *extra)
+    return on.by_flags("softsignum", *given, iterations=steps, sharded=sharded, **run)
 
 
 def inner(run: on.Run) -> SoftSignum:
@@ -45,14 +46,14 @@ def check_softsignum_trains_and_resumes() -> None:
 
     With weight decay. The temperatures are equal to the bit, too: what is summed up over ranks is whole numbers.
     """
-    on.since(19, "distributed optimizer with one state tensor")
-    for kind in ("dp_reshardable", "fully_reshardable"):
-        run, resumed = started(), []
+    for kind in (*(("dp_reshardable", "fully_reshardable") if on.TAKES_ONE_STATE else ()), "unsharded"):
+        sharded = kind != "unsharded"
+        run, resumed = started(sharded=sharded), []
         reference, copies = on.unsharded(run, SoftSignum, **LENGTH)
         for step in range(STEPS):
             if step in (2, HARD, HARD + 1, HARD + 2):
                 on.save(run, folder := shared_folder(), kind)
-                resumed.append(started())
+                resumed.append(started(sharded=sharded))
                 resumed[-1].net.load_state_dict(run.net.state_dict())
                 on.load(resumed[-1], folder, kind)
                 on.set_decay(resumed[-1])
@@ -72,7 +73,6 @@ def check_softsignum_trains_and_resumes() -> None:
 def check_softsignum_goes_by_the_length_that_the_run_has_now() -> None:
     """Saved at step 2 of 8, resumed as one of 12: soft from step 6. In the soft phase the schedule goes on; other
     hyperparameters of the state are refused."""
-    on.since(19, "distributed optimizer with one state tensor")
     run = started()
     for step in range(HARD + 2):
         if step == 2:
@@ -105,13 +105,15 @@ def check_softsignums_bad_flags_are_refused() -> None:
 
 def check_softsignum_by_its_configuration_and_not_from_adam() -> None:
     """As Megatron-Bridge builds it; the configuration of an optimizer does not know the length of a run."""
-    on.since(19, "distributed optimizer with one state tensor")
+
+    sharded = on.TAKES_ONE_STATE
 
     def provided(**own: Any) -> on.Run:
-        settings = {"lr": on.LR, "weight_decay": on.DECAY, "use_distributed_optimizer": True, "clip_grad": 0.0, **own}
-        config = SoftSignumOptimizerConfig(**settings)
+        settings = {"lr": on.LR, "weight_decay": on.DECAY, "clip_grad": 0.0, **own}
+        config = SoftSignumOptimizerConfig(use_distributed_optimizer=sharded, **settings)
         config.finalize()
-        run = on.Run(make=lambda _, chunks, overrides: config.provide(chunks, config_overrides=overrides))
+        provide = config.provide
+        run = on.Run(make=lambda _, chunks, overrides: provide(chunks, config_overrides=overrides), sharded=sharded)
         on.set_decay(run)
         return run
 
@@ -123,7 +125,7 @@ def check_softsignum_by_its_configuration_and_not_from_adam() -> None:
         assert run.step(on.gradients(run.net, step)) and flagged.step(on.gradients(run.net, step))
     assert all(torch.equal(a, b) for a, b in zip(run.inner_tensors(), flagged.inner_tensors(), strict=True))
     assert inner(run).schedule == inner(flagged).schedule
-    adam, folder = on.Run(optimizer="adam"), shared_folder()
+    adam, folder = on.Run(optimizer="adam", sharded=sharded), shared_folder()
     adam.step(on.gradients(adam.net, 0))
     on.save(adam, folder, "fully_reshardable")
     refuses(lambda: on.load(run, folder, "fully_reshardable"), "was not written by SoftSignum: pass --no-load-optim")
@@ -132,9 +134,8 @@ def check_softsignum_by_its_configuration_and_not_from_adam() -> None:
 def check_softsignum_skips_an_overflow_and_its_schedule_does_not_advance() -> None:
     """In fp16, an inf on one rank, at the step that would begin the soft phase, and in it; without the distributed
     optimizer, too."""
-    on.since(19, "distributed optimizer with one state tensor")
     scale = ("--initial-loss-scale", "1024", "--hysteresis", "1")
-    for sharded in (True, False):
+    for sharded in on.WRAPPERS:
         run = started(*scale, precision="fp16", dtype=torch.float16, sharded=sharded)
         for step in range(STEPS):
             if step in (HARD, HARD + 1):
@@ -151,7 +152,6 @@ def check_softsignum_skips_an_overflow_and_its_schedule_does_not_advance() -> No
 
 def check_softsignum_counts_a_step_at_rate_0_and_ranks_that_hold_nothing() -> None:
     """A warm-up of Megatron's begins at rate 0, and the run would have had one soft step less than configured."""
-    on.since(19, "distributed optimizer with one state tensor")
     run = started(net=on.Single())
     for step in range(STEPS):
         for group in inner(run).param_groups:
@@ -167,7 +167,7 @@ def check_softsignum_counts_what_tensor_parallel_ranks_share_once() -> None:
     """The linear's weight is another one on every tensor-parallel rank, the rest is on all of them; all ranks are
     tensor-parallel. And one weight is marked as the copy that another pipeline stage has."""
     on.since(19, "distributed optimizer with one state tensor")
-    with on.tensor_parallel(dist.get_world_size()):
+    with on.parallel(dist.get_world_size()):
         net = on.Net()
         for name, param in net.named_parameters():
             param.tensor_model_parallel, param.partition_dim, param.partition_stride = name == "linear.weight", 0, 1
@@ -192,15 +192,13 @@ def check_softsignum_counts_what_tensor_parallel_ranks_share_once() -> None:
         assert len(rest) == 4 and inner(run).schedule[:2] == expected
 
 
-def check_softsignum_refuses_several_optimizers_a_rank() -> None:
-    """A weight of an expert makes an optimizer of its own, whose median would be another; hard steps need none."""
-    on.since(19, "distributed optimizer with one state tensor")
-
-    def with_expert(soft_start: str) -> on.Run:
-        net = on.Net()
-        net.linear.weight.allreduce = False
-        return started(soft_start=soft_start, net=net)
-
-    refuses(lambda: with_expert("0.5"), "2 optimizers a rank", "soft_start 1")
-    run = with_expert("1")
-    assert len(run.optimizer.chained_optimizers) == 2
+def check_softsignum_needs_a_distributed_optimizer_that_takes_one_state() -> None:
+    """0.17's and 0.18's save both of Adam's states of every optimizer; here 0.19 with that part of it taken away."""
+    keys = vars(DistributedOptimizer).get("optimizer_state_keys")
+    try:
+        if keys is not None:
+            del DistributedOptimizer.optimizer_state_keys
+        refuses(lambda: started(sharded=True), "install 0.19", "without --use-distributed-optimizer")
+    finally:
+        if keys is not None:
+            DistributedOptimizer.optimizer_state_keys = keys

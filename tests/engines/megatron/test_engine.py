@@ -15,6 +15,7 @@ NAMES = (
     "softsignum.py",
     "soft_passes.py",
     "softmuon.py",
+    "experts.py",
 )
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 CHECKS = rank_checks.in_files(SOURCES)

@@ -25,7 +25,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from s3_megatron.engines.megatron import S3OptimizerConfig, install, uninstall
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
 from tests import rank_checks
-from tests.engines.megatron import passes, resumes, soft_passes, softmuon, softsignum, toy, watching
+from tests.engines.megatron import experts, passes, resumes, soft_passes, softmuon, softsignum, toy, watching
 from tests.engines.megatron.harness import (
     LR,
     Run,
@@ -276,7 +276,9 @@ def main(output: Path, names: list[str]) -> None:
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    found = rank_checks.named(sys.modules[__name__], passes, resumes, watching, toy, softsignum, soft_passes, softmuon)
+    found = rank_checks.named(
+        sys.modules[__name__], passes, resumes, watching, toy, softsignum, soft_passes, softmuon, experts
+    )
     rank_checks.run(found, names, output)
     dist.destroy_process_group()
 
