@@ -31,7 +31,7 @@ def take_over_all_ranks(engine: Any) -> None:
     optimizer.counts_steps_at_rate_0 = optimizer.is_stepped_in_parts = True
     if not optimizer.param_groups[0]["transition_iters"]:
         return  # all steps are hard
-    with_experts = engine.has_moe_layers and (isinstance(optimizer, ZeroSoftMuon) or is_stage3(wrapper))
+    with_experts = engine.has_moe_layers and (isinstance(optimizer, ZeroMatrices) or is_stage3(wrapper))
     if engine.mpu is not None or with_experts:
         raise S3Error(
             f"{title} takes its temperature over data-parallel ranks alone: run it without tensor, pipeline and "
