@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
@@ -17,7 +17,9 @@ from s3_megatron.files import write_file
 
 MARKERS = "osD^vP*X"
 HEIGHT = 4.6  # inches of a row
-MOST_NAMES = 16  # in a legend
+MOST_NAMES = 16  # of contenders; of more, the foremost have colours and names
+FOREMOST = 8
+BEHIND = {"color": "0.8", "linewidth": 0.8, "zorder": 1}
 
 
 def draw(found: Analysis, folder: Path) -> list[str]:
@@ -49,28 +51,35 @@ def _rates(found: Analysis, figure: Figure) -> bool:
     figure.set_figheight(HEIGHT * len(drawn))
     grid = figure.subplots(len(drawn), 2, squeeze=False, sharex=True)
     for (setup, runs), (losses, spikes) in zip(drawn.items(), grid, strict=True):
-        best = math.inf
+        means = {name: [fmean(map(analysis.final_loss, some)) for some in by.values()] for name, by in runs.items()}
+        is_crowded = len(found.experiment.contenders) > MOST_NAMES
+        named = list(found.experiment.contenders)
+        if is_crowded:
+            reference = found.experiment.reference
+            named = [reference, *sorted(means.keys() - {reference}, key=lambda name: min(means[name]))[: FOREMOST - 1]]
         for name, by in runs.items():
-            style = _style(found, name)
-            means = [fmean(map(analysis.final_loss, some)) for some in by.values()]
-            best = min(best, *means)
-            losses.plot(list(by), means, label=name, **style)
-            if any(len(some) > 1 for some in by.values()):
+            style = _style(found, name, named) if name in named else BEHIND
+            losses.plot(list(by), means[name], label=name if name in named else None, **style)
+            is_banded = not is_crowded or name == found.experiment.reference
+            if is_banded and any(len(some) > 1 for some in by.values()):
                 low = [min(map(analysis.final_loss, some)) for some in by.values()]
                 high = [max(map(analysis.final_loss, some)) for some in by.values()]
                 losses.fill_between(list(by), low, high, color=style["color"], alpha=0.15, linewidth=0)
             spikes.plot(list(by), [fmean(len(r["spikes"]) for r in some) for some in by.values()], **style)
+        best = min(map(min, means.values()))
         losses.set_ylim(best - 0.02, best + 0.5)  # what diverged is above
         which = (
             "one run each, by the tuning seed" if found.experiment.tuning else "mean over the seeds, and their range"
         )
+        if is_crowded:
+            which = f"mean over the seeds, the lowest {len(named)} of {len(runs)}"
         at = f"{setup}: " if len(found.experiment.setups) > 1 else ""
         _dress(losses, f"{at}final validation loss, nats: {which}", "peak rate")
         _dress(spikes, f"{at}spikes a run", "peak rate")
         for axes in (losses, spikes):
             axes.set_xscale("log")
-    if len(found.experiment.contenders) <= MOST_NAMES:
-        grid[0][0].legend(frameon=False, fontsize=8)
+        spikes.set_ylim(bottom=0)
+        losses.legend(frameon=False, fontsize=8)
     return True
 
 
@@ -84,7 +93,7 @@ def _differences(found: Analysis, figure: Figure) -> bool:
         theirs, ours = found.best(r.contender, setup), found.best(reference, setup)
         assert theirs is not None and ours is not None
         points = [loss - ours.losses[seed] for seed, loss in theirs.losses.items() if seed in ours.losses]
-        style = _style(found, r.contender)
+        style = _style(found, r.contender, [*found.experiment.contenders])
         axes.plot(points, [place] * len(points), "o", color=style["color"], alpha=0.35, markersize=5)
         axes.plot([r.paired.low, r.paired.high], [place, place], color=style["color"], linewidth=2.5)
         axes.plot([r.paired.mean], [place], "D", color=style["color"], markersize=7, markeredgecolor="white")
@@ -104,7 +113,7 @@ def _recovery(found: Analysis, figure: Figure) -> bool:
     for name in found.experiment.contenders:
         kicks = sorted({r.kick for r in recoveries if r.contender == name})
         groups = [[r for r in recoveries if (r.contender, r.kick) == (name, kick)] for kick in kicks]
-        style = _style(found, name)
+        style = _style(found, name, [*found.experiment.contenders])
         largest.plot(kicks, [max(r.largest for r in some) for some in groups], label=name, **style)
         waits = [median(math.nan if r.loss is None else r.loss for r in some) for some in groups]
         steps.plot(kicks, waits, **style)
@@ -125,8 +134,9 @@ PICTURES: dict[str, Callable[[Analysis, Figure], bool]] = {
 }
 
 
-def _style(found: Analysis, name: str) -> dict[str, object]:
-    place = list(found.experiment.contenders).index(name)
+def _style(found: Analysis, name: str, named: Sequence[str]) -> dict[str, object]:
+    """Draw ``name`` as no other of ``named``, up to ten."""
+    place = named.index(name)
     color = colormaps["tab10"](place % 10)
     width = 2.2 if name == found.experiment.reference else 1.3
     return {"color": color, "marker": MARKERS[place % len(MARKERS)], "markersize": 4.5, "linewidth": width}

@@ -374,3 +374,16 @@ def test_every_setup_is_drawn(tmp_path):
     figure = pictures.Figure(figsize=(11, 4.6))
     assert pictures._rates(found, figure) and len(figure.axes) == 4
     assert [axes.get_title(loc="left")[:3] for axes in figure.axes] == ["a: ", "a: ", "b: ", "b: "]
+
+
+def test_of_many_contenders_the_lowest_have_colours_and_names():
+    """19 of table4-small's lay over each other in ten colours, without a legend."""
+    many = ("s3", *(f"s3-{i}" for i in range(pictures.MOST_NAMES)))
+    asked = simulated.experiment(many, tuning=None, seeds=[1, 2])
+    found = analysis.Analysis(asked, simulated.run(asked, lambda cell: 2.0 - 0.01 * len(cell.contender)))
+    figure = pictures.Figure(figsize=(11, 4.6))
+    assert pictures._rates(found, figure)
+    losses = figure.axes[0]
+    named = [text.get_text() for text in losses.get_legend().get_texts()]
+    assert len(named) == pictures.FOREMOST and named[0] == "s3" and set(named[1:]) >= {f"s3-{i}" for i in range(10, 16)}
+    assert len(losses.lines) == len(many) and len(losses.collections) == 1, "one band, the reference's"
