@@ -25,7 +25,9 @@ def step(
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the weights are.")] = "cpu",
     parameters: Annotated[
         list[int] | None,
-        typer.Option(metavar="N", help="Weights to step; may be given again.", show_default="1000000, 30000000, 200000000"),
+        typer.Option(
+            metavar="N", help="Weights to step; may be given again.", show_default="1000000, 30000000, 200000000"
+        ),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="Threads on a CPU.", show_default="one a core")
