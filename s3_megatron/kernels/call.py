@@ -51,6 +51,10 @@ class Columns:
         """Return the first row, in the order of ``ROLES``; None of a kind that is left out."""
         return [self.lists[kind][0] if kind in self.lists else None for kind in ROLES]
 
+    def item_sizes(self) -> list[int]:
+        """Return each kind's bytes an element, in the order of ``ROLES``; 0 of one that is left out."""
+        return [0 if x is None else x.element_size() for x in self.by_role()]
+
     def rows(self) -> Iterator[tuple[Tensor, ...]]:
         """Yield each parameter's tensors."""
         return zip(*self.lists.values(), strict=True)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from s3_megatron.kernels.call import AnyRule, Columns, Rule, Step, check_numbers
+from s3_megatron.kernels.call import AnyRule, Columns, Rule, SoftRule, Step, check_numbers
 from s3_megatron.kernels.examine import examine
 from s3_megatron.watch.statistics import LARGEST
 
@@ -24,7 +24,7 @@ def s3_step_(columns: Columns, rule: Rule, step: Step) -> None:
     if not columns:
         return
     examine(columns)
-    check_numbers(columns["weight"][0], rule, step)
+    rule, step = numbers(columns, rule, step)
     format = columns.stored()
     assert format is not None, "examined"
     exp_avgs, roots = columns["m"], columns["r"]
@@ -59,36 +59,42 @@ def s3_step_(columns: Columns, rule: Rule, step: Step) -> None:
     move_weights(columns, rule, step, update, moving)
 
 
+def numbers[R: (Rule, SoftRule)](columns: Columns, rule: R, step: Step) -> tuple[R, Step]:
+    """Check the numbers in tensors, and return both with these of no dimension: one would make tensors of numbers."""
+    check_numbers(columns["weight"][0], rule, step)
+    lr = rule.lr.reshape(()) if isinstance(rule.lr, Tensor) else rule.lr
+    factor, found_inf = (None if x is None else x.reshape(()) for x in (step.factor, step.found_inf))
+    return rule._replace(lr=lr), step._replace(factor=factor, found_inf=found_inf)
+
+
 def gradients(columns: Columns, rule: AnyRule, step: Step, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     """Return the gradients as the update takes them, in ``dtype``, and where they move anything."""
     g = [grad.to(dtype) for grad in columns["gradient"]]
     if step.factor is not None:
-        # As a tensor of one dimension would make one of a number.
-        g = [x * step.factor.reshape(()) for x in g]
+        g = [x * step.factor for x in g]
     if rule.maximize:
         g = list(torch._foreach_neg(g))
     # A quarter of the range, or g - m overflows and leaves an infinite m behind; NaN compares false.
     limit = torch.finfo(dtype).max / 4
     moving = [x.abs() <= limit for x in g]
     if step.found_inf is not None:
-        moving = [ok & (step.found_inf.reshape(()) == 0) for ok in moving]
+        moving = [ok & (step.found_inf == 0) for ok in moving]
     return g, moving
 
 
 def move_weights(columns: Columns, rule: AnyRule, step: Step, update: Tensors, moving: list[Tensor]) -> None:
     """Write weights, and the model's, moved by ``update``, which is 0 where nothing moves and has the dtype of it."""
-    lr = rule.lr.reshape(()) if isinstance(rule.lr, Tensor) else rule.lr
     models = columns.lists.get("model weight")
     for i, (param, u, ok) in enumerate(zip(columns["weight"], update, moving, strict=True)):
         # Low-precision weights are moved in the state's precision and rounded once.
         x = param.to(u.dtype)
-        moved = torch.where(ok, x - lr * (u + rule.weight_decay * x), x)
+        moved = torch.where(ok, x - rule.lr * (u + rule.weight_decay * x), x)
         param.copy_(moved)
         if models is not None:
             model, found_inf = models[i], step.found_inf
             # A broken coordinate's model weight is its master's all the same; a step that does nothing writes nothing.
             low = moved.to(model.dtype)
-            model.copy_(low if found_inf is None else torch.where(found_inf.reshape(()) == 0, low, model))
+            model.copy_(low if found_inf is None else torch.where(found_inf == 0, low, model))
 
 
 def _next_roots(roots: Tensors, magnitudes: Tensors, rule: Rule) -> tuple[Tensors, Tensors]:
@@ -148,6 +154,6 @@ def accumulate_(statistics: Tensor, updates: Tensors, grads: Tensors, found_inf:
             torch.full((), float(elements), dtype=torch.float64, device=statistics.device),
         ]
     )
-    statistics += sums if found_inf is None else torch.where(found_inf.reshape(()) == 0, sums, 0.0)
+    statistics += sums if found_inf is None else torch.where(found_inf == 0, sums, 0.0)
     largest = torch.stack([u.abs().max() for u, _ in pairs]).max()
     statistics[LARGEST] = torch.maximum(statistics[LARGEST], largest.to(torch.float64))

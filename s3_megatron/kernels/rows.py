@@ -166,7 +166,7 @@ def _look_closely(columns: Columns, every: list[Tensor]) -> Rows:
         _keep_apart(columns, table)
         guards.keep(lists)
     else:  # of copies the addresses are new each time
-        _find_apart(table, _widths(straight))
+        _find_apart(table, straight.item_sizes())
     return Rows(columns, straight, table)
 
 
@@ -200,14 +200,9 @@ def _in_one_order(row: Sequence[Tensor]) -> bool:
     return orders.count(orders[0]) == len(orders)
 
 
-def _widths(columns: Columns) -> list[int]:
-    """Return each kind's bytes an element, in the order of ``ROLES``; 0 of a missing one, which so meets no other."""
-    return [0 if x is None else x.element_size() for x in columns.by_role()]
-
-
 def _keep_apart(columns: Columns, table: np.ndarray) -> None:
     """Raise Unfit where tensors share memory that may not, unless it is known that these do not."""
-    widths = _widths(columns)
+    widths = columns.item_sizes()
     key = (int(table[0, 0]), int(table[0, 2]), len(table), *widths)
     known = _apart.get(key)
     if known is not None and known.holds(table, widths[GRADIENTS]):

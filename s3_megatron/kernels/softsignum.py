@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from s3_megatron.kernels.call import Columns, SoftRule, Step, check_numbers
+from s3_megatron.kernels.call import Columns, SoftRule, Step
 from s3_megatron.kernels.examine import examine
-from s3_megatron.kernels.foreach import Tensors, accumulate_, average, gradients, move_weights
+from s3_megatron.kernels.foreach import Tensors, accumulate_, average, gradients, move_weights, numbers
 from s3_megatron.kernels.formats import PLAIN
 
 # Elements of the lists that a pass takes at once: more would only make its copies larger.
@@ -30,7 +30,7 @@ def foreach_(columns: Columns, rule: SoftRule, step: Step) -> None:
     if not columns:
         return
     examine(columns)
-    check_numbers(columns["weight"][0], rule, step)
+    rule, step = numbers(columns, rule, step)
     first = 0
     for batch in _batches(columns):
         _move(batch, rule, step, first)

@@ -167,10 +167,6 @@ def _iterations(args: argparse.Namespace) -> int | None:
     return None if grows or not args.train_samples else int(args.train_samples // args.global_batch_size)
 
 
-def _engine_values(spec: Spec, settings: argparse.Namespace | OptimizerConfig) -> dict[str, Any]:
-    return {each.name: getattr(settings, spec.field(each.name)) for each in spec.engine}
-
-
 def own_values(spec: Spec, settings: argparse.Namespace | OptimizerConfig) -> dict[str, Any]:
     """Give the hyperparameters of ``spec``, by name, as flags or a configuration have them."""
     return {each.name: getattr(settings, spec.field(each.name)) for each in spec.hyperparameters}
@@ -218,7 +214,7 @@ def make_config(original: Callable[..., Any]) -> Callable[..., Any]:
         stock = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
         own: dict[str, Any] = {}
         for each in (spec, *spec.beside):
-            names = (*own_values(each, args), *_engine_values(each, args))
+            names = (*own_values(each, args), *(one.name for one in each.engine))
             own |= {field: getattr(args, field) for field in (*map(each.field, names), *each.switch_fields)}
         return config_class(spec)(**{**stock, **own, "optimizer": spec.name}), overrides
 

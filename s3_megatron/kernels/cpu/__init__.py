@@ -76,7 +76,8 @@ def _settings(rule: AnyRule, factor: float, seed: int | None, *dtypes: torch.dty
         "nesterov": rule.nesterov,
         "stochastic": seed is not None,
         "types": tuple(0 if dtype is None else library.TYPES[dtype] for dtype in dtypes),
-        "seed": library.keys(seed),
+        # Two keys of the noise, each far from the next step's.
+        "seed": tuple(((seed or 0) * 0x9E3779B97F4A7C15 >> shift) & 0xFFFFFFFF for shift in (16, 32)),
     }
     if isinstance(rule, SoftRule):
         return library.Settings(

@@ -33,11 +33,6 @@ class Settings(ctypes.Structure):
     ]
 
 
-def keys(seed: int | None) -> tuple[int, ...]:
-    """Return the two keys of a step's noise, each far from the next step's."""
-    return tuple(((seed or 0) * 0x9E3779B97F4A7C15 >> shift) & 0xFFFFFFFF for shift in (16, 32))
-
-
 @functools.cache
 def load() -> ctypes.CDLL:
     """Load the library: the one installed with the package, else one from the cache, compiled there at first use.

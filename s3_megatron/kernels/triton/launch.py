@@ -29,8 +29,7 @@ def step_(columns: Columns, rule: AnyRule, step: Step, memory: Memory | None = N
     device = columns["weight"][0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         # Here, where the current stream is that of the tensors' device: it is asked whether it captures.
-        widths = [0 if x is None else x.element_size() for x in laid.straight.by_role()]
-        table = _tables.find(device, widths, laid.addresses, laid.sizes)
+        table = _tables.find(device, laid.straight.item_sizes(), laid.addresses, laid.sizes)
         for launch in table.launches:
             kernel.s3_step[(launch.work.numel(),)](
                 launch.work,
