@@ -11,6 +11,7 @@ from s3_megatron.kernels import op
 from s3_megatron.kernels.call import Step
 from s3_megatron.optim import EXP_AVG, SoftSignum
 from tests.gpu.card import DEVICE, REAL, allocations, capture, needs_triton, never_waiting, size
+from tests.gpu.problems import ALL_F32, BF16, ENGINE, F16, SIZES, changing_settings, on_device
 from tests.kernels.by_keyword import foreach
 from tests.kernels.triton.soft_oracle import SoftProblem, check
 
@@ -20,14 +21,6 @@ if not REAL and needs_triton.args[0] is False:
 pytestmark = [pytest.mark.gpu, needs_triton]
 
 INF = math.inf
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-SIZES = (0, 1, 15, 16, 17, 1025, *((4097, 1_000_003) if REAL else ()))
-ALL_F32 = {"param": F32, "grad": F32, "state": F32, "device": DEVICE}
-ENGINE = {"param": F32, "grad": BF16, "state": BF16, "model": BF16, "device": DEVICE}
-
-
-def _device(value, dtype=torch.float32):
-    return torch.tensor([value], dtype=dtype, device=DEVICE)
 
 
 @pytest.mark.parametrize("tau", [INF, 5.0, 1e9])
@@ -35,7 +28,7 @@ def _device(value, dtype=torch.float32):
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_a_step_is_the_oracles(types, tau, nesterov):
     """8 units, since compiled divisions are good to 2 ulp only."""
-    settings = {"scale": _device(0.75), "found_inf": _device(0.0), "maximize": True}
+    settings = {"scale": on_device(0.75), "found_inf": on_device(0.0), "maximize": True}
     before = SoftProblem.of(SIZES, tau=tau, nesterov=nesterov, **settings, **types)
     check(before, before.step(), units=8)
 
@@ -43,7 +36,7 @@ def test_a_step_is_the_oracles(types, tau, nesterov):
 @pytest.mark.parametrize("tau", [INF, 5.0])
 def test_found_inf_changes_nothing(tau):
     statistics = torch.zeros(5, dtype=torch.float64, device=DEVICE)
-    problem = SoftProblem.of(SIZES, tau=tau, found_inf=_device(1.0), statistics=statistics, **ENGINE)
+    problem = SoftProblem.of(SIZES, tau=tau, found_inf=on_device(1.0), statistics=statistics, **ENGINE)
     assert problem.step().bits() == problem.bits()
     assert not statistics.any()
 
@@ -76,19 +69,9 @@ def test_the_same_bits_however_a_row_is_aligned():
         assert whole.bits() == odd.bits()
 
 
-def _changing_settings():
-    return {
-        "lr": torch.tensor(0.125, device=DEVICE),
-        "scale": _device(1.0),
-        "found_inf": _device(0.0),
-        "statistics": torch.zeros(5, dtype=torch.float64, device=DEVICE),
-        "rounding_seed": _device(1, torch.int64),
-    }
-
-
 def test_nothing_synchronises_or_allocates():
     for tau in (INF, 5.0):
-        problem = SoftProblem.of(SIZES, tau=tau, **_changing_settings(), **ENGINE)
+        problem = SoftProblem.of(SIZES, tau=tau, **changing_settings(), **ENGINE)
         problem.move()
         before = allocations()
         with never_waiting():
@@ -101,7 +84,7 @@ def test_nothing_synchronises_or_allocates():
 def test_a_captured_step_follows_its_tensors():
     """Rate, scale, found_inf and the seed change between replays; the temperature is the captured step's."""
     for tau in (INF, 5.0):
-        graphed = SoftProblem.of(SIZES, tau=tau, **_changing_settings(), **ENGINE)
+        graphed = SoftProblem.of(SIZES, tau=tau, **changing_settings(), **ENGINE)
         eager = graphed.clone()
         eager.settings = {k: v.clone() if torch.is_tensor(v) else v for k, v in graphed.settings.items()}
         for problem in (graphed, eager):

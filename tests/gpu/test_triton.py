@@ -14,6 +14,7 @@ from tests.gpu.card import (
     on_a_late_stream,
     size,
 )
+from tests.gpu.problems import ALL_F32, BF16, ENGINE, F16, F32, SIZES, changing_settings, on_device
 from tests.kernels.by_keyword import foreach, triton
 from tests.kernels.triton.triton_oracle import Problem, check
 
@@ -21,11 +22,6 @@ if not REAL and needs_triton.args[0] is False:
     from tests.kernels.triton.conversions import exact_conversions  # noqa: F401  (of every test here)
 
 pytestmark = [pytest.mark.gpu, needs_triton]
-
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-SIZES = (0, 1, 15, 16, 17, 1025, *((4097, 1_000_003) if REAL else ()))
-ALL_F32 = {"param": F32, "grad": F32, "state": F32, "device": DEVICE}
-ENGINE = {"param": F32, "grad": BF16, "state": BF16, "model": BF16, "device": DEVICE}
 
 
 def _step(problem: Problem) -> None:
@@ -40,17 +36,13 @@ def _step(problem: Problem) -> None:
     )
 
 
-def _device(value, dtype=torch.float32):
-    return torch.tensor([value], dtype=dtype, device=DEVICE)
-
-
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3, 8])
 @pytest.mark.parametrize("types", [ALL_F32, ENGINE, ALL_F32 | {"grad": F16, "model": F16}, ENGINE | {"param": F16}])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_a_step_is_the_oracles(types, p, nesterov):
     """8 units, since compiled divisions are good to 2 ulp only. For other p lg2.approx is good to 2^-22 and ex2.approx
     to 2 ulp (PTX ISA): 24 units in all."""
-    settings = {"scale": _device(0.75), "found_inf": _device(0.0), "maximize": True}
+    settings = {"scale": on_device(0.75), "found_inf": on_device(0.0), "maximize": True}
     before = Problem.of(SIZES, p=p, nesterov=nesterov, **settings, **types)
     check(before, before.step(), units=8 if p in (1, 2, 3) else 24)
 
@@ -71,7 +63,7 @@ def test_twenty_steps_are_those_of_foreach():
 
 def test_found_inf_changes_nothing():
     statistics = torch.zeros(5, dtype=torch.float64, device=DEVICE)
-    problem = Problem.of(SIZES, found_inf=_device(1.0), statistics=statistics, **ENGINE)
+    problem = Problem.of(SIZES, found_inf=on_device(1.0), statistics=statistics, **ENGINE)
     assert problem.step().bits() == problem.bits()
     assert not statistics.any()
 
@@ -106,7 +98,7 @@ def test_stochastic_rounding_keeps_the_mean():
     problem.exp_avgs[0].fill_(0.3)
     problem.exp_avg_roots[0].fill_(0.6)
     problem.grads[0].fill_(0.7)
-    problem.settings["rounding_seed"] = _device(3, torch.int64)
+    problem.settings["rounding_seed"] = on_device(3, torch.int64)
     after = problem.step()
     m = after.exp_avgs[0].double()
     ulp = float(m.max() - m.min())
@@ -116,18 +108,8 @@ def test_stochastic_rounding_keeps_the_mean():
     assert after.bits() == problem.step().bits()
 
 
-def _changing_settings():
-    return {
-        "lr": torch.tensor(0.125, device=DEVICE),
-        "scale": _device(1.0),
-        "found_inf": _device(0.0),
-        "statistics": torch.zeros(5, dtype=torch.float64, device=DEVICE),
-        "rounding_seed": _device(1, torch.int64),
-    }
-
-
 def test_nothing_synchronises_even_with_new_gradients():
-    problem = Problem.of(SIZES, **_changing_settings(), **ENGINE)
+    problem = Problem.of(SIZES, **changing_settings(), **ENGINE)
     _step(problem)
     with never_waiting():
         _step(problem)
@@ -136,7 +118,7 @@ def test_nothing_synchronises_even_with_new_gradients():
 
 
 def test_a_steady_state_allocates_nothing():
-    problem = Problem.of(SIZES, **_changing_settings(), **ENGINE)
+    problem = Problem.of(SIZES, **changing_settings(), **ENGINE)
     _step(problem)
     before = allocations()
     for _ in range(5):
@@ -146,7 +128,7 @@ def test_a_steady_state_allocates_nothing():
 
 def test_a_captured_step_follows_its_tensors():
     """lr, scale, found_inf and the seed change between replays, as a trainer changes them."""
-    graphed = Problem.of(SIZES, **_changing_settings(), **ENGINE)
+    graphed = Problem.of(SIZES, **changing_settings(), **ENGINE)
     eager = graphed.clone()
     eager.settings = {k: v.clone() if torch.is_tensor(v) else v for k, v in graphed.settings.items()}
     for problem in (graphed, eager):
@@ -170,13 +152,13 @@ def test_a_captured_step_follows_its_tensors():
 def test_no_new_kernel_when_numbers_change():
     from s3_megatron.kernels.triton import kernel
 
-    problem = Problem.of((1, 16, 1000), **_changing_settings(), **ENGINE)
+    problem = Problem.of((1, 16, 1000), **changing_settings(), **ENGINE)
     _step(problem)
     compiled = len(kernel.s3_step.device_caches[torch.cuda.current_device()][0])
     for change in [{"weight_decay": 1.0}, {"beta1": 0.0, "beta2": 0.5}, {"maximize": True}, {"weight_decay": 0.0}]:
         problem.settings |= change
         _step(problem)
-    _step(Problem.of((1, 31, 1 << 16), **_changing_settings(), **ENGINE))
+    _step(Problem.of((1, 31, 1 << 16), **changing_settings(), **ENGINE))
     assert len(kernel.s3_step.device_caches[torch.cuda.current_device()][0]) == compiled
 
 
@@ -184,12 +166,12 @@ def test_another_stream_may_use_the_table():
     """A table is copied to the GPU by the stream of its first call; a call of another stream has to wait for that copy.
     The first call here is late, and does nothing to the tensors, or the second would have to wait for these as well.
     Before, the other stream had a table of its own, and began while its problem was still being cloned."""
-    problem = Problem.of(SIZES, found_inf=_device(0.0), **ALL_F32)
+    problem = Problem.of(SIZES, found_inf=on_device(0.0), **ALL_F32)
     expected = problem.step().bits()
     again, idle = problem.clone(), problem.clone()
     idle.params, idle.exp_avgs, idle.exp_avg_roots = again.params, again.exp_avgs, again.exp_avg_roots
     idle.grads = again.grads
-    idle.settings["found_inf"] = _device(1.0)
+    idle.settings["found_inf"] = on_device(1.0)
     with on_a_late_stream():
         _step(idle)
     _step(again)

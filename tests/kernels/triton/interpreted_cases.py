@@ -8,9 +8,8 @@ from s3_megatron.kernels.triton import kernel, launch, trial, unavailable
 from tests.kernels.by_keyword import triton
 from tests.kernels.triton.conversions import exact_conversions  # noqa: F401  (of every test here)
 from tests.kernels.triton.triton_oracle import EDGES, Problem, check, expected
+from tests.kernels.triton.variants import BF16, F16, F32, SIZES, by_place, with_strides
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-SIZES = (0, 1, 15, 16, 17, 1025)
 # weight, gradient, state, model weight: what engines use, every dtype in every place.
 DTYPES = [
     (F32, F32, F32, None),
@@ -19,19 +18,6 @@ DTYPES = [
     (BF16, BF16, BF16, None),
     (F16, F16, F32, BF16),
 ]
-
-
-def _types(types):
-    return dict(zip(("param", "grad", "state", "model"), types, strict=True))
-
-
-def _strides(problem: Problem) -> Problem:
-    """Add a transposed row and one that begins at an odd element."""
-    for column in (problem.params, problem.grads, problem.exp_avgs, problem.exp_avg_roots, problem.model_params):
-        if column:
-            long = column[-1]
-            column += [long[:63].clone().view(9, 7).t(), long[:101].clone()[1:]]
-    return problem
 
 
 def test_the_interpreter_makes_it_available():
@@ -56,7 +42,7 @@ def test_the_doctors_launch(monkeypatch):
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3, 8])
 @pytest.mark.parametrize("types", DTYPES)
 def test_a_step_is_the_oracles(types, p):
-    before = _strides(Problem.of(SIZES, p=p, nesterov=types[1] != F16, **_types(types)))
+    before = with_strides(Problem.of(SIZES, p=p, nesterov=types[1] != F16, **by_place(types)))
     check(before, before.step())
 
 
@@ -64,13 +50,13 @@ def test_a_step_is_the_oracles(types, p):
 def test_without_nesterov_and_with_betas_apart(p):
     """Theorem 2's larger bound: nothing is clamped. beta2 = 0 forgets, beta1 = 0 has no momentum."""
     for beta1, beta2 in [(0.9, 0.99), (0.0, 0.0), (0.0, 0.9), (0.9, 0.0)]:
-        before = Problem.of((15, 200), beta1=beta1, beta2=beta2, p=p, nesterov=False, **_types(DTYPES[0]))
+        before = Problem.of((15, 200), beta1=beta1, beta2=beta2, p=p, nesterov=False, **by_place(DTYPES[0]))
         check(before, before.step())
 
 
 def test_the_oracle_refuses_what_is_too_far():
     """A check that cannot fail is a defect: 16 ulp on one coordinate of each result, and a changed edge."""
-    before = Problem.of((200,), **_types(DTYPES[0]))
+    before = Problem.of((200,), **by_place(DTYPES[0]))
     good = before.step()
     check(before, good)
     for column in ("params", "exp_avgs", "exp_avg_roots"):
@@ -86,14 +72,14 @@ def test_the_oracle_refuses_what_is_too_far():
 
 def test_maximize_and_scale():
     scale = torch.tensor([2.0**-10 * 1.5])
-    before = Problem.of((15, 200), scale=scale, maximize=True, **_types(DTYPES[1]))
+    before = Problem.of((15, 200), scale=scale, maximize=True, **by_place(DTYPES[1]))
     check(before, before.step())
 
 
 def test_found_inf_is_a_no_op_of_every_store():
     statistics = torch.arange(5, dtype=torch.float64)
     seed = torch.tensor([7])
-    problem = _strides(Problem.of(SIZES, statistics=statistics, rounding_seed=seed, **_types(DTYPES[1])))
+    problem = with_strides(Problem.of(SIZES, statistics=statistics, rounding_seed=seed, **by_place(DTYPES[1])))
     for value, stays in [(1.0, True), (float("nan"), True), (0.0, False)]:
         problem.settings["found_inf"] = torch.tensor([value])
         assert (problem.step().bits() == problem.bits()) is stays
@@ -103,7 +89,7 @@ def test_found_inf_is_a_no_op_of_every_store():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_lr_is_read_from_a_pointer(dtype, monkeypatch):
     """On a GPU lr is a pointer; on the CPU only the launch itself can be given one."""
-    before = Problem.of((15, 200), lr=torch.tensor(0.25, dtype=dtype), **_types(DTYPES[0]))
+    before = Problem.of((15, 200), lr=torch.tensor(0.25, dtype=dtype), **by_place(DTYPES[0]))
     arguments = launch._arguments
 
     def by_pointer(rule, step):
@@ -115,7 +101,7 @@ def test_lr_is_read_from_a_pointer(dtype, monkeypatch):
 
 def test_statistics_are_added_to_and_maxed_into():
     statistics = torch.tensor([1.0, 0.5, 1.0, 1.0, 1.0], dtype=torch.float64)
-    before = Problem.of(SIZES, p=1, statistics=statistics, **_types(DTYPES[0]))
+    before = Problem.of(SIZES, p=1, statistics=statistics, **by_place(DTYPES[0]))
     before.step()
     rows = [expected(before, row) for row in range(len(SIZES))]
     u = torch.cat([row.update for row in rows])
@@ -163,7 +149,7 @@ def test_stochastic_rounding_keeps_the_mean():
     """32 seeds x 2,036 equal elements: one rounding has a deviation of at most half an ulp."""
     size, seeds = 2048, 32
     begin = len(EDGES)
-    before = Problem.of((size,), **_types((F32, F32, BF16, None)))
+    before = Problem.of((size,), **by_place((F32, F32, BF16, None)))
     before.grads[0][begin:] = 0.7
     before.exp_avgs[0][begin:] = 0.3
     before.exp_avg_roots[0][begin:] = 0.6
@@ -194,7 +180,7 @@ def test_stochastic_rounding_keeps_the_mean():
 def test_elements_beyond_two_to_the_31():
     """A row table that claims 2^31 + 1,050 elements, of which only the last 1,050 exist and are worked on."""
     chunk = 2**31 // kernel.BLOCK
-    before = Problem.of((1050,), **_types(DTYPES[0]))
+    before = Problem.of((1050,), **by_place(DTYPES[0]))
     for aligned, elements in ((True, 1040), (False, 1050)):
         after = before.clone()
         columns = _columns(after)
@@ -232,7 +218,7 @@ def test_thousands_of_tensors_need_two_launches(monkeypatch):
     tables = []
     find = launch._tables.find
     monkeypatch.setattr(launch._tables, "find", lambda *call: tables.append(find(*call)) or tables[-1])
-    problem = Problem.of([1 + i % 5 for i in range(40)], **_types(DTYPES[0]))
+    problem = Problem.of([1 + i % 5 for i in range(40)], **by_place(DTYPES[0]))
     hyper = problem.settings
     for _ in range(2):
         triton.s3_step_(problem.params, problem.grads, problem.exp_avgs, problem.exp_avg_roots, **hyper)
@@ -241,6 +227,6 @@ def test_thousands_of_tensors_need_two_launches(monkeypatch):
 
 
 def test_nothing_to_do():
-    triton.s3_step_([], [], [], [], **Problem.of((), **_types(DTYPES[0])).settings)
-    empty = Problem.of((0, 0), **_types(DTYPES[0]))
+    triton.s3_step_([], [], [], [], **Problem.of((), **by_place(DTYPES[0])).settings)
+    empty = Problem.of((0, 0), **by_place(DTYPES[0]))
     check(empty, empty.step())

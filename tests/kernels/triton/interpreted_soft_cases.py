@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
+from tests.kernels.tanh import check_tanh
 from tests.kernels.triton.conversions import exact_conversions  # noqa: F401  (of every test here)
 from tests.kernels.triton.soft_oracle import EDGES, SoftProblem, check
+from tests.kernels.triton.variants import BF16, F16, F32, SIZES, by_place, with_strides
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 INF = math.inf
-SIZES = (0, 1, 15, 16, 17, 1025)
 # weight, gradient, state, model weight, as in interpreted_cases.py.
 DTYPES = [
     (F32, F32, F32, None),
@@ -23,23 +23,10 @@ DTYPES = [
 ]
 
 
-def _types(types):
-    return dict(zip(("param", "grad", "state", "model"), types, strict=True))
-
-
-def _strides(problem: SoftProblem) -> SoftProblem:
-    """Add a transposed row and one that begins at an odd element."""
-    for column in problem.columns:
-        if column:
-            long = column[-1]
-            column += [long[:63].clone().view(9, 7).t(), long[:101].clone()[1:]]
-    return problem
-
-
 @pytest.mark.parametrize("tau", [INF, 1e39, 5.0, 1e9])
 @pytest.mark.parametrize("types", DTYPES)
 def test_a_step_is_the_oracles(types, tau):
-    before = _strides(SoftProblem.of(SIZES, tau=tau, nesterov=types[1] != F16, **_types(types)))
+    before = with_strides(SoftProblem.of(SIZES, tau=tau, nesterov=types[1] != F16, **by_place(types)))
     check(before, before.step())
 
 
@@ -48,14 +35,14 @@ def test_a_step_is_the_oracles(types, tau):
 def test_other_betas(beta, tau):
     """Below .5 the average goes from the other end."""
     for nesterov in (False, True):
-        before = SoftProblem.of((15, 200), beta=beta, tau=tau, nesterov=nesterov, **_types(DTYPES[0]))
+        before = SoftProblem.of((15, 200), beta=beta, tau=tau, nesterov=nesterov, **by_place(DTYPES[0]))
         check(before, before.step())
 
 
 @pytest.mark.parametrize("tau", [INF, 5.0])
 def test_the_oracle_refuses_what_is_too_far(tau):
     """A check that cannot fail is a defect: 64 ulp on one coordinate of each result, and a changed edge."""
-    before = SoftProblem.of((200,), tau=tau, **_types(DTYPES[0]))
+    before = SoftProblem.of((200,), tau=tau, **by_place(DTYPES[0]))
     good = before.step()
     check(before, good)
     for column in ("params", "exp_avgs"):
@@ -77,22 +64,13 @@ def test_tanh_is_right_to_a_few_units_in_the_last_place(tau):
         problem = SoftProblem([torch.zeros_like(n)], [g], [torch.zeros_like(n)])
         problem.settings = {"lr": torch.tensor(1.0), "beta": 0.0, "tau": tau, "weight_decay": 0.0, "nesterov": False}
         updates.append(-problem.step().params[0])
-    u, opposite = updates
-    kept = n <= torch.finfo(torch.float32).max / 4
-    product = n.double() * torch.tensor(tau).double()
-    expected = product.tanh()
-    unit = torch.nextafter(expected.float(), torch.tensor(INF)).double() - expected.float().double()
-    slack = 3 + (0 if tau == 1.0 else 1)
-    assert ((u.double() - expected).abs() <= slack * unit)[kept].all()
-    assert torch.equal(u, -opposite) and (u <= 1).all()
-    assert torch.equal(u == 0, (n == 0) | ~kept)
-    assert (u[kept & (product > 9.02)] == 1).all()
+    check_tanh(n, tau, *updates)
 
 
 def test_maximize_and_scale():
     scale = torch.tensor([2.0**-10 * 1.5])
     for tau in (INF, 5.0):
-        before = SoftProblem.of((15, 200), tau=tau, scale=scale, maximize=True, **_types(DTYPES[2]))
+        before = SoftProblem.of((15, 200), tau=tau, scale=scale, maximize=True, **by_place(DTYPES[2]))
         check(before, before.step())
 
 
@@ -100,7 +78,7 @@ def test_maximize_and_scale():
 def test_found_inf_is_a_no_op_of_every_store(tau):
     statistics = torch.arange(5, dtype=torch.float64)
     more = {"statistics": statistics, "rounding_seed": torch.tensor([7]), "tau": tau}
-    problem = _strides(SoftProblem.of(SIZES, **more, **_types(DTYPES[2])))
+    problem = with_strides(SoftProblem.of(SIZES, **more, **by_place(DTYPES[2])))
     for value, stays in [(1.0, True), (float("nan"), True), (0.0, False)]:
         problem.settings["found_inf"] = torch.tensor([value])
         assert (problem.step().bits() == problem.bits()) is stays
@@ -110,7 +88,7 @@ def test_found_inf_is_a_no_op_of_every_store(tau):
 @pytest.mark.parametrize("tau", [INF, 2.0])
 def test_statistics_are_added_to_and_maxed_into(tau):
     statistics = torch.tensor([1.0, 0.5, 1.0, 1.0, 1.0], dtype=torch.float64)
-    before = SoftProblem.of((15, 16, 17, 1025), tau=tau, statistics=statistics, **_types(DTYPES[0]))
+    before = SoftProblem.of((15, 16, 17, 1025), tau=tau, statistics=statistics, **by_place(DTYPES[0]))
     for column in before.exp_avgs:
         column.nan_to_num_()
         column[column.abs() < 1e-37] = 0.0  # whose sign is none, and the reference has one
@@ -144,7 +122,7 @@ def test_any_sharding_and_alignment_gives_the_same_bits():
 def test_stochastic_rounding_keeps_the_mean():
     """32 seeds x 2,035 equal elements: one rounding has a deviation of at most half an ulp."""
     size, seeds, begin = 2048, 32, len(EDGES)
-    before = SoftProblem.of((size,), **_types((F32, F32, BF16, None)))
+    before = SoftProblem.of((size,), **by_place((F32, F32, BF16, None)))
     before.grads[0][begin:] = 0.7
     before.exp_avgs[0][begin:] = 0.3
     runs = []

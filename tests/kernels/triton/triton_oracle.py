@@ -57,9 +57,13 @@ class Problem:
         settings = defaults | {"nesterov": True} | settings
         return cls(*columns[:4], model_params=columns[4] if model else [], settings=settings)
 
+    @property
+    def columns(self) -> tuple[list[Tensor], ...]:
+        """All five, the gradients second."""
+        return self.params, self.grads, self.exp_avgs, self.exp_avg_roots, self.model_params
+
     def clone(self) -> "Problem":
-        columns = (self.params, self.grads, self.exp_avgs, self.exp_avg_roots, self.model_params)
-        return Problem(*([x.clone() for x in column] for column in columns), settings=dict(self.settings))
+        return Problem(*([x.clone() for x in column] for column in self.columns), settings=dict(self.settings))
 
     def step(self) -> "Problem":
         """Run the kernel on copies; the settings' tensors are shared and change."""
