@@ -171,7 +171,7 @@ CLAIMS = [
     ),
     Claim("AdamW needs twice the steps for S3's loss", "Table 2", ["horizon"], half_the_steps),
     Claim("One beta, Nesterov and p 3 each lower the loss", "Table 4", ["table4", "table4-small"], each_part_helps),
-    Claim("S3 stands larger rates than AdamW", "Figure 7, Table 4", ["rates"], stands_larger_rates),
+    Claim("S3 stands larger rates than AdamW", "Figure 7, Table 4", ["rates", "rates-tiny"], stands_larger_rates),
     Claim("One beta for both averages ends AdamW's spikes", "Figure 7", ["rates"], one_beta_ends_spikes),
     Claim(
         "Clipping AdamW's update to [-1, 1] makes fewer spikes", "Figure 7", ["table4", "table4-small"], clipping_helps
