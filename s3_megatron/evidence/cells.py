@@ -18,7 +18,10 @@ from s3_megatron.evidence.experiments import Experiment, Setup, rules
 type Result = dict[str, Any]
 
 # What decides a run's losses, beside torch: the report's code may change under a cells file.
-CODE = ("evidence/contenders.py", "evidence/stack.py", "evidence/text.py", "evidence/training.py", "kernels", "optim")
+CODE = (
+    *(f"evidence/{name}.py" for name in ("contenders", "stack", "text", "training", "unfinished")),
+    *("kernels", "optim"),
+)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,13 @@
 """``s3-megatron compare``: runs an experiment's cells, the most valuable first, until they are done or time is over."""
 
 import itertools
+import shutil
+import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -14,16 +18,17 @@ from rich.console import Console
 from rich.table import Table
 
 from s3_megatron.errors import S3Error
-from s3_megatron.evidence import text
+from s3_megatron.evidence import text, unfinished
 from s3_megatron.evidence.cells import Cell, CellsFile
 from s3_megatron.evidence.contenders import CONTENDERS
 from s3_megatron.evidence.experiments import Experiment, Setup
 from s3_megatron.evidence.plan import Plan, dumps
-from s3_megatron.evidence.workers import Workers
-from s3_megatron.jobs.progress import run_line
+from s3_megatron.evidence.workers import ENDINGS, Workers, file_of
+from s3_megatron.jobs.progress import print_line, share_line
 
-SLACK = 1.1  # a stack is started if so many times its expected time is left
+SLACK = 1.1  # a stack is taken to end in time if so many times its expected time is left
 MOST_MEMBERS = 128
+MOST_NAMES = 3  # of contenders in a line of progress
 
 
 @dataclass
@@ -107,7 +112,8 @@ def compare(
     deadline = time.monotonic() + 60 * minutes
     plan = Plan(experiment, text.load(experiment.text).sha256)
     members = members_that_fit(experiment.setups.values(), device, workers)
-    with Workers(workers, experiment.text, device, deadline) as pool:
+    kept = folder / unfinished.FOLDER
+    with Workers(workers, experiment.text, device, deadline, kept) as pool, _stopped_in_order(console):
         if dry_run:
             console.print(budget(plan, _probe(plan, pool, members, deadline), workers))
             return False
@@ -115,14 +121,32 @@ def compare(
         try:
             with FileLock(folder / ".lock", timeout=0):
                 cells = CellsFile(folder / "cells.jsonl", experiment, plan.text)
-                if not plan.ready(cells.results):
-                    return True
-                costs = _probe(plan, pool, members, deadline)
-                console.print(budget(plan, costs, workers))
-                _run(plan, pool, cells, costs, deadline, console)
+                if plan.ready(cells.results):
+                    costs = _probe(plan, pool, members, deadline)
+                    console.print(budget(plan, costs, workers))
+                    _run(plan, pool, cells, costs, deadline, console)
+                is_whole = not plan.ready(cells.results)
+                if is_whole:  # what is left there was begun by other code
+                    shutil.rmtree(kept, ignore_errors=True)
+                return is_whole
         except Timeout:
             raise S3Error(f"another comparison writes into {folder}: wait for it, or give another by --out") from None
-    return not plan.ready(cells.results)
+
+
+@contextmanager
+def _stopped_in_order(console: Console) -> Iterator[None]:
+    """Make exceptions of a cluster's SIGTERM and a lost terminal's SIGHUP, as Ctrl-C is one: workers keep their stacks."""
+    numbers = [n for n in ENDINGS if signal.getsignal(n) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        print_line(console, "stopping: what is trained is kept, and the same command goes on")
+        raise
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _probe(plan: Plan, pool: Workers, members: int, deadline: float) -> Costs:
@@ -167,26 +191,31 @@ def budget(plan: Plan, costs: Costs, workers: int) -> Table:
 
 
 def _run(plan: Plan, pool: Workers, file: CellsFile, costs: Costs, deadline: float, console: Console) -> None:
-    """Train stacks until none is left, or none fits into the time."""
-    total = sum(count * plan.experiment.setups[name].steps for name, count in plan.total().items())
-    began: dict[str, float] = {}
+    """Train stacks until none is left, or the time is over: first those that end in it, in order of value."""
+    setups = plan.experiment.setups
+    totals = plan.total()
+    count, steps = sum(totals.values()), sum(count * setups[name].steps for name, count in totals.items())
     ready = plan.ready(file.results)
-    with run_line(console, plan.experiment.name, total) as line:
+
+    def ends_late(stack: Sequence[Cell]) -> bool:
+        return time.monotonic() + SLACK * costs.of(stack) >= deadline
+
+    with share_line(console, plan.experiment.name, steps) as line:
         while True:
             taken = {cell.key for cell in pool.cells}
-            for stack in stacks([cell for cell in ready if cell.key not in taken], costs.members):
-                if pool.free and time.monotonic() + SLACK * costs.of(stack) < deadline:
+            for stack in sorted(stacks([cell for cell in ready if cell.key not in taken], costs.members), key=ends_late):
+                if pool.free and time.monotonic() < deadline:
                     pool.train(stack)
-                    began[stack[0].key] = time.monotonic()
             if not pool.cells:
                 return
             for cells, results in pool.finished(1.0):
                 if results is None:
                     continue
                 file.add(results)
-                costs.add(cells, (time.monotonic() - began[cells[0].key]) / cells[0].setup.steps)
+                file_of(file.path.parent / unfinished.FOLDER, cells).unlink(missing_ok=True)
+                costs.add(cells, results[0]["seconds"] * len(cells) / cells[0].setup.steps)
                 ready = plan.ready(file.results)
-            done = sum(plan.experiment.setups[result["setup"]].steps for result in file.results.values())
-            line.advance(
-                done + pool.steps, f"{len(file.results)} cells, {pool.cells[0].contender if pool.cells else ''}"
-            )
+            done = sum(setups[result["setup"]].steps for result in file.results.values())
+            names = list(dict.fromkeys(cell.contender for cell in pool.cells))
+            now = f", training {', '.join(names[:MOST_NAMES])}" if names else ""
+            line.advance(done + pool.steps, f"{len(file.results)} of {count} runs{now}")

@@ -9,23 +9,28 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from s3_megatron.evidence import contenders, spikes, text
+from s3_megatron.evidence import contenders, spikes, text, unfinished
 from s3_megatron.evidence.cells import Cell, Result
 from s3_megatron.evidence.experiments import Setup
 from s3_megatron.evidence.stack import Stack
 from s3_megatron.evidence.text import Text
+from s3_megatron.evidence.unfinished import Kept
 
 POINTS = 200  # of a thinned curve
 VALIDATION_SEQUENCES = 64  # at once
 
 
 def train(
-    cells: Sequence[Cell], corpus: Text, device: str = "cpu", go_on: Callable[[int], bool] = lambda step: True
+    cells: Sequence[Cell],
+    corpus: Text,
+    device: str = "cpu",
+    go_on: Callable[[int], bool] = lambda step: True,
+    kept: Kept | None = None,
 ) -> list[Result] | None:
     """Train cells of one setup and optimizer as one stack; returns a result each, in their order.
 
-    ``corpus`` is on ``device``. ``go_on`` is called with the number of every step before it is taken; if it returns
-    False, nothing is returned.
+    ``corpus`` is on ``device``. ``go_on`` is called with the number of every step before it is taken, and during the
+    validation; if it returns False, nothing is returned, and the stack is ``kept``: called again, it goes on from there.
     """
     setup, began = cells[0].setup, time.monotonic()
     stack = Stack(setup.model, [cell.seed for cell in cells], device)
@@ -37,15 +42,25 @@ def train(
         for i, order in enumerate(orders)
     ]
     optimizers, views = _optimizers(stack, cells)
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     rates = torch.tensor([cell.rate for cell in cells], device=device)
     losses = torch.zeros(setup.steps, len(cells), device=device)
     norms = torch.zeros_like(losses)
     updates: list[Tensor] = []  # each [2, members]: mean and max |u|
     own_schedule = contenders.CONTENDERS[cells[0].optimizer].own_schedule
     schedule = dataclasses.replace(setup, schedule="constant") if own_schedule else setup
-    for step in range(setup.steps):
+    changing, first = [*weights, losses, norms], 0
+    if kept and (was := unfinished.read(kept, device, optimizers, changing)):
+        first, updates, began = was["step"], was["updates"], began - was["seconds"]
+
+    def keep(step: int) -> None:
+        if kept and step > first:
+            seconds = time.monotonic() - began
+            unfinished.write(kept, optimizers, changing, step=step, updates=updates, seconds=seconds)
+
+    for step in range(first, setup.steps):
         if not go_on(step):
-            return None
+            return keep(step)
         factor = schedule.rate_factor(step)
         tokens = text.windows(corpus.train, starts[step], setup.length + 1)
         loss = stack.losses(tokens, getattr(torch, setup.products))
@@ -58,16 +73,18 @@ def train(
             view.grad = grads[index][sliced]
         is_watched = step % setup.watch_every == 0
         before = [w.detach().clone() for w in weights] if is_watched else []
+        for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks, strict=True):
+            group["lr"] = factor * peak
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = factor * group["peak"]
             optimizer.step()
         if is_watched:
             updates.append(_updates(before, weights, list(stack.weights), factor, rates, setup.decay))
     for optimizer in optimizers:
         if own_schedule:
             optimizer.eval()  # type: ignore[attr-defined]
-    validation = validate(stack, corpus, setup)
+    validation = validate(stack, corpus, setup, go_on)
+    if validation is None:
+        return keep(setup.steps)
     seconds = (time.monotonic() - began) / len(cells)
     curves = torch.stack([losses, norms]).cpu()
     looks = torch.stack(updates).cpu()
@@ -113,11 +130,13 @@ def clip_(grads: list[Tensor], limit: float) -> Tensor:
 
 
 @torch.no_grad()
-def validate(stack: Stack, corpus: Text, setup: Setup) -> list[float]:
-    """Return each member's mean loss over the validation bytes."""
+def validate(stack: Stack, corpus: Text, setup: Setup, go_on: Callable[[int], bool]) -> list[float] | None:
+    """Return each member's mean loss over the validation bytes; None where ``go_on`` returns False before."""
     starts = text.validation_starts(corpus, setup.validation, setup.length + 1).to(corpus.validation.device)
     total = torch.zeros(stack.members, dtype=torch.float64, device=starts.device)
     for part in starts.split(VALIDATION_SEQUENCES):
+        if not go_on(setup.steps):
+            return None
         tokens = text.windows(corpus.validation, part, setup.length + 1)
         losses = stack.losses(tokens.expand(stack.members, -1, -1), getattr(torch, setup.products))
         total += losses.double() * len(part)
@@ -146,9 +165,6 @@ def _optimizers(
                 settings["total_steps"] = cell.setup.steps
             optimizers += contenders.build(cell.optimizer, part, cell.rate, decay, settings)
         first = last
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
     return optimizers, views
 
 

@@ -1,5 +1,6 @@
 """The processes that train stacks: they end with the program that started them."""
 
+import math
 import multiprocessing
 import os
 import platform
@@ -12,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from ctypes import c_double
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,12 +22,16 @@ import torch
 from s3_megatron import machine
 from s3_megatron.errors import S3Error
 from s3_megatron.evidence import text
-from s3_megatron.evidence.cells import Cell, Result, commit
+from s3_megatron.evidence.cells import Cell, Result, code_sha256, commit
 from s3_megatron.evidence.text import Text
 from s3_megatron.evidence.training import train
 
+ENDINGS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 PROBED_STEPS = 4  # the first is not timed
-GRACE_SECONDS = 2.0  # after the deadline a step that goes on is cut off: one of a large model takes a minute of a core
+# After the deadline a step that goes on is cut off, and what was trained since the stack was begun or gone on with is
+# lost: one of a large model takes a minute of a core. Within them stacks are kept.
+GRACE_SECONDS = 10.0
+KILLED = "a worker was killed, perhaps for its memory; what is finished is kept: run the same command again"
 
 
 @dataclass
@@ -36,6 +42,14 @@ class _Here:
     device: str
     steps: Any  # a shared number for each worker: how far its stack is
     deadline: Any  # shared, by time.monotonic(), which is one clock on a machine
+    kept: Path  # where stacks are that were stopped
+    where: Result
+    ended: float = math.inf  # when this worker alone was asked to end
+
+    @property
+    def end(self) -> float:
+        """Until when there is time."""
+        return min(float(self.deadline.value), self.ended)
 
 
 _here: _Here
@@ -44,13 +58,16 @@ _here: _Here
 class Workers:
     """A pool of workers, to be used in a ``with`` block; each trains one stack at a time."""
 
-    def __init__(self, count: int, corpus: str, device: str, deadline: float) -> None:
-        """Start ``count`` workers over the text of this name; nothing trains after ``deadline`` (time.monotonic())."""
+    def __init__(self, count: int, corpus: str, device: str, deadline: float, kept: Path) -> None:
+        """Start ``count`` workers over the text of this name; nothing trains after ``deadline`` (time.monotonic()).
+
+        What is not finished then is in the folder ``kept``, and gone on with from there.
+        """
         context = multiprocessing.get_context("spawn")
         self._steps = context.RawArray(c_double, count)
         self._deadline = context.RawValue(c_double, deadline)
         self._pool = ProcessPoolExecutor(
-            count, context, _begin, (corpus, device, self._steps, self._deadline, os.getpid())
+            count, context, _begin, (corpus, device, self._steps, self._deadline, kept, os.getpid())
         )
         self._free = list(range(count))
         self._running: dict[Future[Any], tuple[int, Sequence[Cell]]] = {}
@@ -61,7 +78,10 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._deadline.value = 0.0
+        self._deadline.value = min(self._deadline.value, time.monotonic())
+        if kind and not self.steps:  # nothing to keep: on a busy machine a worker takes minutes until it listens
+            for process in multiprocessing.active_children():
+                process.kill()
         self._pool.shutdown(cancel_futures=True)
 
     @property
@@ -90,7 +110,14 @@ class Workers:
     def _give(self, work: Callable[..., Any], cells: Sequence[Cell]) -> None:
         place = self._free.pop()
         self._steps[place] = 0
-        self._running[self._pool.submit(work, list(cells), place)] = place, cells
+        # A worker that this begins has them blocked from its first moment: Ctrl-C is for all processes of a terminal.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+        try:
+            self._running[self._pool.submit(work, list(cells), place)] = place, cells
+        except BrokenProcessPool:
+            raise S3Error(KILLED) from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def finished(self, seconds: float) -> list[tuple[Sequence[Cell], Any]]:
         """Wait so long at most; returns stacks that are done and their results, None where the deadline came first.
@@ -109,9 +136,7 @@ class Workers:
                 if time.monotonic() >= self._deadline.value:
                     found.append((cells, None))
                     continue
-                raise S3Error(
-                    "a worker was killed, perhaps for its memory; what is finished is kept: run the same command again"
-                ) from None
+                raise S3Error(KILLED) from None
             except torch.OutOfMemoryError as error:
                 raise S3Error(
                     f"a stack of {len(cells)} does not fit into the GPU's memory: end what else is on it, and run the "
@@ -120,30 +145,50 @@ class Workers:
         return found
 
 
-def _begin(corpus: str, device: str, steps: Any, deadline: Any, parent: int) -> None:
+def _begin(corpus: str, device: str, steps: Any, deadline: Any, kept: Path, parent: int) -> None:
     """Get a worker ready."""
     global _here
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    threading.Thread(target=_end_with, args=(parent, deadline), daemon=True).start()
     torch.set_num_threads(1)
-    _here = _Here(text.load(corpus).to(device), device, steps, deadline)
+    _here = _Here(text.load(corpus).to(device), device, steps, deadline, kept, here(device))
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    for number in ENDINGS - {signal.SIGINT}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
 
 
-def _end_with(parent: int, deadline: Any) -> None:
+def _end(number: int, frame: object) -> None:
+    """Have this worker keep its stack and end: a cluster sends SIGTERM to all, the pool to those left of a broken one."""
+    _here.ended = time.monotonic()
+
+
+def _end_with(parent: int) -> None:
     """End this process when its parent is gone, since it would wait for work for ever, or the time is over."""
-    while os.getppid() == parent and time.monotonic() < deadline.value + GRACE_SECONDS:
+    while os.getppid() == parent and time.monotonic() < _here.end + GRACE_SECONDS:
         time.sleep(0.5)
     os._exit(1)
 
 
 def _train(cells: list[Cell], place: int) -> list[Result] | None:
-    def go_on(step: int) -> bool:
-        _here.steps[place] = step
-        return time.monotonic() < _here.deadline.value
+    last = time.monotonic()
 
-    results = train(cells, _here.corpus, _here.device, go_on)
-    where = here(_here.device)
-    return results and [{**result, **where} for result in results]
+    def go_on(step: int) -> bool:
+        """Whether a step that takes as long as the one before ends in time."""
+        nonlocal last
+        _here.steps[place] = step
+        before, last = last, time.monotonic()
+        return last + (last - before) < _here.end
+
+    by = [*(cell.key for cell in cells), code_sha256(), _here.where["card"], _here.where["versions"]]
+    results = train(cells, _here.corpus, _here.device, go_on, (file_of(_here.kept, cells), by))
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    return results and [{**result, **_here.where, "at": at} for result in results]
+
+
+def file_of(kept: Path, cells: Sequence[Cell]) -> Path:
+    """Where a stack is that was stopped."""
+    return kept / f"{cells[0].key}.pt"
 
 
 def _probe(cells: list[Cell], place: int) -> float | None:
@@ -154,7 +199,7 @@ def _probe(cells: list[Cell], place: int) -> float | None:
         if _here.device == "cuda":
             torch.cuda.synchronize()
         times.append(time.monotonic())
-        return step < PROBED_STEPS and times[-1] < _here.deadline.value
+        return step < PROBED_STEPS and times[-1] < _here.end
 
     steps = PROBED_STEPS + 1
     short = [replace(cell, setup=replace(cell.setup, steps=steps, kick_step=-1)) for cell in cells]
@@ -166,9 +211,4 @@ def here(device: str) -> Result:
     """Say where and with what a result was made."""
     card = torch.cuda.get_device_name() if device == "cuda" else machine.processor()
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return {
-        "commit": commit(),
-        "card": card,
-        "versions": versions,
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    return {"commit": commit(), "card": card, "versions": versions}

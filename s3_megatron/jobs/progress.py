@@ -10,8 +10,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColum
 
 from s3_megatron.watch.events import Event, Train
 
-# Seconds between two plain lines of a stage: a log of ten minutes has a screen of them.
-PLAIN_SECONDS = 15.0
+# Seconds between two plain lines of a stage, and the share of its time so far: a log of ten minutes has a screen of
+# them, and one of a night some three hundred.
+PLAIN_SECONDS, PLAIN_SHARE = 15.0, 1 / 60
 # Columns that a terminal needs for everything; a narrower one is spared the bar, the figures and what happens now.
 WIDE = 80
 
@@ -46,7 +47,7 @@ class StageLine:
         now = time.monotonic()
         if self._first is None or done < self._first[1]:
             self._first = now, done
-        if self._plain and now - self._printed >= PLAIN_SECONDS:
+        if self._plain and now - self._printed >= max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._first[0])):
             self._printed = now
             self.note(", ".join(filter(None, (self._share(done), figures, self._left(now, done)))))
 
@@ -58,8 +59,8 @@ class StageLine:
         since, before = self._first
         if not self._total or done <= before:
             return ""
-        seconds = (self._total - done) * (now - since) / (done - before)
-        return f"{seconds // 60:.0f}:{seconds % 60:02.0f} left"
+        minutes, seconds = divmod(round((self._total - done) * (now - since) / (done - before)), 60)
+        return f"{minutes}:{seconds:02} left" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min left"
 
 
 class RunLine(StageLine):
@@ -102,6 +103,13 @@ def stage_line(console: Console, title: str, total: float | None) -> Iterator[St
         line._printed = time.monotonic()  # most are done before there is anything to print
         yield line
         progress.update(line._task, total=total or 1, completed=total or 1, status="done")
+
+
+@contextmanager
+def share_line(console: Console, title: str, total: float) -> Iterator[StageLine]:
+    """Show the line of work that need not be whole when the block ends, and leave it standing afterwards."""
+    with _progress(console) as progress:
+        yield StageLine(progress, title, total)
 
 
 @contextmanager

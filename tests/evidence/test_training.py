@@ -3,10 +3,12 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from s3_megatron.errors import S3Error
 from s3_megatron.evidence import contenders, training
 from s3_megatron.evidence.cells import Cell
 from s3_megatron.evidence.contenders import CONTENDERS
@@ -184,5 +186,57 @@ def test_clipping_takes_each_members_own_norm():
     assert torch.allclose(grads[1].flatten(), torch.tensor([0.8, 0.4]), rtol=1e-6)
 
 
-def test_a_stack_that_is_asked_to_stop_returns_nothing(setup, corpus):
-    assert train(cells("s3", setup)[:1], corpus, go_on=lambda step: step < 7) is None
+class TestStopped:
+    """A stack that is asked to stop returns nothing, is kept in a file, and goes on from it."""
+
+    def stop(self, several, corpus, kept, last):
+        """Train up to the step of this number; returns the number of the first step."""
+        asked = []
+
+        def go_on(step):
+            asked.append(step)
+            return step < last
+
+        assert train(several, corpus, go_on=go_on, kept=kept) is None
+        return asked[0]
+
+    @pytest.mark.parametrize("optimizer", CONTENDERS)
+    def test_it_is_as_if_it_had_not_been(self, optimizer, setup, corpus, tmp_path):
+        """Stopped before steps 7 and 13, in the soft phase of what has one, and in the validation: the same bits."""
+        several, kept = cells(optimizer, setup), (tmp_path / "a.pt", ["these"])
+        expected = train(several, corpus)
+        assert [self.stop(several, corpus, kept, last) for last in (7, 13, 20)] == [0, 7, 13]
+        assert [bare(result) for result in train(several, corpus, kept=kept)] == [bare(result) for result in expected]
+
+    def test_its_seconds_are_those_of_all_its_parts(self, setup, corpus, tmp_path, monkeypatch):
+        kept, now = (tmp_path / "a.pt", ["these"]), [0.0]
+        monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+        def a_second_a_step(last):
+            def go_on(step):
+                now[0] += step < min(last, 20)
+                return step < last
+
+            return go_on
+
+        (one,) = cells("s3", setup)[:1]
+        for last in (7, 13):
+            assert train([one], corpus, go_on=a_second_a_step(last), kept=kept) is None
+        (result,) = train([one], corpus, go_on=a_second_a_step(21), kept=kept)
+        assert result["seconds"] == 20
+
+    def test_what_another_code_or_machine_began_is_not_gone_on_with(self, setup, corpus, tmp_path):
+        """Its bits would be a mixture that no machine can have again."""
+        several = cells("s3", setup)
+        self.stop(several, corpus, (tmp_path / "a.pt", ["code 1"]), 7)
+        assert self.stop(several, corpus, (tmp_path / "a.pt", ["code 2"]), 5) == 0
+        assert self.stop(several, corpus, (tmp_path / "a.pt", ["code 2"]), 7) == 5
+
+    @pytest.mark.parametrize("size", [0, 100, -100])
+    def test_a_damaged_file_is_one_line(self, size, setup, corpus, tmp_path):
+        kept = tmp_path / "a.pt", ["these"]
+        self.stop(cells("s3", setup), corpus, kept, 7)
+        kept[0].write_bytes(kept[0].read_bytes()[:size])
+        with pytest.raises(S3Error, match=r"a.pt cannot be read: .*; remove it, and its run begins anew") as caught:
+            train(cells("s3", setup), corpus, kept=kept)
+        assert "\n" not in str(caught.value)

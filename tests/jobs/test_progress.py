@@ -7,7 +7,7 @@ from rich.console import Console
 
 from s3_megatron.jobs import forecast, progress
 from s3_megatron.jobs.forecast import Forecast, rounded
-from s3_megatron.jobs.progress import is_live, run_line, stage_line
+from s3_megatron.jobs.progress import is_live, run_line, share_line, stage_line
 from s3_megatron.jobs.recipe import Schedule
 from s3_megatron.watch.events import Train
 
@@ -50,6 +50,18 @@ def test_a_log_has_a_line_now_and_then_and_no_control_characters(clock: list[flo
         "S3: iteration 121 of 160, loss 6.790, 0.50 s/iteration, 0:20 left",
         "S3: iteration 151 of 160, loss 6.490, 0.50 s/iteration, 0:04 left",
     ]
+
+
+def test_the_log_of_a_night_can_be_read(clock: list[float]):
+    """A line of `compare` was `table2-small: iteration 20585 of 216000, 10 cells, s3, 340:15 left`, every 15 seconds."""
+    file = io.StringIO()
+    with share_line(Console(file=file), "table2-small", 100_000) as line:
+        for second in range(0, 25_000):
+            clock[0] += 1
+            line.advance(2 * second, "10 of 108 runs, training s3")
+    lines = file.getvalue().splitlines()
+    assert lines[1] == "table2-small: 0%, 10 of 108 runs, training s3, 13 h 53 min left"
+    assert lines[-1].startswith("table2-small: 50%, ") and 200 < len(lines) < 300
 
 
 def test_a_stage_that_is_short_says_nothing_in_a_log(clock: list[float]):
