@@ -147,7 +147,7 @@ def _pack(out: Path, came: dict[str, str]) -> None:
     try:
         with tarfile.open(partial, "w:gz") as tar:
             for folder in _folders(out):
-                tar.add(folder, folder.name, filter=lambda info: None if info.name.endswith(".lock") else info)
+                tar.add(folder, folder.name, filter=lambda info: None if _left_here(info.name) else info)
         partial.replace(out / ARCHIVE)
         (out / SUMMARY).write_text("".join(f"- {name}: {line}\n" for name, line in came.items()), encoding="utf-8")
     except OSError as error:
@@ -155,6 +155,13 @@ def _pack(out: Path, came: dict[str, str]) -> None:
         sys.exit(
             f"error: {out / ARCHIVE} cannot be written: {error.strerror or error}; the folders in {out} have the runs"
         )
+
+
+def _left_here(name: str) -> bool:
+    """Whether a file is not brought home: a stack of a hundred runs that was stopped has a gigabyte."""
+    from s3_megatron.evidence import unfinished
+
+    return name.endswith(".lock") or unfinished.FOLDER in Path(name).parts
 
 
 def _folders(out: Path) -> Iterator[Path]:

@@ -1,6 +1,7 @@
 """What an experiment's finished cells show, as figures; report.py writes them, pictures.py draws them."""
 
 import itertools
+import lzma
 import math
 import statistics as plain
 from collections.abc import Iterable, Iterator, Mapping
@@ -248,26 +249,22 @@ def _windows[T](values: list[T]) -> Iterator[list[T]]:
 
 
 def read(path: Path, experiment: Experiment) -> tuple[Mapping[str, str], Analysis]:
-    """Read a cells file; a line that is being written, or was cut short, is passed over.
+    """Read a cells file, or the compressed one that a record has in its place: its first line, and the rest.
+
+    A line that is being written, or was cut short, is passed over.
 
     Raises:
-        S3Error: there is none, or it is another experiment's.
+        S3Error: there is none, it is damaged, or another experiment's.
     """
+    packed = path.with_name(f"{path.name}.xz")
+    is_record = packed.exists()
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise S3Error(
-            f"{path} cannot be read: {error.strerror or error}; it is written by s3-megatron compare"
-        ) from None
-    return parse(path, data[: data.rfind(b"\n") + 1], experiment, "name its experiment")
-
-
-def parse(path: Path, data: bytes, experiment: Experiment, otherwise: str) -> tuple[Mapping[str, str], Analysis]:
-    """Read the content of a cells file, and its first line apart.
-
-    Raises:
-        S3Error: it is another experiment's; ``otherwise`` is what to do then.
-    """
-    head, *results = read_lines(path, data) or [{}]
-    check_head(path, head, {"experiment": experiment.name, "rules": experiment.sha256[:16]}, otherwise)
+        data = lzma.decompress(packed.read_bytes()) if is_record else path.read_bytes()
+    except (OSError, lzma.LZMAError, EOFError) as error:
+        path, remedy = (
+            (packed, "take it from the history again") if is_record else (path, "s3-megatron compare writes it")
+        )
+        raise S3Error(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}; {remedy}") from None
+    head, *results = read_lines(path, data[: data.rfind(b"\n") + 1]) or [{}]
+    check_head(path, head, {"experiment": experiment.name, "rules": experiment.sha256[:16]}, "name its experiment")
     return head, Analysis(experiment, results)

@@ -75,8 +75,10 @@ class CellsFile:
         """Open the file, or begin it; a last line that a kill cut short is dropped.
 
         Raises:
-            S3Error: it belongs to another experiment, text or code, or cannot be read or written.
+            S3Error: it belongs to another experiment, text or code, or cannot be read or written; or is a record's.
         """
+        if path.with_name(f"{path.name}.xz").exists():
+            raise S3Error(f"{path.parent} is a record, which stays as it is: give another folder by --out")
         self.path = path
         self.head: dict[str, str] = {
             "experiment": experiment.name,
@@ -137,14 +139,25 @@ def check_head(path: Path, head: Result, ours: dict[str, str], otherwise: str) -
             )
 
 
+# What is read of a cell.
+FIELDS = {
+    **dict.fromkeys(("key", "contender", "setup", "weights", "order"), str),
+    **dict.fromkeys(("rate", "seconds"), int | float),
+    **{"seed": int, "settings": dict, "spikes": list, "validation": int | float | None, "diverged": int | None},
+}
+
+
 def read_lines(path: Path, data: bytes) -> list[dict[str, Any]]:
     """Parse a cells file; raises S3Error naming the line that is none."""
     lines = []
     for number, line in enumerate(data.splitlines(), 1):
         try:
             content = json.loads(line)
-            if not isinstance(content, dict) or (number > 1 and "key" not in content):
+            if not isinstance(content, dict):
                 raise ValueError("it is no cell")
+            for name, kind in FIELDS.items() if number > 1 else ():
+                if not isinstance(content.get(name), kind):
+                    raise ValueError(f"its {name} is {content.get(name)!r}")
         except ValueError as error:
             raise S3Error(f"{path}, line {number}: {error}; remove the line, and its cell is run again") from None
         lines.append(content)

@@ -4,16 +4,13 @@ docs/evidence.md has the table that it prints. Of the records in benchmarks/reco
 """
 
 import itertools
-import lzma
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from s3_megatron.errors import S3Error
-from s3_megatron.evidence import experiments, horizons
-from s3_megatron.evidence.analysis import Analysis, Row, parse
-from s3_megatron.evidence.record import CELLS
+from s3_megatron.evidence import analysis, experiments, horizons
+from s3_megatron.evidence.analysis import Analysis, Row
 from s3_megatron.evidence.statistics import SAME, Paired
 from s3_megatron.evidence.tables import table
 
@@ -93,9 +90,10 @@ def clipping_helps(found: Analysis) -> str | None:
     spikes, diverged = (
         {n: sum(getattr(row, what) for row in some) for n, some in rows.items()} for what in ("spikes", "diverged")
     )
-    if not sum(spikes.values()) + sum(diverged.values()):
-        return NO_SPIKES
-    figures = ", ".join(f"{name} {spikes[name]} spikes, {diverged[name]} diverged" for name in rows)
+    runs = {name: sum(len(row.results) for row in some) for name, some in rows.items()}
+    figures = ", ".join(f"{name} {spikes[name]} spikes, {diverged[name]} of {runs[name]} diverged" for name in rows)
+    if not sum(spikes.values()):
+        return f"{NO_SPIKES}; {figures}" if sum(diverged.values()) else NO_SPIKES
     return outcome(
         spikes["adamw-clipped"] < spikes["adamw"] and diverged["adamw-clipped"] <= diverged["adamw"], figures
     )
@@ -206,11 +204,7 @@ def load(records: Path) -> dict[str, tuple[str, Analysis]]:
     for folder in sorted(records.glob("????-??-??-*")):
         name = folder.name[11:]
         asked = experiments.load(str(folder / f"{name}.yaml"))
-        try:
-            data = lzma.decompress((folder / CELLS).read_bytes())
-        except (OSError, lzma.LZMAError, EOFError) as error:
-            raise S3Error(f"{folder / CELLS} cannot be read: {error}; take it from the history again") from None
-        found[name] = folder.name, parse(folder / CELLS, data, asked, "remove the record")[1]
+        found[name] = folder.name, analysis.read(folder / "cells.jsonl", asked)[1]
     return found
 
 

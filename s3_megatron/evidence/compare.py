@@ -117,8 +117,8 @@ def compare(
         if dry_run:
             console.print(budget(plan, _probe(plan, pool, members, deadline), workers))
             return False
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".lock", timeout=0):
                 cells = CellsFile(folder / "cells.jsonl", experiment, plan.text)
                 if plan.ready(cells.results):
@@ -131,11 +131,13 @@ def compare(
                 return is_whole
         except Timeout:
             raise S3Error(f"another comparison writes into {folder}: wait for it, or give another by --out") from None
+        except OSError as error:
+            raise S3Error(f"{folder} cannot be written: {error.strerror or error}") from None
 
 
 @contextmanager
 def _stopped_in_order(console: Console) -> Iterator[None]:
-    """Make exceptions of a cluster's SIGTERM and a lost terminal's SIGHUP, as Ctrl-C is one: workers keep their stacks."""
+    """Make exceptions of a cluster's SIGTERM and a lost terminal's SIGHUP, as Ctrl-C is one."""
     numbers = [n for n in ENDINGS if signal.getsignal(n) == signal.SIG_DFL]
     for number in numbers:
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
@@ -203,7 +205,9 @@ def _run(plan: Plan, pool: Workers, file: CellsFile, costs: Costs, deadline: flo
     with share_line(console, plan.experiment.name, steps) as line:
         while True:
             taken = {cell.key for cell in pool.cells}
-            for stack in sorted(stacks([cell for cell in ready if cell.key not in taken], costs.members), key=ends_late):
+            for stack in sorted(
+                stacks([cell for cell in ready if cell.key not in taken], costs.members), key=ends_late
+            ):
                 if pool.free and time.monotonic() < deadline:
                     pool.train(stack)
             if not pool.cells:

@@ -6,17 +6,17 @@ machine's CPUs, in FOLDER/jobs; run again, the command goes on where it was. Wha
 
 import argparse
 import json
-import statistics
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
 from s3_megatron import machine
 from s3_megatron.data.writer import bin_and_idx, new_dataset
 from s3_megatron.errors import S3Error
-from s3_megatron.evidence import analysis, experiments, text
+from s3_megatron.evidence import analysis, experiments, statistics, text
 from s3_megatron.evidence.cells import Cell
 from s3_megatron.evidence.experiments import Experiment
 from s3_megatron.evidence.tables import table
@@ -139,19 +139,26 @@ def page(experiment: Experiment, stack: Losses, jobs: Losses) -> str:
     for name, ours in stack.items():
         theirs, reach = jobs[name], max(ours) - min(ours)
         rate = experiment.contenders[name].rates[0]
-        apart = statistics.fmean(theirs) - statistics.fmean(ours)
+        apart = fmean(theirs) - fmean(ours)
         rows.append([name, f"{rate:g}", _spread(ours), _spread(theirs), f"{apart:+.4f}", f"{reach:.4f}"])
         each += [
             [name, str(seed), f"{one:.4f}", f"{other:.4f}"]
             for seed, one, other in zip(experiment.seeds, ours, theirs, strict=True)
         ]
-    order, other = (sorted(losses, key=lambda name: statistics.fmean(losses[name])) for losses in (stack, jobs))
+    order, other = (sorted(losses, key=lambda name: fmean(losses[name])) for losses in (stack, jobs))
+    first, *rivals = stack
+    pairs = [
+        f"{name} minus {first}, seed by seed: {_difference(stack[name], stack[first])} in the stack, "
+        f"{_difference(jobs[name], jobs[first])} in Megatron's engine."
+        for name in rivals
+    ]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
     parts = [
         f"# {experiment.title}",
         f"{what} From a seed Megatron's engine draws other weights and another order than the stack.",
         table(["contender", "rate", "stack", "Megatron's engine", "apart", "range of the stack's seeds"], rows),
-        f"Rank in the stack: {', '.join(order)}; in Megatron's engine: {', '.join(other)}.",
+        f"By the means, the lowest first: {', '.join(order)} in the stack; {', '.join(other)} in Megatron's engine.",
+        *pairs,
         "The runs:",
         table(["contender", "seed", "stack", "Megatron's engine"], each),
         f"{versions}; {machine.processor()}. The commit is the report's.",
@@ -160,7 +167,12 @@ def page(experiment: Experiment, stack: Losses, jobs: Losses) -> str:
 
 
 def _spread(losses: list[float]) -> str:
-    return f"{statistics.fmean(losses):.4f}" + (f" +- {statistics.stdev(losses):.4f}" if len(losses) > 1 else "")
+    return f"{fmean(losses):.4f}" + (f" +- {statistics.deviation(losses):.4f}" if len(losses) > 1 else "")
+
+
+def _difference(rival: list[float], reference: list[float]) -> str:
+    paired = statistics.paired(rival, reference)
+    return f"{paired.mean:+.4f} (95% interval {paired.low:.4f} to {paired.high:.4f})"
 
 
 def main() -> None:

@@ -47,7 +47,8 @@ class Setup:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        _require(self.steps > 0 and self.batch > 0 and self.watch_every > 0, "steps, batch and watch_every", "> 0")
+        for name in ("steps", "layers", "width", "heads", "length", "batch", "watch_every"):
+            _require(getattr(self, name) > 0, f"{name} {getattr(self, name)}", "> 0")
         _require(self.width % self.heads == 0, f"width {self.width}", f"a multiple of heads ({self.heads})")
         _require(self.schedule in ("cosine", "constant"), f"schedule {self.schedule}", "cosine or constant")
         _require(self.products in ("float32", "bfloat16"), f"products {self.products}", "float32 or bfloat16")
@@ -120,7 +121,10 @@ class Experiment:
         _require(
             self.reference in self.contenders, f"reference {self.reference}", f"one of {', '.join(self.contenders)}"
         )
-        _require(bool(self.seeds) and len(set(self.seeds)) == len(self.seeds), f"seeds {self.seeds}", "distinct")
+        _require(bool(self.setups), "setups", "one at least")
+        are_seeds = all(0 <= seed < 1 << 31 for seed in self.seeds)
+        _require(bool(self.seeds) and are_seeds, f"seeds {self.seeds}", "from 0 to 2147483647, and one at least")
+        _require(len(set(self.seeds)) == len(self.seeds), f"seeds {self.seeds}", "distinct")
         _require(self.factor > 1, f"factor {self.factor}", "> 1")
         for name in self.paper:
             _require(name in self.contenders, f"paper.{name}", f"one of {', '.join(self.contenders)}")

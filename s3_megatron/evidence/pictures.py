@@ -1,86 +1,111 @@
 """Pictures of an experiment: loss and spikes against the rate, differences over seeds, recovery from one gradient."""
 
 import io
-import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from s3_megatron.evidence import analysis
-from s3_megatron.evidence.analysis import Analysis
+from s3_megatron.evidence.analysis import Analysis, Recovery
+from s3_megatron.evidence.cells import Result
 from s3_megatron.files import write_file
 
 MARKERS = "osD^vP*X"
 HEIGHT = 4.6  # inches of a row
 MOST_NAMES = 16  # of contenders; of more, the foremost have colours and names
 FOREMOST = 8
-BEHIND = {"color": "0.8", "linewidth": 0.8, "zorder": 1}
+BEHIND: dict[str, Any] = {"color": "0.8", "linewidth": 0.8, "zorder": 1}
 
 
 def draw(found: Analysis, folder: Path) -> list[str]:
-    """Draw what the cells suffice for, into ``folder``; returns the names of the files."""
+    """Draw what the cells suffice for, into ``folder``; returns the names of the files.
+
+    Raises:
+        S3Error: the folder cannot be written.
+    """
     drawn = []
     for name, picture in PICTURES.items():
         figure = Figure(figsize=(11, HEIGHT), dpi=110, layout="constrained")
         FigureCanvasAgg(figure)
         if picture(found, figure):
-            figure.suptitle(f"{found.experiment.title}: {found.finished} of {found.total} cells", fontsize=11)
+            figure.suptitle(f"{found.experiment.title}: {found.finished} of {found.total} runs", fontsize=11)
             image = io.BytesIO()
             figure.savefig(image, format="png")
             write_file(folder / name, image.getvalue())
             drawn.append(name)
-        else:
-            (folder / name).unlink(missing_ok=True)
+        elif (folder / name).exists():  # of other cells
+            (folder / name).unlink()
     return drawn
 
 
 def _rates(found: Analysis, figure: Figure) -> bool:
-    drawn = {}
-    for setup in found.experiment.setups:
-        runs = {name: by for name in found.experiment.contenders if (by := found.by_rate(name, setup))}
-        # One with a single rate is a point: while tuning goes on, the best settings may have no other.
-        if any(len(by) > 1 for by in runs.values()):
-            drawn[setup] = runs
-    if not drawn:
+    setups = [setup for setup in found.experiment.setups if _has_rates(found, setup)]
+    if not setups:
         return False
-    figure.set_figheight(HEIGHT * len(drawn))
-    grid = figure.subplots(len(drawn), 2, squeeze=False, sharex=True)
-    for (setup, runs), (losses, spikes) in zip(drawn.items(), grid, strict=True):
-        means = {name: [fmean(map(analysis.final_loss, some)) for some in by.values()] for name, by in runs.items()}
-        is_crowded = len(found.experiment.contenders) > MOST_NAMES
-        named = list(found.experiment.contenders)
-        if is_crowded:
-            reference = found.experiment.reference
-            named = [reference, *sorted(means.keys() - {reference}, key=lambda name: min(means[name]))[: FOREMOST - 1]]
-        for name, by in runs.items():
-            style = _style(found, name, named) if name in named else BEHIND
-            losses.plot(list(by), means[name], label=name if name in named else None, **style)
-            is_banded = not is_crowded or name == found.experiment.reference
-            if is_banded and any(len(some) > 1 for some in by.values()):
-                low = [min(map(analysis.final_loss, some)) for some in by.values()]
-                high = [max(map(analysis.final_loss, some)) for some in by.values()]
-                losses.fill_between(list(by), low, high, color=style["color"], alpha=0.15, linewidth=0)
-            spikes.plot(list(by), [fmean(len(r["spikes"]) for r in some) for some in by.values()], **style)
-        best = min(map(min, means.values()))
-        losses.set_ylim(best - 0.02, best + 0.5)  # what diverged is above
-        which = (
-            "one run each, by the tuning seed" if found.experiment.tuning else "mean over the seeds, and their range"
-        )
-        if is_crowded:
-            which = f"mean over the seeds, the lowest {len(named)} of {len(runs)}"
+    spiked = any(row.spikes for row in found.rows)
+    figure.set_figheight(HEIGHT * len(setups))
+    grid = figure.subplots(len(setups), 1 + spiked, squeeze=False, sharex=True)
+    for setup, (losses, *others) in zip(setups, grid, strict=True):
+        runs = {name: by for name in found.experiment.contenders if (by := found.by_rate(name, setup))}
         at = f"{setup}: " if len(found.experiment.setups) > 1 else ""
-        _dress(losses, f"{at}final validation loss, nats: {which}", "peak rate")
-        _dress(spikes, f"{at}spikes a run", "peak rate")
-        for axes in (losses, spikes):
+        named = _draw_losses(found, runs, losses)
+        least, most = (end(len(some) for by in runs.values() for some in by.values()) for end in (min, max))
+        which = f"mean of {least} to {most} seeds" if least < most else f"seeds: {most}"
+        if found.experiment.tuning:
+            which = "one run each, the tuning seed's; faint: other settings"
+        spikes = "" if spiked else "; no run had a spike"
+        _dress(losses, f"{at}final validation loss, nats: {which}{spikes}", "peak rate")
+        for axes in others:
+            for name, by in runs.items():
+                style = _style(found, name, named) if name in named else BEHIND
+                axes.plot(list(by), [fmean(len(r["spikes"]) for r in some) for some in by.values()], **style)
+            _dress(axes, f"{at}spikes a run", "peak rate")
+            axes.set_ylim(bottom=0)
+        for axes in (losses, *others):
             axes.set_xscale("log")
-        spikes.set_ylim(bottom=0)
-        losses.legend(frameon=False, fontsize=8)
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
     return True
+
+
+def _has_rates(found: Analysis, setup: str) -> bool:
+    """Whether a contender was run at more than one rate."""
+    tried = {(row.contender, row.rate) for row in found.rows if row.setup == setup and row.results}
+    return len(tried) > len({name for name, _ in tried})
+
+
+def _draw_losses(found: Analysis, runs: Mapping[str, dict[float, list[Result]]], axes: Axes) -> list[str]:
+    """Draw final losses against rates; returns who has a colour and a name: all, or the lowest of too many."""
+    reference, named = found.experiment.reference, list(found.experiment.contenders)
+    means = {name: [fmean(map(analysis.final_loss, some)) for some in by.values()] for name, by in runs.items()}
+    if is_crowded := len(named) > MOST_NAMES:
+        named = [reference, *sorted(means.keys() - {reference}, key=lambda name: min(means[name]))[: FOREMOST - 1]]
+    best = lowest = min(map(min, means.values()))
+    for name, by in runs.items():
+        style = _style(found, name, named) if name in named else BEHIND
+        axes.plot(list(by), means[name], label=name if name in named else None, **style)
+        if any(len(some) > 1 for some in by.values()) and (name == reference or not is_crowded):
+            low, high = ([end(map(analysis.final_loss, some)) for some in by.values()] for end in (min, max))
+            label = f"range of {name}'s seeds" if is_crowded else None
+            axes.fill_between(list(by), low, high, label=label, color=style["color"], alpha=0.12, linewidth=0)
+            lowest = min(lowest, *low)
+        for row in found.rows:
+            if row.tuning and row.contender == name and row.results[0] not in by.get(row.rate, []):
+                axes.plot(row.rate, row.mean, **{**style, "alpha": 0.35})
+    if is_crowded:
+        axes.plot([], [], label=f"the other {len(runs) - len(named)}", **BEHIND)
+    axes.set_ylim(lowest - 0.02, best + 0.5)  # what diverged is above
+    axes.legend(frameon=False, fontsize=8)
+    return named
 
 
 def _differences(found: Analysis, figure: Figure) -> bool:
@@ -109,22 +134,34 @@ def _recovery(found: Analysis, figure: Figure) -> bool:
     recoveries = found.recoveries()
     if not recoveries:
         return False
-    largest, steps = figure.subplots(1, 2)
-    for name in found.experiment.contenders:
-        kicks = sorted({r.kick for r in recoveries if r.contender == name})
-        groups = [[r for r in recoveries if (r.contender, r.kick) == (name, kick)] for kick in kicks]
-        style = _style(found, name, [*found.experiment.contenders])
-        largest.plot(kicks, [max(r.largest for r in some) for some in groups], label=name, **style)
-        waits = [median(math.nan if r.loss is None else r.loss for r in some) for some in groups]
-        steps.plot(kicks, waits, **style)
-    for axes in (largest, steps):
+    never = 1.06 * max(setup.steps - setup.kick_step for setup in found.experiment.setups.values())
+    seeds = max(Counter((r.contender, r.kick) for r in recoveries).values())
+    panels: dict[str, Callable[[list[Recovery]], float]] = {
+        f"largest |u| of {seeds} seeds; dotted: 1 and 7.27": lambda some: max(r.largest for r in some),
+        "steps until the loss is as without, median": lambda some: _median([r.loss for r in some], never),
+        "steps until mean |u| is as without, median": lambda some: _median([r.update for r in some], never),
+    }
+    for axes, (title, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name in found.experiment.contenders:
+            kicks = sorted({r.kick for r in recoveries if r.contender == name})
+            points = {k: value([r for r in recoveries if (r.contender, r.kick) == (name, k)]) for k in kicks}
+            style = _style(found, name, [*found.experiment.contenders])
+            axes.plot(list(points), list(points.values()), label=name, **style)
+        is_steps = title.startswith("steps")
+        for bound in (never,) if is_steps else (1, 7.27):
+            axes.axhline(bound, color="black", linewidth=0.8, linestyle=":")
+        if is_steps:
+            axes.text(0.5, 0.945, "not within the run", transform=axes.transAxes, ha="center", fontsize=8)
         axes.set_xscale("log")
-    for bound in (1, 7.27):
-        largest.axhline(bound, color="black", linewidth=0.8, linestyle=":")
-    largest.legend(frameon=False, fontsize=8)
-    _dress(largest, "largest |u| from the kick on; dotted: 1 and 7.27", "one gradient times")
-    _dress(steps, "steps until the loss has recovered, median; none: not within the run", "one gradient times")
+        axes.set_ylim(0, 1.1 * never if is_steps else None)
+        _dress(axes, title, "one gradient times")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
     return True
+
+
+def _median(steps: list[int | None], never: float) -> float:
+    return median(never if value is None else value for value in steps)
 
 
 PICTURES: dict[str, Callable[[Analysis, Figure], bool]] = {
@@ -134,7 +171,7 @@ PICTURES: dict[str, Callable[[Analysis, Figure], bool]] = {
 }
 
 
-def _style(found: Analysis, name: str, named: Sequence[str]) -> dict[str, object]:
+def _style(found: Analysis, name: str, named: Sequence[str]) -> dict[str, Any]:
     """Draw ``name`` as no other of ``named``, up to ten."""
     place = named.index(name)
     color = colormaps["tab10"](place % 10)

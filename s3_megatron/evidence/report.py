@@ -37,7 +37,7 @@ def render(head: Mapping[str, str], found: Analysis, pictures: Sequence[str] = (
             parts += [f"## Best configurations{title}", tables.best(found, setup)]
             parts += [f"## Differences to {experiment.reference}{title}", tables.differences(found, setup)]
         elif any(found.best(name, setup) for name in experiment.contenders):
-            parts += [f"## Best of the rates{title}", tables.best_of_rates(found, setup)]
+            parts += [f"## Best rates{title}", tables.best_of_rates(found, setup)]
         if any(row.results for row in found.rows if row.setup == setup):
             parts += [f"## By rate{title}", tables.by_rate(found, setup)]
             if any(len(found.by_rate(name, setup)) > 1 for name in experiment.contenders):

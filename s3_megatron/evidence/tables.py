@@ -42,8 +42,7 @@ def best_of_rates(found: Analysis, setup: str) -> str:
     rows = []
     for name in found.experiment.contenders:
         if (row := found.best(name, setup)) is None:
-            rows.append([name, *[NOTHING] * 8, *_paper(found, name)])
-            continue
+            continue  # under "Not run yet"
         losses = list(row.losses.values())
         edge = " (at the edge)" if found.at_edge(name, setup) else ""
         paired = found.paired(name, found.experiment.reference, setup)
@@ -51,13 +50,15 @@ def best_of_rates(found: Analysis, setup: str) -> str:
         if name != found.experiment.reference:
             test = [_figure(paired.mean), _interval(paired), _p(paired.p)]
         figures = [_figure(row.mean), _figure(statistics.deviation(losses)), str(row.spikes), str(row.diverged)]
-        rows.append([name, f"{row.rate:g}{edge}", *figures, *test, *_paper(found, name)])
+        rows.append([name, f"{row.rate:g}{edge}", str(row.wanted), *figures, *test, *_paper(found, name)])
+    is_chosen = any(len(entry.rates) > 1 for entry in found.experiment.contenders.values())
+    chosen = "Each rate is the best of few, chosen on the same seeds" if is_chosen else "Each has one rate, not tuned"
     note = (
         f"The difference is over {found.experiment.reference}'s, seed by seed: positive speaks for "
-        f"{found.experiment.reference}. Each rate is the best of few, chosen on the same seeds, so nothing is ranked."
+        f"{found.experiment.reference}. {chosen}, and p is of one pair, whatever the number of rows: nothing is ranked."
     )
     tests = ["difference", "95% interval", "p", *["the paper"] * bool(found.experiment.paper)]
-    return f"{note}\n\n{table(['contender', 'rate', 'mean', 'std', 'spikes', 'diverged', *tests], rows)}"
+    return f"{note}\n\n{table(['contender', 'rate', 'seeds', 'mean', 'std', 'spikes', 'diverged', *tests], rows)}"
 
 
 def differences(found: Analysis, setup: str) -> str:
@@ -105,7 +106,7 @@ def widths(found: Analysis, setup: str) -> str:
     """The table of the rates that are as good as the best."""
     rows = []
     for name in found.experiment.contenders:
-        if w := found.width(name, setup):
+        if len(found.by_rate(name, setup)) > 1 and (w := found.width(name, setup)):
             low, high = "<= " * w.open_low + f"{w.low:g}", ">= " * w.open_high + f"{w.high:g}"
             rows.append([name, low, high, ">= " * (w.open_low or w.open_high) + f"{w.high / w.low:.3g}"])
     which = "at the best settings, by the tuning seed" if found.experiment.tuning else "over the seeds there are"
@@ -190,7 +191,7 @@ def _settings(settings: str) -> str:
 
 
 def _figure(value: float) -> str:
-    return NOTHING if math.isnan(value) else f"{value:.4f}"
+    return NOTHING if math.isnan(value) else f"{value:z.4f}"
 
 
 def _p(value: float) -> str:

@@ -30,7 +30,7 @@ def train(
     """Train cells of one setup and optimizer as one stack; returns a result each, in their order.
 
     ``corpus`` is on ``device``. ``go_on`` is called with the number of every step before it is taken, and during the
-    validation; if it returns False, nothing is returned, and the stack is ``kept``: called again, it goes on from there.
+    validation; if it returns False, None is returned, and the stack is ``kept``: called again, it goes on.
     """
     setup, began = cells[0].setup, time.monotonic()
     stack = Stack(setup.model, [cell.seed for cell in cells], device)
@@ -60,7 +60,8 @@ def train(
 
     for step in range(first, setup.steps):
         if not go_on(step):
-            return keep(step)
+            keep(step)
+            return None
         factor = schedule.rate_factor(step)
         tokens = text.windows(corpus.train, starts[step], setup.length + 1)
         loss = stack.losses(tokens, getattr(torch, setup.products))
@@ -84,7 +85,8 @@ def train(
             optimizer.eval()  # type: ignore[attr-defined]
     validation = validate(stack, corpus, setup, go_on)
     if validation is None:
-        return keep(setup.steps)
+        keep(setup.steps)
+        return None
     seconds = (time.monotonic() - began) / len(cells)
     curves = torch.stack([losses, norms]).cpu()
     looks = torch.stack(updates).cpu()

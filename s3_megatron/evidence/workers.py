@@ -159,7 +159,7 @@ def _begin(corpus: str, device: str, steps: Any, deadline: Any, kept: Path, pare
 
 
 def _end(number: int, frame: object) -> None:
-    """Have this worker keep its stack and end: a cluster sends SIGTERM to all, the pool to those left of a broken one."""
+    """Have this worker keep its stack and end: SIGTERM comes from a cluster, or from a pool whose other worker died."""
     _here.ended = time.monotonic()
 
 
@@ -180,7 +180,8 @@ def _train(cells: list[Cell], place: int) -> list[Result] | None:
         before, last = last, time.monotonic()
         return last + (last - before) < _here.end
 
-    by = [*(cell.key for cell in cells), code_sha256(), _here.where["card"], _here.where["versions"]]
+    machine_bits = [_here.where["card"], _here.where["versions"], torch.backends.cpu.get_cpu_capability()]
+    by = [*(cell.key for cell in cells), code_sha256(), *machine_bits]
     results = train(cells, _here.corpus, _here.device, go_on, (file_of(_here.kept, cells), by))
     at = datetime.now(UTC).isoformat(timespec="seconds")
     return results and [{**result, **_here.where, "at": at} for result in results]

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from s3_megatron import cli, evidence
 from s3_megatron.errors import S3Error
-from s3_megatron.evidence import compare, experiments, quick, text, training, workers
+from s3_megatron.evidence import analysis, compare, experiments, quick, text, training, workers
 from s3_megatron.evidence.cells import CellsFile
 from s3_megatron.evidence.experiments import Setup
 from s3_megatron.evidence.plan import Plan
@@ -61,7 +61,7 @@ def quick_file(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_killed_comparison_goes_on_as_if_it_had_not_been(quick_file, tmp_path):
+def test_a_killed_comparison_goes_on_as_if_it_had_not_been(quick_file, tmp_path, monkeypatch):
     """SIGTERM to all its processes, as a cluster sends it; SIGKILL, and half a line, as a dying machine leaves it.
 
     SIGTERM left five semaphores, by a warning of Python's, and Ctrl-C a traceback of each worker that was beginning.
@@ -91,11 +91,13 @@ def test_a_killed_comparison_goes_on_as_if_it_had_not_been(quick_file, tmp_path)
     with path.open("a") as file:
         file.write('{"key": "0123456789abcdef", "contender": "s3", "val')
     asked = experiments.load(str(quick_file))
-    assert run(asked, stopped) and run(asked, whole, workers=1)
-    assert losses(stopped) == losses(whole) and len(losses(whole)) == 16
+    assert run(asked, stopped)
     assert lines(stopped)[1 : len(kept) + 1] == kept, "a finished cell was run again"
     before = path.read_bytes()
     assert run(asked, stopped) and path.read_bytes() == before, "a whole one runs nothing"
+    monkeypatch.setattr(compare, "Workers", InTurn)
+    monkeypatch.setattr(InTurn, "corpus", text.load(asked.text), raising=False)
+    assert run(asked, whole) and losses(stopped) == losses(whole) and len(losses(whole)) == 16
 
 
 class Clock:
@@ -177,14 +179,16 @@ class InTurn:
 
     def __init__(self, count, corpus, device, deadline, kept) -> None:
         self.free, self.cells, self.steps = 1, [], 0
-        where = {"commit": "abc", "card": "a card", "versions": "torch 0"}
-        workers._here = workers._Here(self.corpus, device, [0], SimpleNamespace(value=deadline), kept, where)
+        end = SimpleNamespace(value=deadline)
+        workers._here = workers._Here(self.corpus, device, [0], end, kept, workers.here(device))
 
     def __enter__(self):
+        self.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         return self
 
     def __exit__(self, *_) -> None:
-        pass
+        torch.set_num_threads(self.threads)
 
     def probe(self, cells):
         self.cells, self.free, self.work = cells, 0, lambda: 1.0
@@ -336,6 +340,10 @@ class TestRefusals:
         [
             ({"seeds": [0, 1]}, "seed 0 is for tuning and among seeds: must be in one of the two"),
             ({"seeds": [1, 1]}, r"seeds \[1, 1\]: must be distinct"),
+            ({"seeds": [10**30]}, r"seeds \[10+\]: must be from 0 to 2147483647"),
+            ({"seeds": []}, r"seeds \[\]: must be .*one at least"),
+            ({"setups": {}}, "setups: must be one at least"),
+            ({"setups": {"base": {"steps": 9, "heads": 0}}}, "setups.base: heads 0: must be > 0"),
             (
                 {"contenders": {"s3": {"optimizer": "adamx", "rates": [1e-3]}}},
                 "contenders.s3: optimizer adamx: must be one of s3",
@@ -381,9 +389,44 @@ class TestRefusals:
         asked, path = simulated.experiment(), tmp_path / "cells.jsonl"
         CellsFile(path, asked, simulated.TEXT)
         with path.open("a") as file:
-            file.write('{"key": "1"}\n{"key": \n{"key": "2"}\n')
+            good = json.dumps(simulated.run(asked, simulated.losses(0.01), 1)[0])
+            file.write(f'{good}\n{{"key": \n{good}\n')
         with pytest.raises(S3Error, match=r"line 3: .*remove the line, and its cell is run again"):
             CellsFile(path, asked, simulated.TEXT)
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            ({"validation": "1.5"}, "its validation is '1.5'"),
+            ({"spikes": None}, "its spikes is None"),
+            ({"contender": ["s3"]}, r"its contender is \['s3'\]"),
+            ({"seed": 1.5}, "its seed is 1.5"),
+        ],
+    )
+    def test_a_line_that_was_edited_is_named(self, change, message, tmp_path):
+        """A KeyError or a TypeError was all that the report said; it reads the file on its own."""
+        asked, path = simulated.experiment(), tmp_path / "cells.jsonl"
+        CellsFile(path, asked, simulated.TEXT)
+        (cell,) = simulated.run(asked, simulated.losses(0.01), 1)
+        with path.open("a") as file:
+            file.write(json.dumps({**cell, **change}) + "\n")
+        for read in (lambda: CellsFile(path, asked, simulated.TEXT), lambda: analysis.read(path, asked)):
+            with pytest.raises(S3Error, match=rf"cells.jsonl, line 2: {message}; remove the line"):
+                read()
+
+    @pytest.mark.parametrize("kind", ["a file", "under a file", "read-only"])
+    def test_a_folder_that_cannot_be_written(self, kind, quick_file, tmp_path, monkeypatch):
+        monkeypatch.setattr(compare, "Workers", _NoWorkers)
+        (tmp_path / "a file").touch()
+        folder = {"a file": tmp_path / "a file", "under a file": tmp_path / "a file" / "x"}.get(kind, tmp_path / "x")
+        if kind == "read-only":  # what a user without rights meets, and the tests' user root does not
+
+            def refused(*_, **__):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+            monkeypatch.setattr(compare, "FileLock", refused)
+        with pytest.raises(S3Error, match=r"cannot be written: (File exists|Not a directory|Permission denied)"):
+            run(experiments.load(str(quick_file)), folder)
 
     @pytest.mark.parametrize("torn", ["{", '{"experiment": "simul', '{"experiment": "x"}'])
     def test_a_first_line_that_was_cut_short_begins_anew(self, torn, tmp_path):

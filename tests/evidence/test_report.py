@@ -14,6 +14,7 @@ from scipy import stats
 from s3_megatron import evidence
 from s3_megatron.errors import S3Error
 from s3_megatron.evidence import analysis, experiments, horizons, pictures, record, report
+from s3_megatron.evidence.cells import CellsFile
 from s3_megatron.evidence.experiments import Entry, Setup
 from s3_megatron.evidence.plan import Plan
 from tests.evidence import simulated
@@ -213,9 +214,19 @@ def test_cells_of_one_seed_that_started_differently_are_refused(tmp_path):
     assert not (tmp_path / "report.md").exists()
 
 
+def test_a_folder_without_cells_and_pictures_is_reported(tmp_path, monkeypatch):
+    """In a folder that is read-only the removal of pictures that were not there was refused, with a traceback."""
+
+    def refused(self, missing_ok=False):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    assert pictures.draw(analysis.Analysis(simulated.experiment(), []), tmp_path) == []
+
+
 def test_a_report_needs_cells_of_its_experiment(tmp_path):
     asked = simulated.experiment()
-    with pytest.raises(S3Error, match=r"cells\.jsonl cannot be read: No such file.*written by s3-megatron compare"):
+    with pytest.raises(S3Error, match=r"cells\.jsonl cannot be read: No such file.*s3-megatron compare writes it"):
         report.write(asked, tmp_path)
     simulated.write(tmp_path / "cells.jsonl", simulated.experiment(seeds=[1, 2]), [])
     with pytest.raises(S3Error, match=r"cells of another rules .*check out commit abc"):
@@ -284,6 +295,32 @@ class TestRecord:
             record.pack(str(tmp_path / "simulated.yaml"), asked, tmp_path / "run", tmp_path / "records")
 
 
+RECORDS = sorted((Path(__file__).parents[2] / "benchmarks" / "records").glob("????-??-??-*"))
+
+
+@pytest.mark.parametrize("folder", RECORDS, ids=lambda folder: folder.name)
+def test_a_records_page_is_what_the_command_prints_of_its_cells(folder):
+    """One that was edited by hand, or printed before a table was mended, fails: `--report --out RECORD` prints it."""
+    asked = experiments.load(str(folder / f"{folder.name[11:]}.yaml"))
+    head, found = analysis.read(folder / "cells.jsonl", asked)
+    drawn = [name for name in pictures.PICTURES if (folder / name).exists()]
+    assert report.render(head, found, drawn) == (folder / "report.md").read_text()
+
+
+def test_nothing_is_trained_into_a_record(tmp_path):
+    (tmp_path / "cells.jsonl.xz").touch()
+    with pytest.raises(S3Error, match="is a record, which stays as it is: give another folder by --out"):
+        CellsFile(tmp_path / "cells.jsonl", simulated.experiment(), simulated.TEXT)
+    assert [file.name for file in tmp_path.iterdir()] == ["cells.jsonl.xz"]
+
+
+def test_what_never_recovered_is_drawn_as_that():
+    """The picture of `spike` had AdamW at (.9, .95) recover after 772 steps, the one of three seeds that did: the
+    median of a list with NaN is any of its values."""
+    assert pictures._median([772, None, None], 954.0) == 954.0
+    assert pictures._median([772, 800, None], 954.0) == 800
+
+
 def test_one_rate_has_no_width():
     """The report of `spike` had five tables of `<= 0.008 to >= 0.008`."""
     for rates in ([0.01], [0.01, 0.02]):
@@ -297,9 +334,7 @@ def test_the_best_of_the_rates_follows_from_the_cells():
     """Without tuning: the lowest mean of the rates with all seeds, beside the paper's figure; nothing is ranked."""
     asked = simulated.experiment(tuning=None, paper={"adamw": "4.78 at 3e-4"})
     cells = simulated.run(asked, simulated.losses(0.01, {"s3": -0.05}))
-    rows = {
-        row["contender"]: row for row in tables(report.render({}, analysis.Analysis(asked, cells)))["Best of the rates"]
-    }
+    rows = {row["contender"]: row for row in tables(report.render({}, analysis.Analysis(asked, cells)))["Best rates"]}
     means, best = {}, {}
     for name in asked.contenders:
         by_rate = {
@@ -372,7 +407,11 @@ def test_every_setup_is_drawn(tmp_path):
     )
     found = analysis.Analysis(asked, simulated.run(asked, simulated.losses(0.01)))
     figure = pictures.Figure(figsize=(11, 4.6))
-    assert pictures._rates(found, figure) and len(figure.axes) == 4
+    assert pictures._rates(found, figure) and len(figure.axes) == 2
+    assert all(axes.get_title(loc="left").endswith("seeds: 1; no run had a spike") for axes in figure.axes)
+    next(iter(found.results.values()))["spikes"] = [[50, 2, 0.3]]
+    figure = pictures.Figure(figsize=(11, 4.6))
+    assert pictures._rates(found, figure) and len(figure.axes) == 4, "an empty panel says nothing"
     assert [axes.get_title(loc="left")[:3] for axes in figure.axes] == ["a: ", "a: ", "b: ", "b: "]
 
 
@@ -385,5 +424,6 @@ def test_of_many_contenders_the_lowest_have_colours_and_names():
     assert pictures._rates(found, figure)
     losses = figure.axes[0]
     named = [text.get_text() for text in losses.get_legend().get_texts()]
-    assert len(named) == pictures.FOREMOST and named[0] == "s3" and set(named[1:]) >= {f"s3-{i}" for i in range(10, 16)}
-    assert len(losses.lines) == len(many) and len(losses.collections) == 1, "one band, the reference's"
+    assert named[:2] == ["s3", "range of s3's seeds"] and named[-1] == f"the other {len(many) - pictures.FOREMOST}"
+    assert len(named) == pictures.FOREMOST + 2 and set(named) >= {f"s3-{i}" for i in range(10, 16)}
+    assert len(losses.lines) == len(many) + 1 and len(losses.collections) == 1, "one band, the reference's"

@@ -87,7 +87,7 @@ def cells(out: Path) -> list[dict[str, object]]:
 def test_minutes_too_few_and_experiments_unknown_are_one_line(tmp_path: Path) -> None:
     found = visit(tmp_path / "a", "--minutes", "0.2")
     assert found.returncode == 2 and "--minutes 0.2 leaves no time for a run" in found.stderr
-    found = visit(tmp_path / "b", "tabel2", "--minutes", "1")
+    found = visit(tmp_path / "b", "tabel2", "--minutes", "10")  # a busy machine imports for 38 s
     assert found.returncode == 2 and "tabel2: error: there is no experiment 'tabel2'" in found.stdout
     assert "Traceback" not in found.stderr
 
@@ -99,8 +99,12 @@ class TestFiles:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "table2").mkdir()
-        (tmp_path / "table2" / "cells.jsonl").write_text("{}\n")
+        (tmp_path / "table2" / "unfinished").mkdir()
+        for name in ("cells.jsonl", ".lock", "unfinished/a.pt"):
+            (tmp_path / "table2" / name).write_text("{}\n")
         evidence._pack(tmp_path, {"table2": "1 of 600 cells."})
+        with tarfile.open(tmp_path / "evidence.tgz") as tar:
+            assert tar.getnames() == ["table2", "table2/cells.jsonl"]
         before = (tmp_path / "evidence.tgz").read_bytes()
 
         def full(self: tarfile.TarFile, *given: object, **named: object) -> None:

@@ -53,10 +53,10 @@ def test_a_log_has_a_line_now_and_then_and_no_control_characters(clock: list[flo
 
 
 def test_the_log_of_a_night_can_be_read(clock: list[float]):
-    """A line of `compare` was `table2-small: iteration 20585 of 216000, 10 cells, s3, 340:15 left`, every 15 seconds."""
+    """A line of `compare` was `table2-small: iteration 20585 of 216000, 10 cells, s3, 340:15 left`, each 15 seconds."""
     file = io.StringIO()
     with share_line(Console(file=file), "table2-small", 100_000) as line:
-        for second in range(0, 25_000):
+        for second in range(25_000):
             clock[0] += 1
             line.advance(2 * second, "10 of 108 runs, training s3")
     lines = file.getvalue().splitlines()
