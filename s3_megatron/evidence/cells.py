@@ -143,7 +143,11 @@ def check_head(path: Path, head: Result, ours: dict[str, str], otherwise: str) -
 FIELDS = {
     **dict.fromkeys(("key", "contender", "setup", "weights", "order"), str),
     **dict.fromkeys(("rate", "seconds"), int | float),
-    **{"seed": int, "settings": dict, "spikes": list, "validation": int | float | None, "diverged": int | None},
+    "seed": int,
+    "settings": dict,
+    "spikes": list,
+    "validation": int | float | None,
+    "diverged": int | None,
 }
 
 
