@@ -1,7 +1,10 @@
 """`s3-megatron`: what a person types; each command is one call into the package, imported when it runs."""
 
+import importlib
 import math
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -87,6 +90,7 @@ def compare(
     ] = None,
 ) -> None:
     """Train an optimizer comparison's runs (docs/evidence.md) and report; run again, it goes on where it was."""
+    began = time.monotonic()  # a busy machine imports for a minute
     import torch
 
     try:
@@ -96,6 +100,8 @@ def compare(
         from s3_megatron.evidence.record import pack
     except ModuleNotFoundError as error:
         raise S3Error(f"compare needs {error.name}: pip install 's3-megatron[evidence]'") from None
+    with suppress(ModuleNotFoundError):  # now, within the minutes, rather than after them for the report
+        importlib.import_module("s3_megatron.evidence.pictures")
 
     if device not in ("cpu", "cuda"):
         raise S3Error(f"--device is {device}: it must be cpu or cuda")
@@ -110,6 +116,7 @@ def compare(
         line(f"wrote {reports.write(asked, folder)}")
         return
     count = workers or (1 if device == "cuda" else machine.cores())
+    minutes -= (time.monotonic() - began) / 60
     whole = run(asked, folder, console, device=device, minutes=minutes, workers=count, dry_run=dry_run)
     if not dry_run:
         line(f"{folder} is whole" if whole else f"{folder} has cells to run yet: the same command goes on")

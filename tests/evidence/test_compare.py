@@ -157,6 +157,15 @@ def test_minutes_are_kept(expected, tmp_path, monkeypatch):
         assert 5 * call - 2 <= len(cells.results) <= 5 * call, "of 2.5 runs a call and worker, two are in training"
 
 
+def test_minutes_count_from_the_command_on(tmp_path, monkeypatch):
+    """With --minutes 3 a machine with a load of thirty ended after 5:51: imports before and after were not counted."""
+    given, looks = [], iter([100.0, 190.0])
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(looks)))
+    monkeypatch.setattr(compare, "compare", lambda *_, minutes, **__: given.append(minutes))
+    cli.compare("table2-small", minutes=3, dry_run=True, out=tmp_path)
+    assert given == [1.5]
+
+
 def test_what_ends_in_time_is_begun_first(tmp_path, monkeypatch):
     """A lent machine does not carry home what was stopped: a stack of 10 s is trained before one of 100."""
     clock = Clock()
