@@ -58,7 +58,7 @@ def _rates(found: Analysis, figure: Figure) -> bool:
         at = f"{setup}: " if len(found.experiment.setups) > 1 else ""
         named = _draw_losses(found, runs, losses)
         least, most = (end(len(some) for by in runs.values() for some in by.values()) for end in (min, max))
-        which = f"mean of {least} to {most} seeds" if least < most else f"seeds: {most}"
+        which = f"mean over seeds ({least} to {most})" if least < most else f"mean over seeds ({most})"
         if found.experiment.tuning:
             which = "one run each, the tuning seed's; faint: other settings"
         spikes = "" if spiked else "; no run had a spike"

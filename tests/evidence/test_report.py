@@ -408,7 +408,7 @@ def test_every_setup_is_drawn(tmp_path):
     found = analysis.Analysis(asked, simulated.run(asked, simulated.losses(0.01)))
     figure = pictures.Figure(figsize=(11, 4.6))
     assert pictures._rates(found, figure) and len(figure.axes) == 2
-    assert all(axes.get_title(loc="left").endswith("seeds: 1; no run had a spike") for axes in figure.axes)
+    assert all(axes.get_title(loc="left").endswith("seeds (1); no run had a spike") for axes in figure.axes)
     next(iter(found.results.values()))["spikes"] = [[50, 2, 0.3]]
     figure = pictures.Figure(figsize=(11, 4.6))
     assert pictures._rates(found, figure) and len(figure.axes) == 4, "an empty panel says nothing"
