@@ -180,8 +180,8 @@ class SoftMuon(RelaxedOptimizer):
             x, grad, m = localize(param, param.grad, self.state_of(param), self.spec.state_names)
             if m.shape != x.shape:
                 raise S3Error(
-                    f"a weight of shape {list(x.shape)} has an m of shape {list(m.shape)}: they must be equal; load the "
-                    "state of a model of this shape"
+                    f"a weight of shape {list(x.shape)} has an m of shape {list(m.shape)}: they must be equal; load a "
+                    "state of this model's shapes"
                 )
             grad = -grad.to(m.dtype) if group["maximize"] else grad.to(m.dtype)
             new = m.lerp(grad, 1 - beta)
