@@ -144,7 +144,7 @@ def direction(
     """
     *_, scale_factor = library()
     parts, mapped = pieces(matrix, qkv), []
-    # A pass over a matrix costs a CPU as much as a tenth of a product does, so what is known of its entries is kept.
+    # Passes over a matrix cost a CPU time beside the products: what is known of its entries is kept.
     sizes = [_largest(piece, cut) for piece in parts]
     is_bad = functools.reduce(torch.maximum, sizes) == math.inf
     for piece, size in zip(parts, sizes, strict=True):
