@@ -27,8 +27,11 @@ ROADS = (("bf16", True, True), ("bf16", True, False), (None, False, False), ("bf
 LONGEST = on.LR * 0.2 * 12**0.5
 
 
-def started(*extra: str, **run: Any) -> softmuon_harness.Run:
-    return softmuon_harness.Run(*extra, net=experts.Net(), **run)
+def started(*extra: str, frozen: str = "none", **run: Any) -> softmuon_harness.Run:
+    net = experts.Net()
+    for name, param in net.named_parameters():
+        param.requires_grad_(not name.startswith(frozen))
+    return softmuon_harness.Run(*extra, net=net, **run)
 
 
 def softmuons(run: softmuon_harness.Run) -> list[SoftMuon]:
@@ -44,8 +47,8 @@ def numbers(run: softmuon_harness.Run) -> set[tuple[Any, ...]]:
     return set.union(*everywhere)
 
 
-def unsharded() -> tuple[list[Any], dict[str, nn.Parameter]]:
-    copies = {name: nn.Parameter(value) for name, value in whole_weights().items()}
+def unsharded(frozen: str = "none") -> tuple[list[Any], dict[str, nn.Parameter]]:
+    copies = {name: nn.Parameter(value) for name, value in whole_weights().items() if not name.startswith(frozen)}
     matrices = [param for name, param in copies.items() if name != "embedding_weight" and param.ndim > 1]
     muon = SoftMuon(matrices, on.LR, weight_decay=on.DECAY, total_steps=STEPS, soft_start=0.5, process_group=alone())
     vectors = [param for param in copies.values() if param.ndim == 1]
@@ -60,9 +63,9 @@ def advance(optimizers: list[Any], copies: dict[str, nn.Parameter], grads: dict[
         optimizer.step()
 
 
-def trained(run: softmuon_harness.Run) -> None:
+def trained(run: softmuon_harness.Run, frozen: str = "none") -> None:
     """All steps beside the unsharded run; every SoftMuon on every rank has its schedule, to the bit."""
-    optimizers, copies = unsharded()
+    optimizers, copies = unsharded(frozen)
     for number in range(STEPS):
         assert step(run, whole_gradients(number))
         advance(optimizers, copies, whole_gradients(number))
@@ -88,6 +91,16 @@ def check_softmuon_with_expert_parallelism_equals_the_unsharded_run() -> None:
                     run = started(precision=precision, layer_wise=layer_wise, layout=laid_out)
                     assert len(softmuons(run)) == (1 if layer_wise else 2), layout
                     trained(run)
+
+
+def check_softmuon_with_frozen_experts() -> None:
+    """One, of which its rank has no matrix in the group, or all: it counts for nothing."""
+    on.since(19, "road for whole matrices")
+    with patch.dict(experts.SHAPES, WITHOUT_BIASES, clear=True), on.parallel(1, 2):
+        for precision, layer_wise, laid_out in ROADS[::3]:
+            for frozen in ("experts0", "experts"):
+                run = started(frozen=frozen, precision=precision, layer_wise=layer_wise, layout=laid_out)
+                trained(run, frozen)
 
 
 def check_softmuon_beside_experts_biases() -> None:
