@@ -82,7 +82,12 @@ def plan(tau: float, norm: float, largest: float) -> tuple[int, Precision]:
 
 
 def soft_polar(
-    matrix: Tensor, tau: float, steps: int = LONGEST, precision: Precision = "highest", cut: Cut | None = None
+    matrix: Tensor,
+    tau: float,
+    steps: int = LONGEST,
+    precision: Precision = "highest",
+    cut: Cut | None = None,
+    largest: Tensor | None = None,
 ) -> Tensor:
     """Return M (M^T M + tau^-2 I)^(-1/2): every singular value s becomes tau*s / sqrt(1 + (tau*s)^2).
 
@@ -96,6 +101,7 @@ def soft_polar(
         steps: of the iteration, each of three products.
         precision: "highest" computes them in float32, "medium" in bfloat16.
         cut: the ranks that share the matrix, all of which come here.
+        largest: the size of its largest entry, [1, 1] or [n, 1, 1], where that is known.
 
     Returns:
         A new float32 tensor of the same shape.
@@ -107,14 +113,14 @@ def soft_polar(
         raise S3Error(f"tau is {tau}: it must be a finite number > 0; the limit of a large tau is Muon's own step")
     is_turned = matrix.size(-2) < matrix.size(-1) if cut is None else cut.dim == 1
     if is_turned:
-        return soft_polar(matrix.mT, tau, steps, precision, cut and replace(cut, dim=0)).mT
+        return soft_polar(matrix.mT, tau, steps, precision, cut and replace(cut, dim=0), largest).mT
     # The map depends on tau*M alone. Entries of 1 at most keep the iteration clear of its eps and of float32's ends.
-    size = _largest(matrix, cut).clamp_min(1 / tau)
+    size = (_largest(matrix, cut) if largest is None else largest).clamp_min(1 / tau)
     unit = torch.eye(matrix.size(-1), dtype=matrix.dtype, device=matrix.device) * (1 / tau / size)
     if cut is not None:  # the rows of a stack may be shared out in any way
         unit = unit.tensor_split(cut.group.size())[cut.mine]
     stacked = torch.cat([matrix / size, unit.expand(*matrix.shape[:-2], -1, -1)], dim=-2)
-    return polar(stacked, steps, "polar_express", precision, cut)[..., : matrix.size(-2), :]
+    return _iterate(stacked, steps, "polar_express", precision, cut)[..., : matrix.size(-2), :]
 
 
 def direction(
@@ -137,33 +143,49 @@ def direction(
         The same shape; a matrix with an entry that is not finite, on whichever rank, is NaN everywhere.
     """
     *_, scale_factor = library()
-    mapped = []
-    for piece in pieces(matrix, qkv):
+    parts, mapped = pieces(matrix, qkv), []
+    # Passes over a matrix cost a CPU time beside the products: what is known of its entries is kept.
+    sizes = [_largest(piece, cut) for piece in parts]
+    is_bad = functools.reduce(torch.maximum, sizes) == math.inf
+    for piece, size in zip(parts, sizes, strict=True):
         if soft is None:
-            update = polar(piece, group["num_ns_steps"], group["coefficient_type"], group["fp32_matmul_prec"], cut)
+            road = group["num_ns_steps"], group["coefficient_type"], group["fp32_matmul_prec"]
+            update = polar(piece, *road, cut, size)
         else:
-            update = soft_polar(piece, *soft, cut)
+            update = soft_polar(piece, *soft, cut, size)
         shape = [*piece.shape[-2:]]
         if cut is not None:
             shape[cut.dim] *= cut.group.size()
-        scale = scale_factor(*shape, mode=group["scale_mode"])
-        mapped.append(update * (scale * group["extra_scale_factor"]))
-    is_bad = (~matrix.isfinite()).any(-1, keepdim=True).any(-2, keepdim=True)
-    if cut is not None:
-        is_bad = cut.largest(is_bad.float()) > 0
-    return torch.where(is_bad, torch.nan, joined(mapped, qkv))
+        scale = scale_factor(*shape, mode=group["scale_mode"]) * group["extra_scale_factor"]
+        mapped.append(update * torch.full_like(size, scale).masked_fill(is_bad, math.nan))
+    return joined(mapped, qkv)
 
 
-def polar(matrix: Tensor, steps: int, coefficients: str, precision: Precision, cut: Cut | None = None) -> Tensor:
+def polar(
+    matrix: Tensor,
+    steps: int,
+    coefficients: str,
+    precision: Precision,
+    cut: Cut | None = None,
+    largest: Tensor | None = None,
+) -> Tensor:
     """Return what ``steps`` of the iteration make of a float32 matrix or stack: near its polar factor.
 
-    With ``cut`` the matrix is this rank's part. Whatever precision of products the process has chosen, autocast too,
-    is left out of it and is as before afterwards.
+    With ``cut`` the matrix is this rank's part; ``largest`` is as ``soft_polar`` takes it.
+    """
+    size = _largest(matrix, cut) if largest is None else largest
+    # The iteration takes norms below 1e-7 for that; a power of 2 changes nothing else.
+    exponent = torch.frexp(size).exponent.clamp(-125, 125)
+    # Of a whole matrix ldexp takes 30 times as long as its product with a number (torch 2.13, on a CPU).
+    return _iterate(matrix * torch.ldexp(torch.ones_like(size), -exponent), steps, coefficients, precision, cut)
+
+
+def _iterate(matrix: Tensor, steps: int, coefficients: str, precision: Precision, cut: Cut | None) -> Tensor:
+    """Take the iteration's steps.
+
+    Whatever precision of products the process has chosen, autocast too, is left out of it and is as before afterwards.
     """
     newton_schulz, newton_schulz_tp, _ = library()
-    # It takes norms below 1e-7 for that; a power of 2 changes nothing else.
-    exponent = torch.frexp(_largest(matrix, cut)).exponent.clamp(-125, 125)
-    matrix = torch.ldexp(matrix, -exponent)
     with torch.autocast(matrix.device.type, enabled=False), _products(precision):
         if cut is None:
             return newton_schulz(matrix, steps, coefficients)
@@ -171,8 +193,9 @@ def polar(matrix: Tensor, steps: int, coefficients: str, precision: Precision, c
 
 
 def _largest(matrix: Tensor, cut: Cut | None) -> Tensor:
-    """Return the largest entry's size, of each matrix of a stack."""
-    largest = matrix.abs().amax((-2, -1), keepdim=True)
+    """Return the largest entry's size, of each matrix of a stack; infinity where one is not finite."""
+    # A maximum over ranks may pass over NaN.
+    largest = matrix.abs().amax((-2, -1), keepdim=True).nan_to_num(math.inf, math.inf)
     return largest if cut is None else cut.largest(largest)
 
 

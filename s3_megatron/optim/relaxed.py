@@ -197,15 +197,24 @@ class RelaxedOptimizer(EngineOptimizer):
                     "resume from a checkpoint whose state is finite"
                 )
             schedule = Schedule(mu, sigma, run["eps"], first, length, self.soft_map)
-            last = schedule.tau(first + length, run["tmax"])
-            log_on_first_rank(
-                logging.INFO, f"{self.spec.title} is soft for {length} steps, down to a tau of {last:.4g}: {schedule}"
-            )
+            self._log_begin(schedule, run["tmax"])
             for each in together:
                 each.write_to_groups(**{key: getattr(schedule, name) for name, key in SCHEDULE.items()})
         taken = run["steps_taken"] + 1
         for each in together:
             each.write_to_groups(steps_taken=taken)
+
+    def _log_begin(self, schedule: Schedule, tmax: float) -> None:
+        title, length, last = self.spec.title, schedule.length, schedule.tau(schedule.first + schedule.length, tmax)
+        if last == tmax > 1 < length:
+            log_on_first_rank(
+                logging.WARNING,
+                f"{title}'s soft phase of {length} steps keeps its first temperature, {tmax:g}: the momentum has the "
+                f"median {schedule.mu:g} and the deviation {schedule.sigma:g}; leave out weights without gradients, or "
+                "raise tmax",
+            )
+            return
+        log_on_first_rank(logging.INFO, f"{title} is soft for {length} steps, down to a tau of {last:.4g}: {schedule}")
 
     def write_to_groups(self, **values: Any) -> None:
         """Give every param group the same values."""

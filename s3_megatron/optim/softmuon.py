@@ -178,6 +178,11 @@ class SoftMuon(RelaxedOptimizer):
         for param in params:
             assert param.grad is not None
             x, grad, m = localize(param, param.grad, self.state_of(param), self.spec.state_names)
+            if m.shape != x.shape:
+                raise S3Error(
+                    f"a weight of shape {list(x.shape)} has an m of shape {list(m.shape)}: they must be equal; load a "
+                    "state of this model's shapes"
+                )
             grad = -grad.to(m.dtype) if group["maximize"] else grad.to(m.dtype)
             new = m.lerp(grad, 1 - beta)
             rows.append((x, m, new))
@@ -191,7 +196,7 @@ class SoftMuon(RelaxedOptimizer):
         self._add_updates(updates, grads)
         for (x, m, new), update in zip(rows, updates, strict=True):
             # A matrix that could not be mapped is NaN everywhere, on every rank that has a part of it.
-            keep, before = update.isnan(), x.to(m.dtype)
+            keep, before = update[..., :1, :1].isnan(), x.to(m.dtype)
             moved = before * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update.to(m.dtype)
             x.copy_(torch.where(keep, before, moved))
             m.copy_(torch.where(keep, m, new))

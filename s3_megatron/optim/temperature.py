@@ -5,7 +5,7 @@ Imports no torch. The momentum that it starts from is measured in ``optim/pooled
 
 import math
 from collections.abc import Callable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import NamedTuple
 
 from s3_megatron.errors import S3Error
@@ -79,10 +79,10 @@ def phases(
     }.items():
         low = 0 if name == "sign_iters" else 1
         if value is not None and (not isinstance(value, Integral) or value < low):
-            raise S3Error(f"{name} is {value}: it must be a whole number >= {low}; soft_start=1 has no soft step")
-    if not 0 <= soft_start <= 1:
+            raise S3Error(f"{name} is {value!r}: it must be a whole number >= {low}; soft_start=1 has no soft step")
+    if not isinstance(soft_start, Real) or not 0 <= soft_start <= 1:
         raise S3Error(
-            f"soft_start is {soft_start}: it must lie in [0, 1], the share of the run that is hard; .9 is usual"
+            f"soft_start is {soft_start!r}: it must lie in [0, 1], the share of the run that is hard; .9 is usual"
         )
     if sign_iters is None:
         if transition_iters is not None:

@@ -65,6 +65,18 @@ def test_other_optimizers_states_and_sparse_gradients_are_refused():
     assert torch.equal(params[0], before)
 
 
+@pytest.mark.parametrize("soft", [True, False])
+def test_a_state_of_another_shape_is_refused_in_one_line(soft):
+    """torch loads any; lerp raised, of two sizes without the weight's."""
+    saved, params = SoftMuon(matrices([(6, 4)]), total_steps=4, soft_start=0.5), matrices([(4, 6)])
+    train(saved, range(3 if soft else 1))
+    optimizer, before = SoftMuon(params, total_steps=4, soft_start=0.5, weight_decay=DECAY), params[0].detach().clone()
+    optimizer.load_state_dict(saved.state_dict())
+    with pytest.raises(S3Error, match=r"shape \[4, 6\] has an m of shape \[6, 4\]") as caught:
+        train(optimizer, range(1))
+    assert "\n" not in str(caught.value) and torch.equal(params[0], before)
+
+
 @pytest.mark.parametrize(("version", "lines"), [("0.4.1", 1), ("0.3.2", 0), (None, 1)])
 def test_a_library_of_another_version_is_used_and_one_line(monkeypatch, caplog, version, lines):
     def find(_: str) -> str:

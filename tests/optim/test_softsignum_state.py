@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from s3_megatron.errors import S3Error
 from s3_megatron.kernels.call import SoftRule
-from s3_megatron.optim import EXP_AVG, S3, SoftSignum
+from s3_megatron.optim import EXP_AVG, S3, SoftMuon, SoftSignum
 from tests.tensors import through_a_file, train
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -184,6 +184,22 @@ def test_inside_the_soft_phase_the_schedule_is_kept_and_that_is_logged(caplog: p
     # What is saved again is the run that goes on.
     build(parameters()).load_state_dict(loaded.state_dict())
     assert not caplog.text
+
+
+@pytest.mark.parametrize("kind", [SoftSignum, SoftMuon])
+def test_a_temperature_that_cannot_fall_is_a_warning(kind: type, caplog: pytest.LogCaptureFixture) -> None:
+    """Half of the weights never got a gradient, so median and deviation are 0: the soft phase was hard to its end, and
+    the one line of it said that it was soft."""
+    weights = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
+    optimizer = kind(weights, lr=0.1, weight_decay=0.1, **RUN)
+    with caplog.at_level(logging.WARNING):
+        train(weights[:1], optimizer, range(7))
+    (line,) = caplog.messages
+    assert "keeps its first temperature, 1e+09" in line and "median 0 and the deviation 0" in line and "\n" not in line
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        train(weights, kind(weights, lr=0.1, weight_decay=0.1, **RUN), range(7))
+    assert not caplog.messages
 
 
 def test_states_of_other_optimizers_are_refused_and_nothing_changes() -> None:

@@ -117,6 +117,9 @@ BAD = {
     (100, -0.1, None, None): r"soft_start is -0.1: it must lie in \[0, 1\]",
     (100, 1.1, None, None): "soft_start is 1.1",
     (100, NAN, None, None): "soft_start is nan",
+    (100, "0.5", None, None): "soft_start is '0.5'",  # a TypeError before
+    (100, None, None, None): "soft_start is None",
+    ("8", 0.5, None, None): "total_steps is '8': it must be a whole number >= 1",  # read as if 8 were none
     (0, 0.9, None, None): "total_steps is 0: it must be a whole number >= 1",
     (1e4, 0.9, None, None): "total_steps is 10000.0: it must be a whole number",
     (3, 0.9, None, None): "soft_start=0.9 leaves no soft step of total_steps=3",

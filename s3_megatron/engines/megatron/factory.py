@@ -15,7 +15,11 @@ from s3_megatron.engines.megatron import layer_wise, single_pass, softmuon, watc
 from s3_megatron.engines.megatron.bare_ranks import STEP, save_without_state
 from s3_megatron.engines.megatron.checkpoint import guard_other, guard_own
 from s3_megatron.engines.megatron.config import SpecOptimizerConfig, own_values, refuse_unsupported
-from s3_megatron.engines.megatron.expert_layout import let_experts_move, name_what_does_not_fit
+from s3_megatron.engines.megatron.expert_layout import (
+    let_experts_move,
+    let_matrices_of_experts_move,
+    name_what_does_not_fit,
+)
 from s3_megatron.engines.megatron.temperature import take_over_all_ranks
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import EngineOptimizer, registry
@@ -138,8 +142,7 @@ def _finish_all(optimizer: MegatronOptimizer, config: SpecOptimizerConfig, model
         if issubclass(each.load(), RelaxedOptimizer):
             take_over_all_ranks(optimizer, held, model_chunks[0])
         _log_active(each, held, model_chunks)
-    if not spec.beside:
-        let_experts_move(optimizer)
+    (let_matrices_of_experts_move if spec.beside else let_experts_move)(optimizer)
 
 
 def _finish(part: MegatronOptimizer, config: SpecOptimizerConfig, spec: Spec) -> None:

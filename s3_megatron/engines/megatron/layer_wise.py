@@ -31,8 +31,11 @@ def refuse(settings: argparse.Namespace | OptimizerConfig) -> None:
         raise S3Error(
             "Megatron cannot import all that it needs of emerging-optimizers: pip install emerging-optimizers==0.3.0"
         )
-    if settings.fp16:
-        raise S3Error("--fp16 does not work with --optimizer softmuon, nor with Megatron's Muon: train in --bf16")
+    if settings.fp16:  # _get_megatron_emerging_optimizer of core/optimizer/__init__.py refuses it
+        raise S3Error(
+            "--fp16 does not work with --optimizer softmuon: Megatron refuses it with every optimizer of whole "
+            "matrices, with its Muon, too; train in --bf16"
+        )
     layer_wise = settings.use_distributed_optimizer or getattr(settings, "use_layer_wise_distributed_optimizer", False)
     if not layer_wise:
         return
@@ -57,9 +60,10 @@ def refuse(settings: argparse.Namespace | OptimizerConfig) -> None:
 
 
 def refuse_chunks(config: OptimizerConfig, model_chunks: list[Any]) -> None:
-    """Raise S3Error for a model without a matrix on this rank, and where DDP cuts the gradients of matrices.
+    """Raise S3Error for a model without a matrix on this rank, for experts on ranks of their own that the host does not
+    serve, and for matrices' cut gradients.
 
-    DDP does so for a DistributedOptimizer: each rank would step the matrices with gradients of its own, of which one
+    DDP cuts them for a DistributedOptimizer: each rank would step the matrices with gradients of its own, of which one
     shard is the average. Megatron's validation of flags turns the setting off; who builds configurations himself, or
     Megatron-Bridge, does not.
     """
@@ -73,10 +77,26 @@ def refuse_chunks(config: OptimizerConfig, model_chunks: list[Any]) -> None:
         )
     for chunk, params in zip(model_chunks, trained, strict=True):
         ddp = getattr(chunk, "ddp_config", None)
-        if ddp is None or not ddp.use_distributed_optimizer:
+        if ddp is None:
             continue
+        experts = [param for param in params if not getattr(param, "allreduce", True)]
+        layer_wise = config.use_layer_wise_distributed_optimizer
+        # It shares nothing out there: ranks step experts that they have no gradient of, and save each of them twice.
+        if experts and layer_wise and chunk.dp_cp_group.size() == 1 < chunk.expt_dp_group.size():
+            raise S3Error(
+                "Megatron's layer-wise optimizer does not share experts out where dense weights have one data-parallel "
+                f"rank and experts {chunk.expt_dp_group.size()}, with Muon neither: leave --use-distributed-optimizer "
+                "out, or give other --expert-model-parallel-size or --expert-tensor-parallel-size"
+            )
+        if not ddp.use_distributed_optimizer:
+            continue
+        if any(map(is_rest, experts)):
+            raise S3Error(
+                "experts' biases have no optimizer beside --optimizer softmuon where Megatron lays its buffers out for "
+                "the distributed one: train with --disable-bias-linear, or give --no-use-layer-wise-param-layout"
+            )
         is_laid_out = all(hasattr(param, "is_managed_by_layer_wise_optimizer") for param in params)
-        if not (config.use_layer_wise_distributed_optimizer and is_laid_out):
+        if not (layer_wise and is_laid_out):
             raise S3Error(
                 "use_distributed_optimizer has gradients reduced into shards, and --optimizer softmuon steps whole "
                 "matrices: set it to False in the configurations of DDP and of the optimizer; with "

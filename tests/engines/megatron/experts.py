@@ -22,7 +22,7 @@ from tests.rank_checks import refuses, shared_folder
 STEPS, HARD, EXPERTS = 8, 4, 4
 DENSE = {"embedding_weight": (11, 8), "norm_weight": (8,), "router_weight": (EXPERTS, 8), "linear_weight": (12, 8)}
 EXPERT = {"fc1_weight": (6, 8), "fc2_weight": (8, 6), "fc2_bias": (8,)}
-SHAPES = DENSE | {f"expert{i}_{name}": shape for i in range(EXPERTS) for name, shape in EXPERT.items()}
+SHAPES = DENSE | {f"experts{i}_{name}": shape for i in range(EXPERTS) for name, shape in EXPERT.items()}
 CUT = {"linear_weight": 0, "fc1_weight": 0, "fc2_weight": 1}  # by tensor-parallel ranks; the rest is on all
 # Sizes of tensor-, expert- and expert-tensor-parallel groups, by the number of ranks.
 LAYOUTS = {2: [(1, 2, 1), (2, 2, 1), (2, 1, 1)], 4: [(1, 2, 1), (1, 4, 1), (2, 2, 1), (2, 2, 2), (2, 4, 1)]}
@@ -40,7 +40,7 @@ def size_of(kind: str) -> int:
 
 def cut_of(name: str) -> tuple[int, int, int] | None:
     """The dimension that tensor-parallel ranks cut, this rank's number among them, and theirs."""
-    dim = CUT.get(name.removeprefix(name[:8]) if name.startswith("expert") else name)
+    dim = CUT.get(name[9:] if name.startswith("expert") else name)
     kind = "expert_tensor_parallel" if name.startswith("expert") else "tensor_model_parallel"
     return None if dim is None else (dim, rank_in(kind), size_of(kind))
 
@@ -71,13 +71,14 @@ class Net(MegatronModule):
         own_ranks = each < EXPERTS or size_of("expert_tensor_parallel") != size_of("tensor_model_parallel")
         for name, value in whole_weights().items():
             is_expert = name.startswith("expert")
-            if is_expert and not first <= int(name[6]) < first + each:
+            if is_expert and not first <= int(name[7]) < first + each:
                 continue
             param = nn.Parameter(mine(name, value).clone())
             cut = cut_of(name)
             param.tensor_model_parallel, param.partition_stride = cut is not None, 1
             param.partition_dim = -1 if cut is None else cut[0]
             param.allreduce = not (is_expert and own_ranks)
+            param.is_embedding_or_output_parameter = name == "embedding_weight"
             self.register_parameter(name, param)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
@@ -185,7 +186,7 @@ def check_frozen_experts_and_frozen_dense_weights() -> None:
     """Of what is frozen there is no optimizer, or one without weights: it counts for nothing."""
     with on.parallel(1, 2):
         for sharded in on.WRAPPERS:
-            for frozen in ("expert", "expert0", ("embedding", "norm", "router", "linear")):
+            for frozen in ("expert", "experts0", ("embedding", "norm", "router", "linear")):
                 trained(started(sharded=sharded, frozen=frozen), frozen=frozen)
 
 
@@ -194,7 +195,7 @@ def check_an_expert_without_tokens_has_an_update_of_0() -> None:
 
     def idle(grads: dict[str, Tensor]) -> None:
         for name, grad in grads.items():
-            if name.startswith(("expert1", "expert3")):
+            if name.startswith(("experts1", "experts3")):
                 grad.zero_()
 
     with on.parallel(1, 2):
@@ -202,7 +203,7 @@ def check_an_expert_without_tokens_has_an_update_of_0() -> None:
             run = started(sharded=sharded)
             trained(run, change=idle)
             for name, weight in run.weights().items():
-                if name.startswith(("expert1", "expert3")):
+                if name.startswith(("experts1", "experts3")):
                     decay = 1.0 if weight.ndim == 1 else (1 - on.LR * on.DECAY) ** STEPS
                     torch.testing.assert_close(weight, mine(name, whole_weights()[name]) * decay)
 
@@ -216,7 +217,7 @@ def check_an_experts_overflow_is_skipped_everywhere() -> None:
                 if number in (HARD, HARD + 1):
                     before, found = run.weights(), numbers(run)
                     bad = whole_gradients(3)
-                    bad["expert0_fc1_weight"][1, 2] = float("inf")
+                    bad["experts0_fc1_weight"][1, 2] = float("inf")
                     assert not step(run, bad)
                     assert numbers(run) == found
                     assert all(torch.equal(before[name], weight) for name, weight in run.weights().items())
@@ -225,7 +226,7 @@ def check_an_experts_overflow_is_skipped_everywhere() -> None:
             assert (schedule.first, taken) == (HARD, STEPS)
 
 
-def _loaded(run: on.Run, weights: dict[str, Tensor], folder: Path, kind: str) -> on.Run:
+def loaded(run: on.Run, weights: dict[str, Tensor], folder: Path, kind: str) -> on.Run:
     for name, param in run.net.named_parameters():
         param.data.copy_(mine(name, weights[name]))
     on.load(run, folder, kind)
@@ -233,7 +234,7 @@ def _loaded(run: on.Run, weights: dict[str, Tensor], folder: Path, kind: str) ->
     return run
 
 
-def _whole(run: on.Run) -> dict[str, Tensor]:
+def whole(run: on.Run) -> dict[str, Tensor]:
     """The model's weights, of all ranks; a part where tensor-parallel ranks cut them is not needed here."""
     everywhere: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everywhere, run.weights())
@@ -249,7 +250,7 @@ def check_experts_resume_to_the_bit_in_both_phases() -> None:
             for number in range(STEPS):
                 if number in (2, HARD, HARD + 1, HARD + 2):
                     on.save(run, folder := shared_folder(), kind)
-                    resumed.append(_loaded(started(sharded=sharded), _whole(run), folder, kind))
+                    resumed.append(loaded(started(sharded=sharded), whole(run), folder, kind))
                 assert all(step(each, whole_gradients(number)) for each in (run, *resumed))
             for other in resumed:
                 assert numbers(other) == numbers(run), kind
@@ -274,9 +275,9 @@ def check_experts_resume_under_another_expert_parallelism() -> None:
                         for number in range(saved_at):
                             assert step(run, whole_gradients(number))
                         on.save(run, folder := shared_folder(), "fully_reshardable")
-                        weights = _whole(run)
+                        weights = whole(run)
                     with on.parallel(1, after):
-                        run = _loaded(started(name, sharded=sharded), weights, folder, "fully_reshardable")
+                        run = loaded(started(name, sharded=sharded), weights, folder, "fully_reshardable")
                         for number in range(STEPS):
                             on.step_reference(reference, copies, whole_gradients(number))
                             if number >= saved_at:

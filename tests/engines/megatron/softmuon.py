@@ -274,6 +274,10 @@ def check_softmuon_goes_on_under_another_layout() -> None:
                 compare(run, optimizers, copies, 1e-6)
 
 
+# A hard step, the one at which the temperature is taken, and a soft one.
+BROKEN = (1, HARD, HARD + 1)
+
+
 def check_a_nan_gradient_leaves_a_matrix_on_all_ranks() -> None:
     """One entry, in what one tensor-parallel rank has; Megatron looks for it only where it is asked to."""
     on.since(19, "road for whole matrices")
@@ -283,11 +287,11 @@ def check_a_nan_gradient_leaves_a_matrix_on_all_ranks() -> None:
             for step in range(STEPS):
                 before = run.masters()
                 grads = whole_gradients(step)
-                if step in (1, HARD + 1):
+                if step in BROKEN:
                     grads["fc1.weight"][0, 0], grads["fc2.weight"][0, 19] = float("nan"), float("inf")
                 assert run.step(grads)
                 for name, master in run.masters().items():
-                    is_left = name in ("fc1.weight", "fc2.weight") and step in (1, HARD + 1)
+                    is_left = name in ("fc1.weight", "fc2.weight") and step in BROKEN
                     assert torch.equal(master, before[name]) is is_left and master.isfinite().all(), (step, name)
             assert run.softmuon.schedule.first == HARD
 

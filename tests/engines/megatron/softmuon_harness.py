@@ -97,6 +97,7 @@ class Run:
         layout: bool = True,
         shards: bool = False,
         make: Callable[[list[Any]], MegatronOptimizer] | None = None,
+        net: MegatronModule | None = None,
     ):
         own = ("--softmuon-soft-start", "0.5") if optimizer == "softmuon" else ()
         given = ("--lr", f"{on.LR}", "--weight-decay", f"{on.DECAY}", "--clip-grad", "0", *own, *extra)
@@ -106,7 +107,7 @@ class Run:
         with patch.object(sys, "argv", rehearsal.add_flags(["softmuon", *line])):
             arguments.validate_args(args := arguments.parse_args())
         config, _ = training.get_megatron_optimizer_config(args)
-        self.net = Net().to(args.params_dtype)
+        self.net = (net or Net()).to(args.params_dtype)
         (self.ddp,) = training.wrap_model_chunks_with_ddp(
             [self.net],
             self.net.config,

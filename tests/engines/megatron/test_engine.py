@@ -16,6 +16,7 @@ NAMES = (
     "soft_passes.py",
     "softmuon.py",
     "experts.py",
+    "softmuon_experts.py",
 )
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 CHECKS = rank_checks.in_files(SOURCES)

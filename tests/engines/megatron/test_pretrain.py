@@ -75,26 +75,32 @@ def softsignum(folder: Path, layout: str = "dp2", start: int = 0) -> Job:
 
 # Experts on 2 ranks in pairs; from 4 on under other expert parallelism, with one optimizer or two.
 EXPERTS = {"ep2": (2, 2, 1), "ep1": (2, 1, 1), "ep4": (4, 4, 1), "pp2-ep2": (4, 2, 2)}
-MOVED = [(layout, start) for start in (4, 6) for layout in EXPERTS] if HAS_ENTRY else []
+MOVED = [("softsignum", layout, start) for start in (4, 6) for layout in EXPERTS] if HAS_ENTRY else []
+MOVED += (
+    [("softmuon", "ep2", 6), ("softmuon", "ep1", 6), ("softmuon", "ep4", 4), ("softmuon", "pp2-ep2", 6)]
+    if HAS_ENTRY
+    else []
+)
 
 
-def experts(folder: Path, layout: str = "ep2", start: int = 0) -> Job:
-    """SoftSignum on GPT with four experts a layer, uninterrupted on 2 ranks, or from iteration ``start`` on."""
+def experts(folder: Path, optimizer: str, layout: str = "ep2", start: int = 0) -> Job:
+    """GPT with four experts a layer, uninterrupted on 2 ranks, or from iteration ``start`` on."""
     _, expert_parallel, pipeline_parallel = EXPERTS[layout]
-    saved = folder / "experts-saved"
+    saved = folder / f"{optimizer}-experts-saved"
     extra = ("--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "24", "--disable-bias-linear")
-    extra += ("--expert-model-parallel-size", str(expert_parallel), "--softsignum-soft-start", "0.5")
+    extra += ("--expert-model-parallel-size", str(expert_parallel), f"--{optimizer}-soft-start", "0.5")
     if start:
         extra += ("--load", str(saved), "--ckpt-step", str(start), "--ckpt-format", "torch_dist")
     command = flags(
         iterations=LAST,
-        optimizer="softsignum",
+        optimizer=optimizer,
+        precision="bf16" if optimizer == "softmuon" else None,
         pipeline_parallel=pipeline_parallel,
         checkpoints=None if start else saved,
         save_every=2,
         extra=(*extra, "--dist-ckpt-optim-fully-reshardable"),
     )
-    return "megatron", [*command, "--watch-dir", str(folder / f"experts-{layout}-{start}")]
+    return "megatron", [*command, "--watch-dir", str(folder / f"{optimizer}-experts-{layout}-{start}")]
 
 
 def frozen(name: str, folder: Path, *load: str) -> Job:
@@ -136,10 +142,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for ranks in (2, 1, 4):
         first = [base(precision, folder) for precision in TOLERANCE] if ranks == 2 else []
         first += [*in_parts(folder), *adams(folder)] if ranks == 2 else []
-        first += [softsignum(folder), experts(folder)] if ranks == 2 and HAS_ENTRY else []
+        if ranks == 2 and HAS_ENTRY:
+            first += [softsignum(folder), *(experts(folder, name) for name in ("softsignum", "softmuon"))]
         jobs = [*first, *(resumed(*case, folder) for case in CASES if LAYOUTS[case[1]][0] == ranks)]
         jobs += [softsignum(folder, *case) for case in SOFTSIGNUM if LAYOUTS[case[0]][0] == ranks]
-        jobs += [experts(folder, *case) for case in MOVED if EXPERTS[case[0]][0] == ranks]
+        jobs += [experts(folder, *case) for case in MOVED if EXPERTS[case[1]][0] == ranks]
         train_all(jobs, ranks, folder)
     return folder
 
@@ -188,18 +195,22 @@ def test_softsignum_goes_on_in_every_layout(folder: Path, layout: str, start: in
     assert sizes <= (0.0 if layout == "dp2" else 1e-7) or layout in ("tp2-dp2", "pp2-dp2")
 
 
-@pytest.mark.parametrize(("layout", "start"), MOVED)
-def test_experts_go_on_under_another_expert_parallelism(folder: Path, layout: str, start: int) -> None:
+@pytest.mark.parametrize(("optimizer", "layout", "start"), MOVED)
+def test_experts_go_on_under_another_expert_parallelism(folder: Path, optimizer: str, layout: str, start: int) -> None:
     """From 4 on m is measured there: a weight that counted once a rank would make another temperature, and other
-    update sizes, compared where no weight is on several stages."""
-    whole, seen = (read_metrics(folder / f"experts-{name}").train for name in ("ep2-0", f"{layout}-{start}"))
+    update sizes, compared where no weight is on several stages. SoftMuon's are in bf16, with S3's beside them: seen to
+    differ by 1.4e-4, and losses by 3.8e-6."""
+    whole, seen = (
+        read_metrics(folder / f"{optimizer}-experts-{name}").train for name in ("ep2-0", f"{layout}-{start}")
+    )
     assert (sorted(whole), sorted(seen)) == ([*range(1, LAST + 1)], [*range(start + 1, LAST + 1)])
-    assert whole[LAST].updates.mean < whole[4].updates.mean
+    assert optimizer == "softmuon" or whole[LAST].updates.mean < whole[4].updates.mean
     gap = max(abs(event.losses["lm_loss"] / whole[i].losses["lm_loss"] - 1) for i, event in seen.items())
     sizes = max(abs(event.updates.mean / whole[i].updates.mean - 1) for i, event in seen.items())
-    print(f"{layout} from {start}: losses differ by {gap:.1e} at most, mean updates by {sizes:.1e}")
-    assert gap <= (0.0 if layout == "ep2" else TOLERANCE[None])
-    assert sizes <= (0.0 if layout == "ep2" else 1e-7) or layout == "pp2-ep2"
+    print(f"{optimizer}, {layout} from {start}: losses differ by {gap:.1e} at most, mean updates by {sizes:.1e}")
+    precision, near = ("bf16", 1e-3) if optimizer == "softmuon" else (None, 1e-7)
+    assert gap <= (0.0 if layout == "ep2" else TOLERANCE[precision])
+    assert sizes <= (0.0 if layout == "ep2" else near) or layout == "pp2-ep2"
 
 
 @pytest.mark.skipif(not HAS_ENTRY, reason="the rehearsal runs Megatron-FSDP with megatron-core 0.19")

@@ -25,7 +25,17 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from s3_megatron.engines.megatron import S3OptimizerConfig, install, uninstall
 from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
 from tests import rank_checks
-from tests.engines.megatron import experts, passes, resumes, soft_passes, softmuon, softsignum, toy, watching
+from tests.engines.megatron import (
+    experts,
+    passes,
+    resumes,
+    soft_passes,
+    softmuon,
+    softmuon_experts,
+    softsignum,
+    toy,
+    watching,
+)
 from tests.engines.megatron.harness import (
     LR,
     Run,
@@ -277,7 +287,8 @@ def main(output: Path, names: list[str]) -> None:
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     found = rank_checks.named(
-        sys.modules[__name__], passes, resumes, watching, toy, softsignum, soft_passes, softmuon, experts
+        *(sys.modules[__name__], passes, resumes, watching, toy, softsignum, soft_passes, softmuon, experts),
+        softmuon_experts,
     )
     rank_checks.run(found, names, output)
     dist.destroy_process_group()
