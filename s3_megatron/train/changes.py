@@ -47,6 +47,11 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if _is_plain(value)}
 
 
+def texts(args: argparse.Namespace) -> dict[str, str]:
+    """Give the ``settings`` of ``args`` as texts, for a file that is no pickle; they compare like the values."""
+    return {name: _text(value) for name, value in settings(args).items()}
+
+
 def compare(saved: Mapping[str, Any]) -> None:
     """Compare Megatron's global arguments with ``saved``, those of the checkpoint's run; says what differs.
 

@@ -33,7 +33,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """Check what ``args``, parsed but not validated, asks for, and that the files it names exist.
 
     Raises:
-        S3Error: a flag belongs to another script, or a checkpoint's folder, a tokenizer's or data set's file is missing.
+        S3Error: a flag belongs to another script, or a checkpoint, or a tokenizer's or data set's file, is missing.
     """
     for name in _OTHER_SCRIPTS:
         if getattr(args, name):

@@ -68,7 +68,7 @@ def test_a_folder_that_another_run_saves_to_is_refused(
 def test_a_checkpoint_to_load_that_is_not_there_is_named(
     gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With a mistyped --load training began from random weights; --ckpt-step 2 was FileNotFoundError, and exit code 1."""
+    """With a mistyped --load training began from random weights; --ckpt-step 2 was a FileNotFoundError."""
     line = refusal(gpt, monkeypatch, *MOCK, "--load", str(tmp_path / "typo"))
     assert f"--load {tmp_path / 'typo'} is not there" in line
     (tmp_path / "iter_0000003").mkdir()
@@ -209,7 +209,7 @@ def test_a_mistake_that_rank_1_alone_sees_is_reported_and_no_rank_hangs(tmp_path
 def test_a_mistake_that_rank_0_ended_of_first_keeps_its_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where srun or mpirun starts the ranks, rank 0 has the store: the others ended in 'Connection reset by peer', 1."""
+    """Where srun starts the ranks, rank 0 has the store: the others ended in 'Connection reset by peer', code 1."""
     import torch.distributed as dist
 
     class Store:
