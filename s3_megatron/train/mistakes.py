@@ -33,7 +33,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """Check what ``args``, parsed but not validated, asks for, and that the files it names exist.
 
     Raises:
-        S3Error: a flag belongs to another script, or a checkpoint, or a tokenizer's or data set's file, is missing.
+        S3Error: a flag is missing or another script's, or a checkpoint, a tokenizer's or data set's file is not there.
     """
     for name in _OTHER_SCRIPTS:
         if getattr(args, name):
@@ -41,6 +41,11 @@ def check_flags(args: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} is not for this script: run one that knows it, such as Megatron-LM's "
                 "pretrain_gpt.py, with 'python -m s3_megatron.train.run SCRIPT ARGS...'"
             )
+    if not args.skip_train:
+        if args.lr is None:
+            raise S3Error("--lr is missing: give the peak rate")
+        if args.train_iters is None and args.train_samples is None:
+            raise S3Error("--train-iters is missing: give the length of the run, or --train-samples")
     check_checkpoint(args)
     _check_tokenizer(args)
     if not args.mock_data:

@@ -152,6 +152,47 @@ def test_a_schedule_that_cannot_be_is_refused_before_anything_is_built(
     assert "Megatron refuses the flags: " in refusal(gpt, monkeypatch, *MOCK, *rates, *flags)
 
 
+@pytest.mark.parametrize(("flag", "said"), [("--lr", "give the peak rate"), ("--train-iters", "or --train-samples")])
+def test_a_flag_that_every_run_needs_is_named(
+    gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, flag: str, said: str
+) -> None:
+    """Without --lr Megatron builds model and data, and ends in float(None); so it did without a length."""
+    given = [*FLAGS, *MOCK, "--train-iters", "1"]
+    where = given.index(flag)
+    line = refusals.refusal(gpt.train, monkeypatch, *given[:where], *given[where + 2 :])
+    assert line.startswith(f"{flag} is missing: ") and said in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--optimizer", "s3", "--adam-beta2", "0.95", "--softsignum-beta", "0.5"), "--softsignum-beta, --adam-beta2"),
+        (("--optimizer", "s3", "--adam-beta2", "0.999", "--s3-p", "2"), ""),
+        (("--optimizer", "adam", "--adam-beta2", "0.95", "--s3-p", "2"), "--s3-p"),
+        (("--optimizer", "adam", "--adam-beta2", "0.95"), ""),
+        (("--optimizer", "softmuon", "--softmuon-soft-start", "0", "--s3-p", "2", "--adam-eps", "1"), "--adam-eps"),
+        (
+            (
+                *("--optimizer", "softmuon", "--softmuon-soft-start", "0", "--softmuon-scalar-optimizer", "adam"),
+                *("--s3-p", "2", "--adam-eps", "1"),
+            ),
+            "--s3-p",
+        ),
+    ],
+)
+def test_flags_of_an_optimizer_that_is_not_used_are_named(
+    gpt: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    flags: tuple[str, ...],
+    named: str,
+) -> None:
+    """Whoever turned --optimizer s3 on in a command for Adam kept --adam-beta2 0.95, which did nothing, in silence."""
+    refusal(gpt, monkeypatch, *MOCK, *flags, "--lr-decay-style", "WSD")  # found after the flags are validated
+    lines = [record.getMessage() for record in caplog.records if "without effect on" in record.getMessage()]
+    assert lines == ([f"of another optimizer, and without effect on --optimizer {flags[1]}: {named}"] if named else [])
+
+
 def test_the_engines_refusals_arrive_as_they_are(gpt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--s3-p" in refusal(gpt, monkeypatch, *MOCK, "--optimizer", "s3", "--s3-p", "0.5")
 
