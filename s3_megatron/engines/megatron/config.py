@@ -165,7 +165,7 @@ def validate(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _name_ignored(args: argparse.Namespace, used: list[Spec]) -> None:
     """Say which flags have a value of their own and belong to optimizers that are not ``used``: they do nothing."""
-    fields = {
+    fields: dict[str, tuple[str, Any]] = {
         one.field(each.name): (one.flag(each.switch), each.default)
         for one in registry.specs()
         if one not in used
