@@ -38,7 +38,7 @@ _BESIDE = (
 _FREE = (
     *("lr", "min_lr", "decoupled_", "weight_decay", "start_weight_decay", "end_weight_decay", "clip_grad"),
     *("train_", "valid_", "test_", "eval_", "global_batch_size", "micro_batch_size", "rampup_", "world_size"),
-    *("data_parallel_size", "data_", "split", "mock_data", "seed", "softsignum_", "softmuon_total", "s3_"),
+    *("data_parallel_size", "data_", "split", "mock_data", "seed", "softsignum_", "softmuon_total", "s3_", "adam_"),
 )
 
 

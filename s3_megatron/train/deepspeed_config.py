@@ -170,10 +170,12 @@ def refusals(path: Path) -> Iterator[None]:
 
 def _refuse_mixed_stage_0(config: Config, path: Path | None) -> None:
     """Raise S3Error where DeepSpeed (0.19.8, ``_do_optimizer_sanity_check``) has no optimizer: NotImplementedError."""
-    if (_get(config, "zero_optimization.stage") or 0) == 0 and _get(config, "bf16.enabled"):
+    stage = _get(config, "zero_optimization.stage")
+    if not stage and _get(config, "bf16.enabled"):
         if _get(config, "data_types.grad_accum_dtype") == "fp32":
+            what = "no zero_optimization.stage, and so ZeRO stage 0" if stage is None else "ZeRO stage 0"
             raise S3Error(
-                f"{path} has ZeRO stage 0, which does not accumulate gradients of bf16 in float32 as Megatron does: "
+                f"{path} has {what}, which does not accumulate gradients of bf16 in float32 as Megatron does: "
                 "set zero_optimization.stage to 1, or pass --grad-reduce-in-bf16"
             )
 

@@ -22,7 +22,7 @@ _DAMAGE_IN_C = re.compile("PytorchStreamReader|unexpected EOF|wrong byte size|ce
 
 # What megatron-core 0.19.2 says in a RuntimeError of a checkpoint that was saved under other flags.
 _OTHER_FLAGS = re.compile(r"mismatch|Expected \d+ entries|Detected load from|Error\(s\) in loading state_dict")
-_STATE = re.compile("optimizer|entries|flattened_range")  # in it, or in the names of flags: of the optimizer's state
+_STATE = re.compile("[oO]ptimizer|entries|flattened_range")  # in it, or in the names of flags: of the optimizer's state
 _LAYOUT = re.compile(r"\(TP, PP\)|bucket_idx")
 
 # What OptimizerParamScheduler (megatron-core 0.19.2) compares with the checkpoint's, by the flags that say it.

@@ -69,7 +69,7 @@ MISFITS = [
             "with sharding type dp_reshardable. Please use `--ckpt-fully-parallel-save` flag during checkpoint saving."
         ),
         {"tensor_model_parallel_size": 2},
-        ("--tensor-model-parallel-size 1, here 2", "--dist-ckpt-optim-fully-reshardable"),
+        ("--tensor-model-parallel-size 1, here 2", "--dist-ckpt-optim-fully-reshardable", "--no-load-optim"),
     ),
     (
         type("CheckpointingException", (Exception,), {})("ShardedTensor.flattened_range is not supported."),
