@@ -35,9 +35,12 @@ def held(folder: Path, lost: Callable[[str], None]) -> Iterator[None]:
 
     Raises:
         FolderIsHeld: another run has the folder.
-        S3Error: it cannot be written.
+        S3Error: it cannot be written, or filelock is not installed.
     """
-    from filelock import FileLock
+    try:
+        from filelock import FileLock
+    except ModuleNotFoundError:  # pip install --no-deps
+        raise S3Error(f"filelock is not installed for {sys.executable}: pip install filelock") from None
 
     try:
         from filelock import LeaseCompromise, SoftFileLease

@@ -6,7 +6,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -36,8 +36,20 @@ def main() -> None:
     try:
         app()
     except S3Error as error:
-        errors.print(printable(f"error: {error}"), style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _refuse(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "s3_megatron"):
+            raise
+        _refuse(
+            f"this command needs {package}, which {sys.executable} does not have: s3-megatron doctor names what is "
+            "missing and how to get it"
+        )
+
+
+def _refuse(text: str) -> NoReturn:
+    errors.print(printable(f"error: {text}"), style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
 
 
 def _version(asked: bool) -> None:

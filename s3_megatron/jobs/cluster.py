@@ -29,7 +29,34 @@ def _absolute(path: str) -> str:
     return path
 
 
+# What the script itself says to sbatch, and which setting decides it. Of two lines the last one counts: a second
+# --nodes trains on more ranks than the recipe has, and --array puts several jobs into one run folder.
+_DECIDED = {
+    **dict.fromkeys(("--nodes", "-N"), "layout.nodes of the recipe"),
+    **dict.fromkeys(
+        ("--ntasks", "-n", "--ntasks-per-node", "--array", "-a"), "no setting: one task a node, and one job"
+    ),
+    **dict.fromkeys(("--cpus-per-task", "-c"), "cluster.slurm.cpus_per_node"),
+    **dict.fromkeys(("--partition", "-p"), "cluster.slurm.partition"),
+    **dict.fromkeys(("--account", "-A"), "cluster.slurm.account"),
+    **dict.fromkeys(("--time", "-t", "--time-min"), "cluster.slurm.time_limit_minutes"),
+    **dict.fromkeys(("--job-name", "-J", "--output", "-o", "--open-mode"), "the run's --name and cluster.runs_dir"),
+    **dict.fromkeys(("--requeue", "--no-requeue"), "cluster.restart.how"),
+    "--signal": "cluster.restart.signal_seconds",
+}
+
+
+def _option(text: str) -> str:
+    flag = re.match(r"--[a-z-]+|-[A-Za-z]|", text)
+    if not flag or not flag[0]:
+        raise ValueError("must be an option of sbatch with its value, such as --qos=high")
+    if flag[0] in _DECIDED:
+        raise ValueError(f"is in the script already: {_DECIDED[flag[0]]} decides it")
+    return text
+
+
 Variable = Annotated[str, AfterValidator(_variable)]
+Option = Annotated[Text, AfterValidator(_option)]
 Folder = Annotated[Text, AfterValidator(_absolute)]
 
 
@@ -49,7 +76,7 @@ class Slurm(Section):
     time_limit_minutes: Minutes = 1440
     cpus_per_node: Count | None = Field(None, description="null: the whole node's (--exclusive --mem=0)")
     gpu_request: Literal["gpus-per-node", "gres"] = "gpus-per-node"
-    options: tuple[Text, ...] = Field((), description="more #SBATCH lines, such as --qos=high")
+    options: tuple[Option, ...] = Field((), description="more #SBATCH lines, such as --qos=high")
 
 
 class Container(Section):

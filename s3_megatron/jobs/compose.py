@@ -66,12 +66,19 @@ def _recipe(name: str, settings: list[str]) -> Recipe:
             raw["optimizer"] = _read(find("optimizer", optimizer), as_written)
         return _merged(path, raw, others, as_written)
 
-    return validated(Recipe, merged, path)
+    return validated(Recipe, merged, _source(path, settings))
 
 
 def _cluster(name: str, settings: list[str]) -> Cluster:
     path = find("cluster", name)
-    return validated(Cluster, lambda as_written: _merged(path, _read(path, as_written), settings, as_written), path)
+    source = _source(path, settings, "cluster.")
+    return validated(Cluster, lambda as_written: _merged(path, _read(path, as_written), settings, as_written), source)
+
+
+def _source(path: Path, settings: list[str], prefix: str = "") -> str:
+    """What an error is of: ``path``, and the keys that were set beside it. A value may be a secret."""
+    keys = " ".join(prefix + setting.partition("=")[0] for setting in settings)
+    return f"{path} with --set {keys}" if keys else str(path)
 
 
 def _here(cluster: Cluster) -> dict[str, Any]:
@@ -116,8 +123,8 @@ def _merged(path: Path, config: DictConfig, settings: list[str], as_written: boo
         raise S3Error(f"{path} with {' '.join(settings)}: {' '.join(str(error).split())}") from error
 
 
-def validated[M: BaseModel](model: type[M], merged: Callable[[bool], dict[str, Any]], path: Path) -> M:
-    """Check what ``merged(as_written)``, from ``path``, returns; a number where a text belongs stays as it is written.
+def validated[M: BaseModel](model: type[M], merged: Callable[[bool], dict[str, Any]], source: str) -> M:
+    """Check what ``merged(as_written)``, from ``source``, returns; a number where a text belongs stays as written.
 
     Raises:
         S3Error: keys or values are wrong; it names all of them.
@@ -128,7 +135,7 @@ def validated[M: BaseModel](model: type[M], merged: Callable[[bool], dict[str, A
         for loc in numbers:
             reduce(getitem, loc[:-1], cast(Any, raw))[loc[-1]] = reduce(getitem, loc, cast(Any, written))
     if errors := _errors(model, raw):
-        raise S3Error(f"{path}: {'; '.join(_explained(model, one) for one in errors)}")
+        raise S3Error(f"{source}: {'; '.join(_explained(model, one) for one in errors)}")
     return model.model_validate(raw)
 
 

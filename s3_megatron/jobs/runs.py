@@ -121,7 +121,7 @@ def _read[M: BaseModel](model: type[M], path: Path) -> M:
         raw = yaml.safe_load(path.read_bytes())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise S3Error(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    return validated(model, lambda as_written: raw, path)
+    return validated(model, lambda as_written: raw, str(path))
 
 
 def find(name: str) -> Run:

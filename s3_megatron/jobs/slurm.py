@@ -1,6 +1,9 @@
 """SLURM's commands, and what they print."""
 
+import os
+import re
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +11,20 @@ from s3_megatron.errors import S3Error
 
 # What squeue and scontrol call a job that is, or will be, under way.
 ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD")
+
+# Variables that sbatch takes in the place of a script's own line, beyond SBATCH_ and the option's name (man sbatch).
+_ALSO = {
+    "time": ("SBATCH_TIMELIMIT",),
+    "mem": ("SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"),
+    "requeue": ("SBATCH_NO_REQUEUE",),
+    "no-requeue": ("SBATCH_REQUEUE",),
+}
+_NEVER = ("SBATCH_ARRAY_INX", "SBATCH_WAIT")  # several jobs in one folder; an sbatch that waits for the job's end
+
+_SBATCH = re.compile("^#SBATCH.*", re.MULTILINE)
+
+# Which cluster's controller is asked, by whomever.
+_SITE = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 
 @dataclass(frozen=True)
@@ -21,12 +38,12 @@ class JobState:
 
 def test_script(script: Path) -> None:
     """Ask whether the script would be accepted now; raises S3Error with SLURM's own words where it would not."""
-    _run("sbatch", "--test-only", str(script))
+    _sbatch("--test-only", script)
 
 
 def submit(script: Path) -> str:
     """Queue ``script``; returns the job's number."""
-    return _run("sbatch", "--parsable", str(script)).split(";")[0].strip()
+    return _sbatch("--parsable", script).split(";")[0].strip()
 
 
 def cancel(jobs: list[str]) -> None:
@@ -44,9 +61,16 @@ def state(job: str) -> JobState | None:
     return JobState(fields["JobState"], fields.get("Reason", "None"), fields.get("NodeList", "(null)"))
 
 
-def _run(*command: str) -> str:
+def _sbatch(option: str, script: Path) -> str:
+    variables = environment(os.environ, script.read_text(encoding="utf-8"))
+    return _run("sbatch", option, str(script), variables=variables)
+
+
+def _run(*command: str, variables: Mapping[str, str] | None = None) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=60, env=variables
+        )
     except FileNotFoundError as error:
         raise S3Error(f"{command[0]} is not on the PATH: run this on a login node of the cluster") from error
     except subprocess.TimeoutExpired as error:
@@ -55,3 +79,18 @@ def _run(*command: str) -> str:
         message = " ".join((done.stderr or done.stdout).split())
         raise S3Error(f"{command[0]} refuses: {message}")
     return done.stdout
+
+
+def environment(variables: Mapping[str, str], script: str) -> dict[str, str]:
+    """Give ``variables`` as the job of ``script`` is to be queued with.
+
+    sbatch lets SBATCH_TIMELIMIT and its kin overrule the script's own lines, which a recipe and a cluster decide. And a
+    job that is queued from within another (salloc, an srun shell) would take over that one's SLURM_MEM_PER_CPU,
+    SLURM_CPU_BIND, SLURM_NTASKS, ..., on which its own srun ends, or binds its ranks.
+    """
+    options = {option for line in _SBATCH.findall(script) for option in re.findall(r"(?<=\s)--([a-z-]+)", line)}
+    dropped = {f"SBATCH_{option.upper().replace('-', '_')}" for option in options}
+    dropped |= {name for option in options for name in _ALSO.get(option, ())} | set(_NEVER)
+    if "SLURM_JOB_ID" in variables:
+        dropped |= {name for name in variables if name.startswith("SLURM_") and name not in _SITE}
+    return {name: value for name, value in variables.items() if name not in dropped}

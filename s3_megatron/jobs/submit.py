@@ -1,9 +1,11 @@
 """From a job to a run under way: in SLURM's queue, or in this terminal."""
 
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -62,7 +64,8 @@ def here(job: Job) -> Job:
 def start(run: Run) -> int:
     """Run the script of a job without a scheduler, to its end; returns its exit code, see docs/jobs.md.
 
-    What it prints is printed, and appended to the run's logs/job.log. Ctrl-C reaches the script, too, and ends it.
+    What it prints is printed, and appended to the run's logs/job.log. Ctrl-C reaches the script, too, and ends it;
+    SIGTERM and SIGHUP are passed on to it, and it saves and ends.
     """
     command = ["bash", str(run.script)]
     pipe = subprocess.PIPE
@@ -70,13 +73,30 @@ def start(run: Run) -> int:
         with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT) as script:
             assert script.stdout is not None
             try:
-                for text in script.stdout:
-                    log.write(text)
-                    sys.stdout.buffer.write(text)
-                    sys.stdout.flush()
+                with _passed_on(script):
+                    for text in script.stdout:
+                        log.write(text)
+                        with suppress(OSError):  # a terminal that was closed: the run is none of its
+                            sys.stdout.buffer.write(text)
+                            sys.stdout.flush()
             except KeyboardInterrupt:
                 script.wait()
     return script.returncode
+
+
+@contextmanager
+def _passed_on(script: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Pass SIGTERM and SIGHUP on to ``script``: it would train on by itself, where no one sees it.
+
+    One that is ignored stays so: nohup wants no SIGHUP to end a run.
+    """
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: script.terminate()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def resume(run: Run, show: Callable[[str], None]) -> int:

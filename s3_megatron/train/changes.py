@@ -34,10 +34,22 @@ _BESIDE = (
     *("manual_gc", "adlr", "train_sync_interval", "config_logger", "lazy_mpu", "te_rng", "start_eval", "eval_interval"),
 )
 
+# Flags that no tensor of a checkpoint depends on: rates, schedule, data, and how many samples a step has.
+_FREE = (
+    *("lr", "min_lr", "decoupled_", "weight_decay", "start_weight_decay", "end_weight_decay", "clip_grad"),
+    *("train_", "valid_", "test_", "eval_", "global_batch_size", "micro_batch_size", "rampup_", "world_size"),
+    *("data_parallel_size", "data_", "split", "mock_data", "seed", "softsignum_", "softmuon_total", "s3_", "adam_"),
+)
+
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Give what ``args`` has of plain values, as a checkpoint keeps them: no objects of the host's."""
     return {name: value for name, value in vars(args).items() if _is_plain(value)}
+
+
+def texts(args: argparse.Namespace) -> dict[str, str]:
+    """Give the ``settings`` of ``args`` as texts, for a file that is no pickle; they compare like the values."""
+    return {name: _text(value) for name, value in settings(args).items()}
 
 
 def compare(saved: Mapping[str, Any]) -> None:
@@ -49,12 +61,7 @@ def compare(saved: Mapping[str, Any]) -> None:
             it is loaded, and our optimizers' hyperparameters with their state.
     """
     args = get_args()
-    beside = (*_BESIDE, *(field for spec in registry.specs() for field in spec.switch_fields))
-    changed = {
-        name: f"--{name.replace('_', '-')} {saved[name]}, here {value}"
-        for name, value in settings(args).items()
-        if not name.startswith(("_", *beside)) and name in saved and _text(saved[name]) != _text(value)
-    }
+    changed = _changed(saved)
     schedule = [name for name in _UNSAVED if name in changed and _is_used(name, args)]
     if schedule and not (args.override_opt_param_scheduler or args.no_load_optim):
         raise S3Error(
@@ -75,6 +82,23 @@ def compare(saved: Mapping[str, Any]) -> None:
             logging.WARNING,
             f"this run goes on from a checkpoint of other settings: {'; '.join(changed.values())}",
         )
+
+
+def that_bind(saved: Mapping[str, Any]) -> list[str]:
+    """Give the flags that are others than in ``saved`` and may be why a checkpoint's tensors do not fit this run."""
+    changed = [change for name, change in _changed(saved).items() if not name.startswith(_FREE)]
+    was, here = saved.get("ckpt_format"), getattr(get_args(), "ckpt_format", None)
+    return changed if was in (None, here) else [*changed, f"--ckpt-format {was}, here {here}"]
+
+
+def _changed(saved: Mapping[str, Any]) -> dict[str, str]:
+    """Give each setting that computes something and is another than in ``saved``: its name, and both values."""
+    beside = (*_BESIDE, *(field for spec in registry.specs() for field in spec.switch_fields))
+    return {
+        name: f"--{name.replace('_', '-')} {saved[name]}, here {value}"
+        for name, value in settings(get_args()).items()
+        if not name.startswith(("_", *beside)) and name in saved and _text(saved[name]) != _text(value)
+    }
 
 
 def watches_arguments(original: Callable[..., None]) -> Callable[..., None]:

@@ -27,6 +27,7 @@ _STATE = "s3_megatron"  # our key among DeepSpeed's
 _COUNTERS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
 # What a checkpoint fits: this model, on as many ranks.
 _SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "padded_vocab_size", "world_size")
+_PRECISION = ("bf16", "fp16")  # not written down before 2026-12
 
 
 def save(
@@ -59,7 +60,8 @@ def save(
     engine.save_checkpoint(folder, tag, {_STATE: state, "universal_checkpoint_info": {}}, save_latest=False)
     if dist.get_rank() == 0:  # every rank has written: save_checkpoint ends with a barrier
         files = {path.name: path.stat().st_size for path in (folder / tag).glob("*_states.pt")}
-        write_file(folder / tag / ABOUT_DEEPSPEED, json.dumps(_about(engine) | {"files": files}, indent=2).encode())
+        about = _about(engine) | {"files": files, "settings": changes.texts(args)}
+        write_file(folder / tag / ABOUT_DEEPSPEED, json.dumps(about, indent=2).encode())
         write_file(folder / DEEPSPEED_POINTER, tag.encode())
         _prune(folder, before, tag, args.save_retain_interval)
     dist.barrier()
@@ -94,14 +96,15 @@ def load(engine: Any, opt_param_scheduler: Any) -> tuple[int, float]:
             raise S3Error(f"--load {folder} has no file {name!r}, which names the checkpoint to load")
         print_rank_0(f"no checkpoint in {folder}: training starts from random weights")
         return 0, 0
+    saved: dict[str, str] = {}
     if not universal:
-        _check(folder / tag, engine)
+        saved = _check(folder / tag, engine)
     elif (newer := _latest(folder, DEEPSPEED_POINTER)) is not None and _iteration(newer) > _iteration(tag):
         raise S3Error(
             f"--load {folder} has {newer}, which is newer than the universal {tag}: take checkpoint.load_universal "
             "out of the DeepSpeed configuration, which is for the first start on other ranks only"
         )
-    with loading.watched(lambda: folder / tag):
+    with loading.watched(lambda: folder / tag, lambda: changes.that_bind(saved)):
         loaded, client = engine.load_checkpoint(os.fspath(folder), tag, load_lr_scheduler_states=False)
     if loaded is None or _STATE not in client:
         raise S3Error(f"{folder / tag} is not a complete checkpoint of pretrain_gpt_deepspeed: name another one")
@@ -128,21 +131,26 @@ def _iteration(name: str) -> int:
 
 def _about(engine: Any) -> dict[str, Any]:
     args = get_args()
-    return {"zero_stage": engine.zero_optimization_stage(), **{name: getattr(args, name) for name in _SHAPE}}
+    return {
+        "zero_stage": engine.zero_optimization_stage(),
+        **{name: getattr(args, name) for name in _SHAPE + _PRECISION},
+    }
 
 
-def _check(folder: Path, engine: Any) -> None:
-    """Raise S3Error where ``folder`` cannot be loaded as it is."""
+def _check(folder: Path, engine: Any) -> dict[str, str]:
+    """Raise S3Error where ``folder`` cannot be loaded as it is; returns the settings of its run, as texts."""
     if not (folder / ABOUT_DEEPSPEED).is_file():
         raise S3Error(f"{folder} is not a complete checkpoint of pretrain_gpt_deepspeed: name another one")
     ours = _about(engine)
     saved = json.loads((folder / ABOUT_DEEPSPEED).read_text(encoding="utf-8"))
-    wrong = [f"{name} {saved[name]} (this run: {ours[name]})" for name in ours if saved[name] != ours[name]]
+    known = [name for name in ours if name in saved or name not in _PRECISION]
+    wrong = [f"{name} {saved[name]} (this run: {ours[name]})" for name in known if saved[name] != ours[name]]
     if wrong:
         raise S3Error(
             f"{folder} was written with {', '.join(wrong)}: run it as it was, or, for other ranks, convert it with "
             'DeepSpeed\'s ds_to_universal and set "checkpoint": {"load_universal": true} in the configuration'
         )
+    return dict(saved.get("settings", {}))  # not there before 2026-12
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:

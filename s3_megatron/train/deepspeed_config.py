@@ -2,12 +2,16 @@
 
 import argparse
 import copy
+import difflib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
+from pydantic import ValidationError
 
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import registry
@@ -25,6 +29,12 @@ _RUN = {
 }
 _RATES = {"optimizer.params.lr": "lr", "optimizer.params.weight_decay": "weight_decay"}
 _ADAM = {"optimizer.params.eps": "adam_eps"}
+# Sections and values of the file that decide a run; DeepSpeed (0.19.8) passes over a name that it does not know.
+_KEYS = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("zero_optimization", "optimizer", "scheduler", "bf16", "fp16", "data_types", "communication_data_type"),
+    *("activation_checkpointing", "checkpoint", "prescale_gradients", "steps_per_print"),
+)
 _STOCK = {"adam": "adam", "adamw": "adam"}  # DeepSpeed's optimizers and Megatron's names for them
 
 # What Megatron's optimizer, its data-parallel wrapper or its checkpoints would do. DeepSpeed does not, so the run would
@@ -136,10 +146,38 @@ class DeepSpeedFlags:
         spec = registry.find(args.optimizer)
         config["optimizer"]["type"] = "AdamW" if spec is None else spec.title
         config.setdefault("steps_per_print", 2**31)  # Megatron's loop logs
+        _refuse_mixed_stage_0(config, self.path)
         left = [key for key, value in _leaves(config) if value == "auto"]
         if left:
             raise S3Error(f'{self.path} has "auto" for {", ".join(left)}, which no flag gives: write a number')
         return config
+
+
+@contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """Turn what DeepSpeed raises of the configuration that began as ``path`` into S3Error."""
+    try:
+        yield
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{error.title}: {'.'.join(map(str, each['loc']))} = {each['input']!r}: {each['msg']}"
+            for each in error.errors(include_url=False)
+        )
+        raise S3Error(f"DeepSpeed refuses {path}: {wrong}") from error
+    except DeepSpeedConfigError as error:
+        raise S3Error(f"DeepSpeed refuses {path}: {' '.join(str(error).split())}") from error
+
+
+def _refuse_mixed_stage_0(config: Config, path: Path | None) -> None:
+    """Raise S3Error where DeepSpeed (0.19.8, ``_do_optimizer_sanity_check``) has no optimizer: NotImplementedError."""
+    stage = _get(config, "zero_optimization.stage")
+    if not stage and _get(config, "bf16.enabled"):
+        if _get(config, "data_types.grad_accum_dtype") == "fp32":
+            what = "no zero_optimization.stage, and so ZeRO stage 0" if stage is None else "ZeRO stage 0"
+            raise S3Error(
+                f"{path} has {what}, which does not accumulate gradients of bf16 in float32 as Megatron does: "
+                "set zero_optimization.stage to 1, or pass --grad-reduce-in-bf16"
+            )
 
 
 def _refuse_settings_of_the_rest(args: argparse.Namespace) -> None:
@@ -210,6 +248,9 @@ def _read(path: Path) -> Config:
         raise S3Error(f"--deepspeed-config {path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise S3Error(f"--deepspeed-config {path} holds no JSON object")
+    for key in config.keys() - set(_KEYS):
+        if meant := difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85):
+            raise S3Error(f"{path} has {key!r}, which DeepSpeed passes over: did you mean {meant[0]!r}?")
     return config
 
 

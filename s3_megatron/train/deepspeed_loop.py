@@ -29,7 +29,7 @@ from s3_megatron.engines.megatron import watch as megatron_watch
 from s3_megatron.optim import registry
 from s3_megatron.swap import SymbolSwap
 from s3_megatron.train import deepspeed_checkpoint, deepspeed_matrices, gpt
-from s3_megatron.train.deepspeed_config import Config, DeepSpeedFlags
+from s3_megatron.train.deepspeed_config import Config, DeepSpeedFlags, refusals
 
 
 def train() -> None:
@@ -122,9 +122,10 @@ def setup_model_and_optimizer(
         params = config["optimizer"]["params"]
         split_qkv = getattr(args, spec.field("split_qkv"))
         deepspeed_matrices.describe(model, unwrap_model(model).config, params, split_qkv=split_qkv)
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=_param_groups(model), config=config, dist_init_required=False
-    )
+    with refusals(args.deepspeed_config):
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=_param_groups(model), config=config, dist_init_required=False
+        )
     optimizer = EngineOptimizer(engine)
     scheduler = host.get_optimizer_param_scheduler(optimizer)
     if (run := megatron_watch.run()) is not None:

@@ -89,6 +89,8 @@ def one_line_errors() -> Iterator[None]:
         yield
     except S3Error as error:
         _ignore_sigterm()  # torchrun sends it once another rank has ended of the same mistake
+        error.__traceback__ = error.__cause__ = None  # torchrun prints what is recorded, of every rank
+        error.__suppress_context__ = True
         errors.record_exception(error)
         if _is_first_to_fail():
             print(f"s3_megatron: error: {error}", file=sys.stderr, flush=True)
@@ -115,7 +117,10 @@ def _is_first_to_fail() -> bool:
     """Whether this rank should print: a mistake is often seen by every rank at once, but not always by rank 0."""
     if torch.distributed.is_initialized():
         store = torch.distributed.distributed_c10d._get_default_store()  # torch 2.13
-        return store.add("s3_megatron/failed", 1) == 1
+        try:
+            return store.add("s3_megatron/failed", 1) == 1
+        except RuntimeError:  # without torchrun rank 0 has the store: it has ended, of the same mistake
+            return False
     return os.environ.get("LOCAL_RANK", "0") == "0"  # flags and files: the same for every rank of a machine
 
 

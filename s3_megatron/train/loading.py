@@ -20,8 +20,10 @@ from s3_megatron.swap import SymbolSwap
 _DAMAGE = (EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, json.JSONDecodeError)
 _DAMAGE_IN_C = re.compile("PytorchStreamReader|unexpected EOF|wrong byte size|central directory")  # of RuntimeError
 
-# What megatron-core 0.19.2 raises for a torch_dist checkpoint that lacks a tensor; it then lists all that there are.
-_MISSING_STATE = re.compile(r"(?P<key>[\w.]*optimizer\.\S+) from model not in state dict")
+# What megatron-core 0.19.2 says in a RuntimeError of a checkpoint that was saved under other flags.
+_OTHER_FLAGS = re.compile(r"mismatch|Expected \d+ entries|Detected load from|Error\(s\) in loading state_dict")
+_STATE = re.compile("[oO]ptimizer|entries|flattened_range")  # in it, or in the names of flags: of the optimizer's state
+_LAYOUT = re.compile(r"\(TP, PP\)|bucket_idx")
 
 # What OptimizerParamScheduler (megatron-core 0.19.2) compares with the checkpoint's, by the flags that say it.
 _SCHEDULE = {
@@ -42,13 +44,15 @@ class LoadError(RuntimeError):
 
 
 @contextmanager
-def watched(checkpoint: Callable[[], Path]) -> Iterator[None]:
+def watched(checkpoint: Callable[[], Path], changed: Callable[[], list[str]] = list) -> Iterator[None]:
     """Turn what the body, which loads ``checkpoint()``, raises into one line; in a job, mark what is damaged.
 
+    ``changed()`` are the flags that are others than in the checkpoint's run and bind its tensors.
     ``s3_megatron.checkpoints.whole`` passes over a marked checkpoint until it is saved anew.
 
     Raises:
-        S3Error: Megatron's assertions: the checkpoint is of another model; or its state is another optimizer's.
+        S3Error: Megatron's assertions, and what other flags explain: the checkpoint is of another model, layout or
+            precision, or its state is another optimizer's.
         LoadError: anything else; torch's CheckpointException is no Exception, and had no line anywhere.
     """
     try:
@@ -59,12 +63,8 @@ def watched(checkpoint: Callable[[], Path]) -> Iterator[None]:
         raise S3Error(f"{checkpoint()} does not fit this run: {' '.join(str(error).split())}") from error
     except BaseException as error:
         folder, cause = checkpoint(), _root(error)
-        if isinstance(cause, KeyError) and (missing := _MISSING_STATE.search(str(cause))):
-            raise S3Error(
-                f"{folder} holds no {missing['key']}: another optimizer wrote its state; give --optimizer, and with "
-                "softmuon --softmuon-scalar-optimizer, as that run had them, or pass --no-load-optim to go on from its "
-                "weights with fresh state"
-            ) from error
+        if misfit := _misfit(cause, changed):
+            raise S3Error(f"{folder} {misfit}") from error
         reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:500]}"
         advice = ""
         if _is_damage(cause):
@@ -74,6 +74,36 @@ def watched(checkpoint: Callable[[], Path]) -> Iterator[None]:
                 write_file(mark, f"{reason}\n".encode())
                 advice = f"; the next start tries the one before it, or this one again if {mark} is removed"
         raise LoadError(f"{folder} cannot be loaded: {reason}{advice}") from error
+
+
+def _misfit(cause: BaseException, changed: Callable[[], list[str]]) -> str | None:
+    """Say which of the ``changed`` flags, or which other optimizer, may have made ``cause``; None for other causes."""
+    text = " ".join(str(cause.args[0] if isinstance(cause, KeyError) and cause.args else cause).split())
+    if not (
+        isinstance(cause, KeyError)
+        or type(cause).__name__ == "CheckpointingException"  # megatron-core's; any reason but damage
+        or (isinstance(cause, RuntimeError) and _OTHER_FLAGS.search(text))
+    ):
+        return None
+    if "Detected load from a distributed checkpoint" in text:
+        return "is in another format than --ckpt-format says: pass --ckpt-format torch_dist"
+    if isinstance(cause, KeyError):
+        text = f"{text.partition(' from model not in state dict')[0]} is not in it"
+    flags = "; ".join(changed())
+    is_state = bool(_STATE.search(text + flags))
+    fresh = ", or pass --no-load-optim to go on from its weights with fresh state" if is_state else ""
+    if flags:
+        reshape = ""
+        if _LAYOUT.search(text) and not _STATE.search(flags):
+            reshape = ", save it again with --dist-ckpt-optim-fully-reshardable, which other layouts can load"
+        text = text.partition(" Please use")[0].rstrip(".")[:300]  # Megatron's advice is of another format
+        return f"does not fit this run, whose flags are others ({flags}): {text}: give its values{reshape}{fresh}"
+    if isinstance(cause, KeyError) and "optimizer." in text:
+        return (
+            f"holds no {text.removesuffix(' is not in it')}: another optimizer wrote its state; give --optimizer, and "
+            f"with softmuon --softmuon-scalar-optimizer, as that run had them{fresh}"
+        )
+    return None
 
 
 @contextmanager
@@ -92,14 +122,26 @@ def watches_megatron() -> Iterator[None]:
         named = str(args.ckpt_step or (tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else ""))
         return folder / (f"iter_{int(named):07d}" if named.isdigit() else named)
 
+    saved: dict[str, Any] = {}  # settings of the checkpoint's run, known once its common part is read
+
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-            with watched(checkpoint), _without_optimizer(checkpoint):
+            with watched(checkpoint, lambda: changes.that_bind(saved)), _without_optimizer(checkpoint):
                 return original(*args, **kwargs)
 
         return load_checkpoint
 
+    def remembers(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _load_base_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            loaded = original(*args, **kwargs)
+            if loaded[0] is not None and "args" in loaded[0]:
+                saved.update(changes.settings(loaded[0]["args"]))
+            return loaded
+
+        return _load_base_checkpoint
+
     swap = SymbolSwap("this megatron-core")
+    swap.replace(checkpointing, "_load_base_checkpoint", remembers)
     swap.replace(training, "load_checkpoint", wrap)
     swap.replace(OptimizerParamScheduler, "load_state_dict", _compares_schedules)
     swap.replace(checkpointing, "check_checkpoint_args", changes.watches_arguments)

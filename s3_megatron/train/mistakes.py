@@ -33,7 +33,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """Check what ``args``, parsed but not validated, asks for, and that the files it names exist.
 
     Raises:
-        S3Error: a flag belongs to another script, or a tokenizer's or data set's file is missing.
+        S3Error: a flag is missing or another script's, or a checkpoint, a tokenizer's or data set's file is not there.
     """
     for name in _OTHER_SCRIPTS:
         if getattr(args, name):
@@ -41,9 +41,35 @@ def check_flags(args: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} is not for this script: run one that knows it, such as Megatron-LM's "
                 "pretrain_gpt.py, with 'python -m s3_megatron.train.run SCRIPT ARGS...'"
             )
+    if not args.skip_train:
+        if args.lr is None:
+            raise S3Error("--lr is missing: give the peak rate")
+        if args.train_iters is None and args.train_samples is None:
+            raise S3Error("--train-iters is missing: give the length of the run, or --train-samples")
+    check_checkpoint(args)
     _check_tokenizer(args)
     if not args.mock_data:
         _check_data(args)
+
+
+def check_checkpoint(args: argparse.Namespace) -> None:
+    """Check that what --load and --ckpt-step name is there: from a mistyped folder training begins at random.
+
+    Raises:
+        S3Error: it is not. A folder that is --save's, too, may be new.
+    """
+    if args.load is None or is_object_storage_path(args.load):
+        return
+    folder = Path(args.load)
+    if not folder.is_dir() and (args.save is None or Path(args.save) != folder):
+        raise S3Error(
+            f"--load {folder} is not there, and training would begin from random weights: give the folder of a run's "
+            "checkpoints, or leave it out"
+        )
+    if args.ckpt_step and not (folder / f"iter_{args.ckpt_step:07d}").exists():
+        there = sorted(int(path.name[5:]) for path in folder.glob("iter_*") if path.name[5:].isdigit())
+        found = f"but of {', '.join(map(str, there))}" if there else "nor any other"
+        raise S3Error(f"--load {folder} has no checkpoint of iteration {args.ckpt_step} (--ckpt-step), {found}")
 
 
 def _check_tokenizer(args: argparse.Namespace) -> None:

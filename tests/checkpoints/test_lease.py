@@ -151,3 +151,10 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(S3Error, match=r"cannot be held: (Not a directory|File exists)"):
         with held(tmp_path / "file", print):
             pytest.fail("it is a file")
+
+
+def test_a_missing_filelock_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After pip install --no-deps a start was a traceback of the node's agent."""
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    with pytest.raises(S3Error, match=r"filelock is not installed for .*: pip install filelock"), held(tmp_path, print):
+        pass

@@ -116,6 +116,35 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("package", ["numpy", "torch.distributed"])
+def test_a_package_that_is_missing_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
+) -> None:
+    """On a login node, where jobs.md's packages alone are, ``data inspect`` and ``bench step`` were tracebacks."""
+
+    def missing() -> None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr(cli, "app", missing)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: this command needs {package.partition('.')[0]}, which {sys.executable} does not")
+    assert said.count("\n") == 1
+
+
+def test_a_module_of_ours_that_is_missing_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is a broken installation, or our mistake."""
+
+    def missing() -> None:
+        raise ModuleNotFoundError("No module named 's3_megatron.nothing'", name="s3_megatron.nothing")
+
+    monkeypatch.setattr(cli, "app", missing)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main()
+
+
 def test_unknown_flags_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(monkeypatch, "data", "prepare", "a.txt", "--output", "a", "--vocabsize", "500") == 2
     assert "--vocabsize" in capsys.readouterr().err

@@ -97,6 +97,11 @@ def test_every_mistake_is_named_at_once_with_the_nearest_key():
         (["cluster.container.kind=pyxis"], "container.image go together"),
         (["cluster.accelerator=auto"], "on a cluster it must be gpu"),
         (["cluster.runs_dir=runs"], "must be an absolute path on a cluster"),
+        # Of two #SBATCH lines the last counts: --nodes=4 trained on four times the ranks, --array in one folder.
+        (["cluster.slurm.options=[--nodes=4]"], '"--nodes=4": is in the script already: layout.nodes of the recipe'),
+        (["cluster.slurm.options=['-t 10']"], "cluster.slurm.time_limit_minutes decides it"),
+        (["cluster.slurm.options=[--array=1-3]"], "one task a node, and one job"),
+        (["cluster.slurm.options=[qos=high]"], "must be an option of sbatch with its value, such as --qos=high"),
         (["schedule.lr_decay_style=WSD"], "schedule.lr_wsd_decay_iters is missing"),
         (["schedule.lr_wsd_decay_iters=5"], "schedule.lr_decay_style is cosine: give both"),
         (["schedule.lr_decay_style=WSD", "schedule.lr_wsd_decay_iters=9999999"], "are more than the"),
@@ -135,12 +140,12 @@ def test_a_number_in_the_place_of_a_text_stays_as_written(tmp_path: Path):
     recipe, cluster = (catalog.find(*which).read_text() for which in (("model", "gpt2_345m"), ("cluster", "slurm")))
     (tmp_path / "recipe.yaml").write_text(f"{recipe}\nflags: {words}\n")
     (tmp_path / "cluster.yaml").write_text(re.sub("partition: .*", partition, cluster))
-    more = ["cluster.slurm.options=[--nice,10]", "cluster.environment.NCCL_IB_TIMEOUT=22.50", "layout.nodes=2"]
+    more = ["cluster.container.mounts=[/a,10]", "cluster.environment.NCCL_IB_TIMEOUT=22.50", "layout.nodes=2"]
     by_file = compose.load(str(tmp_path / "recipe.yaml"), str(tmp_path / "cluster.yaml"), more)
     by_setting = compose.load("gpt2_345m", "slurm", [f"flags={words}", "cluster.slurm.partition=0123", *more])
     assert by_file == by_setting
     assert by_file.recipe.flags == ("--a", "007", "--b", "1e-3", "--c", "1:30", "--d", "08")
-    assert (by_file.cluster.slurm.partition, by_file.cluster.slurm.options) == ("0123", ("--nice", "10"))
+    assert (by_file.cluster.slurm.partition, by_file.cluster.container.mounts) == ("0123", ("/a", "10"))
     assert by_file.cluster.environment["NCCL_IB_TIMEOUT"] == "22.50"
     assert by_file.recipe.layout.nodes == 2, "a number in its own place stays one"
     account = compose.load("gpt2_345m", "slurm", ["cluster.slurm.account=1e5"]).cluster
@@ -153,6 +158,15 @@ def test_what_yaml_reads_as_a_truth_value_needs_quotes():
     assert "flags.1 = true: must be text: write it in quotes" in refused("gpt2_tiny", "local", "flags=[--x,yes]")
     assert "slurm.partition = false: must be text: write it in quotes" in refused(
         "gpt2_tiny", "slurm", "cluster.slurm.partition=no"
+    )
+
+
+def test_a_value_that_was_set_beside_the_file_is_not_the_files():
+    """``--set cluster.slurm.partition="a b"`` was answered with the file's name alone, in which it is not."""
+    line = refused("gpt2_tiny", "slurm", "cluster.slurm.partition=a b", "cluster.name=c")
+    assert "slurm.yaml with --set cluster.slurm.partition cluster.name: slurm.partition" in line
+    assert "gpt2_tiny.yaml with --set model.layers: model.layers is unknown" in refused(
+        "gpt2_tiny", "slurm", "model.layers=4"
     )
 
 

@@ -113,6 +113,10 @@ def test_the_file_must_be_there_and_be_json(loop: ModuleType, monkeypatch: pytes
         ),
         ({"scheduler": {"type": "WarmupLR"}}, (), ("scheduler", "--lr-decay-style")),
         ({"optimizer": {"type": "Lamb"}}, (), ("'Lamb'", '"S3"')),
+        # DeepSpeed passes over a name that it does not know: the run was unsharded.
+        ({"zero_optimisation": {"stage": 3}}, (), ("'zero_optimisation'", "'zero_optimization'")),
+        # A NotImplementedError of DeepSpeed's, after the model was built.
+        ({"zero_optimization": {"stage": 0}}, ("--bf16",), ("ZeRO stage 0", "stage to 1", "--grad-reduce-in-bf16")),
         (
             {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
             (),
@@ -134,6 +138,22 @@ def test_a_file_that_contradicts_a_flag_is_refused(
     assert str(file) in line and all(part in line for part in found)
 
 
+@pytest.mark.parametrize(
+    ("zero", "found"),
+    [({"stage": 4}, "stage = 4: Input should be 0, 1, 2"), ({"stag": 1}, "stag = 1: Extra inputs")],
+)
+def test_what_deepspeed_refuses_in_the_file_is_one_line(zero: dict[str, int], found: str) -> None:
+    """A mistyped key of zero_optimization was pydantic's traceback, and exit code 1: a job tried it again."""
+    from deepspeed.runtime.zero.config import get_zero_config
+
+    from s3_megatron.train.deepspeed_config import refusals as refused_by_deepspeed
+
+    with pytest.raises(S3Error) as refused, refused_by_deepspeed(Path("ours.json")):
+        get_zero_config({"zero_optimization": zero})
+    assert str(refused.value).startswith("DeepSpeed refuses ours.json: DeepSpeedZeroConfig: ")
+    assert found in str(refused.value) and "\n" not in str(refused.value)
+
+
 MODEL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 32, "padded_vocab_size": 256}
 
 
@@ -149,6 +169,15 @@ MODEL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_leng
             {"latest": "iter_0000004", "iter_0000004/s3_megatron.json": {**MODEL, "world_size": 4, "zero_stage": 2}},
             {},
             "written with zero_stage 2 (this run: 1), world_size 4 (this run: 2): ",
+        ),
+        # The name of a ZeRO file has bf16 in it: FileNotFoundError, and in a job the checkpoint was marked as damaged.
+        (
+            {
+                "latest": "iter_0000004",
+                "iter_0000004/s3_megatron.json": {**MODEL, "world_size": 2, "zero_stage": 1, "bf16": True},
+            },
+            {},
+            "written with bf16 True (this run: False): ",
         ),
         (
             {"latest": "iter_0000016", "latest_universal": "iter_0000008_universal"},
@@ -168,7 +197,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    args = {**MODEL, "world_size": 2, "load": str(tmp_path), "ckpt_step": None, "exit_on_missing_checkpoint": False}
+    args = {**MODEL, "world_size": 2, "bf16": False, "fp16": False, "load": str(tmp_path)}
+    args |= {"ckpt_step": None, "exit_on_missing_checkpoint": False}
     monkeypatch.setattr(loop.deepspeed_checkpoint, "get_args", lambda: SimpleNamespace(**{**args, **asked}))
     engine = SimpleNamespace(
         load_universal_checkpoint=lambda: asked.get("universal", False), zero_optimization_stage=lambda: 1

@@ -54,6 +54,88 @@ def test_a_state_of_another_optimizer_is_named_with_what_goes_on(
     assert "momentum_buffer" not in said and not list(tmp_path.iterdir())
 
 
+# What megatron-core 0.19.2 raises of a checkpoint that was saved under other flags, and what the line has of it.
+MISFITS = [
+    (
+        KeyError(
+            "optimizer.dtype_(torch.bfloat16, torch.float32).bucket_idx_0.param from model not in state dict: ['a']"
+        ),
+        {"use_distributed_optimizer": False},
+        ("--use-distributed-optimizer True, here False", "bucket_idx_0.param is not in it", "--no-load-optim"),
+    ),
+    (
+        RuntimeError(
+            "(TP, PP) mismatch after resume ((2, 1) vs (1, 1) from checkpoint): not supported for DistributedOptimizer "
+            "with sharding type dp_reshardable. Please use `--ckpt-fully-parallel-save` flag during checkpoint saving."
+        ),
+        {"tensor_model_parallel_size": 2},
+        ("--tensor-model-parallel-size 1, here 2", "--dist-ckpt-optim-fully-reshardable", "--no-load-optim"),
+    ),
+    (
+        type("CheckpointingException", (Exception,), {})("ShardedTensor.flattened_range is not supported."),
+        {"use_distributed_optimizer": False},
+        ("True, here False", "flattened_range is not supported", "--no-load-optim"),
+    ),
+    (
+        RuntimeError("Expected 2 entries in state dict, but got 3."),
+        {"optimizer": "adam"},
+        ("--optimizer s3, here adam",),
+    ),
+    (
+        RuntimeError("Detected load from a distributed checkpoint, but neither --use-dist-ckpt nor ... is set."),
+        {"ckpt_format": "torch"},
+        ("pass --ckpt-format torch_dist",),
+    ),
+    (KeyError("state"), {"use_distributed_optimizer": False}, ("state is not in it", "--no-load-optim")),
+    (KeyError("output_layer.weight"), {"num_layers": 2}, ("--num-layers 4, here 2", "output_layer.weight")),
+    (
+        type("CheckpointingException", (Exception,), {})("Global shape mismatch for key decoder.weight"),
+        {"num_layers": 2},
+        ("--num-layers 4, here 2",),
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "changed", "parts"), MISFITS)
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_checkpoint_of_other_flags_is_one_line_that_names_them(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    error: Exception,
+    changed: dict[str, Any],
+    parts: tuple[str, ...],
+    gathered: bool,
+) -> None:
+    """A resume without --use-distributed-optimizer, under other tensor parallelism, of a model with other layers or of
+    SoftMuon's run was a traceback with a KeyError, and exit code 1: a job tried it again."""
+    monkeypatch.setenv("S3_RUN_DIR", str(tmp_path))
+    from s3_megatron.train import changes
+
+    saved = {**changes.settings(SimpleNamespace(**ARGUMENTS)), "lr": 1e-3}
+    start(monkeypatch, **changed, lr=1e-2, seed=5)
+    seen: BaseException = CheckpointException("load", {1: (error, None)}) if gathered else error
+    with pytest.raises(S3Error) as refused, watched(lambda: tmp_path, lambda: changes.that_bind(saved)):
+        raise seen
+    said = str(refused.value)
+    for part in (str(tmp_path), *parts):
+        assert part in said
+    assert "\n" not in said and "--lr" not in said and "--seed" not in said and "fully-parallel-save" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_no_changed_flag_explains_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another seed does not make a KeyError, and a peer that is lost says nothing of flags."""
+    from s3_megatron.train import changes
+
+    saved = changes.settings(SimpleNamespace(**ARGUMENTS))
+    start(monkeypatch, seed=5)
+    with pytest.raises(LoadError), watched(lambda: tmp_path, lambda: changes.that_bind(saved)):
+        raise KeyError("output_layer.weight")
+    start(monkeypatch, num_layers=2)
+    with pytest.raises(LoadError), watched(lambda: tmp_path, lambda: changes.that_bind(saved)):
+        raise ConnectionResetError("a peer is gone")
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -137,6 +219,10 @@ def start(monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
 
 
 ARGUMENTS: dict[str, Any] = {
+    "optimizer": "s3",
+    "ckpt_format": "torch_dist",
+    "num_layers": 4,
+    "tensor_model_parallel_size": 1,
     "lr_decay_style": "WSD",
     "lr_wsd_decay_iters": 10,
     "lr_wsd_decay_samples": None,

@@ -4,14 +4,15 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import sentencepiece
 
 from s3_megatron import rehearsal
 from s3_megatron.checkpoints.lease import held
-from s3_megatron.train import entry
+from s3_megatron.errors import S3Error
+from s3_megatron.train import entry, mistakes
 from tests.launcher import torchrun
 from tests.train import refusals
 from tests.train.tiny import FLAGS, MOCK
@@ -62,6 +63,25 @@ def test_a_folder_that_another_run_saves_to_is_refused(
     with held(tmp_path, print):
         line = refusal(gpt, monkeypatch, *MOCK, "--save", str(tmp_path), "--save-interval", "1", "--lr", "1e-3")
     assert line.startswith(f"{tmp_path} is held by process {os.getpid()} on ")
+
+
+def test_a_checkpoint_to_load_that_is_not_there_is_named(
+    gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With a mistyped --load training began from random weights; --ckpt-step 2 was a FileNotFoundError."""
+    line = refusal(gpt, monkeypatch, *MOCK, "--load", str(tmp_path / "typo"))
+    assert f"--load {tmp_path / 'typo'} is not there" in line
+    (tmp_path / "iter_0000003").mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    line = refusal(gpt, monkeypatch, *MOCK, "--load", str(tmp_path), "--ckpt-step", "2")
+    assert f"{tmp_path} has no checkpoint of iteration 2 (--ckpt-step), but of 3" in line
+
+
+def test_a_folder_to_save_to_may_be_new(tmp_path: Path) -> None:
+    """A job's first start has one folder for --save and --load, which is not there yet."""
+    new = str(tmp_path / "new")
+    mistakes.check_checkpoint(SimpleNamespace(load=new, save=f"{new}/", ckpt_step=None))
+    mistakes.check_checkpoint(SimpleNamespace(load=None, save=None, ckpt_step=None))
 
 
 def test_data_files_that_are_not_there_are_named(
@@ -132,6 +152,47 @@ def test_a_schedule_that_cannot_be_is_refused_before_anything_is_built(
     assert "Megatron refuses the flags: " in refusal(gpt, monkeypatch, *MOCK, *rates, *flags)
 
 
+@pytest.mark.parametrize(("flag", "said"), [("--lr", "give the peak rate"), ("--train-iters", "or --train-samples")])
+def test_a_flag_that_every_run_needs_is_named(
+    gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, flag: str, said: str
+) -> None:
+    """Without --lr Megatron builds model and data, and ends in float(None); so it did without a length."""
+    given = [*FLAGS, *MOCK, "--train-iters", "1"]
+    where = given.index(flag)
+    line = refusals.refusal(gpt.train, monkeypatch, *given[:where], *given[where + 2 :])
+    assert line.startswith(f"{flag} is missing: ") and said in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--optimizer", "s3", "--adam-beta2", "0.95", "--softsignum-beta", "0.5"), "--softsignum-beta, --adam-beta2"),
+        (("--optimizer", "s3", "--adam-beta2", "0.999", "--s3-p", "2"), ""),
+        (("--optimizer", "adam", "--adam-beta2", "0.95", "--s3-p", "2"), "--s3-p"),
+        (("--optimizer", "adam", "--adam-beta2", "0.95"), ""),
+        (("--optimizer", "softmuon", "--softmuon-soft-start", "0", "--s3-p", "2", "--adam-eps", "1"), "--adam-eps"),
+        (
+            (
+                *("--optimizer", "softmuon", "--softmuon-soft-start", "0", "--softmuon-scalar-optimizer", "adam"),
+                *("--s3-p", "2", "--adam-eps", "1"),
+            ),
+            "--s3-p",
+        ),
+    ],
+)
+def test_flags_of_an_optimizer_that_is_not_used_are_named(
+    gpt: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    flags: tuple[str, ...],
+    named: str,
+) -> None:
+    """Whoever turned --optimizer s3 on in a command for Adam kept --adam-beta2 0.95, which did nothing, in silence."""
+    refusal(gpt, monkeypatch, *MOCK, *flags, "--lr-decay-style", "WSD")  # found after the flags are validated
+    lines = [record.getMessage() for record in caplog.records if "without effect on" in record.getMessage()]
+    assert lines == ([f"of another optimizer, and without effect on --optimizer {flags[1]}: {named}"] if named else [])
+
+
 def test_the_engines_refusals_arrive_as_they_are(gpt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--s3-p" in refusal(gpt, monkeypatch, *MOCK, "--optimizer", "s3", "--s3-p", "0.5")
 
@@ -183,6 +244,25 @@ def test_a_mistake_that_rank_1_alone_sees_is_reported_and_no_rank_hangs(tmp_path
     assert run.returncode != 0
     assert run.stderr.count("s3_megatron: error: seen by rank 1 alone") == 1
     assert "exitcode  : 2" in run.stderr
+    assert 'raise S3Error("seen' not in run.stderr, "torchrun's summary had the traceback of a mistake, of every rank"
+
+
+def test_a_mistake_that_rank_0_ended_of_first_keeps_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where srun starts the ranks, rank 0 has the store: the others ended in 'Connection reset by peer', code 1."""
+    import torch.distributed as dist
+
+    class Store:
+        def add(self, key: str, amount: int) -> int:
+            raise dist.DistNetworkError("Connection reset by peer")
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", Store)
+    with pytest.raises(SystemExit) as stop, entry.one_line_errors():
+        raise S3Error("a mistake")
+    assert stop.value.code == 2
+    assert not capsys.readouterr().err
 
 
 def test_too_little_data_and_a_stale_cache_are_named(

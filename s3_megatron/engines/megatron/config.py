@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -11,8 +12,13 @@ from megatron.core.optimizer import OptimizerConfig
 
 from s3_megatron.engines.megatron import layer_wise
 from s3_megatron.errors import S3Error
+from s3_megatron.machine import is_first_rank
 from s3_megatron.optim import registry
 from s3_megatron.optim.spec import FROM_ADAM, OVERRIDE, Spec
+
+logger = logging.getLogger(__name__)
+
+_ADAMS = ("adam_beta1", "adam_beta2", "adam_eps")
 
 
 class SpecOptimizerConfig(OptimizerConfig):
@@ -138,6 +144,7 @@ def validate(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
         spec = registry.find(args.optimizer)
+        _name_ignored(args, [] if spec is None else layer_wise.used(spec, args))
         if spec is None:
             return original(args, *rest, **kwargs)
         refuse_unsupported(args)
@@ -154,6 +161,24 @@ def validate(original: Callable[..., Any]) -> Callable[..., Any]:
         return validated
 
     return validate_args
+
+
+def _name_ignored(args: argparse.Namespace, used: list[Spec]) -> None:
+    """Say which flags have a value of their own and belong to optimizers that are not ``used``: they do nothing."""
+    fields: dict[str, tuple[str, Any]] = {
+        one.field(each.name): (one.flag(each.switch), each.default)
+        for one in registry.specs()
+        if one not in used
+        for each in (*one.hyperparameters, *one.engine)
+    }
+    if used and not any(getattr(args, one.field("scalar_optimizer"), None) == "adam" for one in used):
+        defaults = {field.name: field.default for field in dataclasses.fields(OptimizerConfig)}
+        fields |= {name: (f"--{name.replace('_', '-')}", defaults[name]) for name in _ADAMS}
+    given = [flag for field, (flag, default) in fields.items() if getattr(args, field, default) != default]
+    if given and is_first_rank():
+        logger.warning(
+            "of another optimizer, and without effect on --optimizer %s: %s", args.optimizer, ", ".join(given)
+        )
 
 
 def _iterations(args: argparse.Namespace) -> int | None:

@@ -41,9 +41,10 @@ class Agent:
 
     def main(self, command: Sequence[str]) -> int:
         """Run ``command`` (torchrun) to its end; returns the exit code of docs/jobs.md's contract."""
-        # SIGHUP: the terminal of a run on one's own machine was closed.
+        # SIGHUP: the terminal of a run on one's own machine was closed. Under nohup it is ignored, and stays so.
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._remember)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._remember)
         adopt_orphans()
         if os.environ.get("SLURM_NODEID", "0") != "0":
             return self._train(command)
