@@ -108,6 +108,16 @@ def test_without_a_home_the_error_names_what_to_set_and_a_named_cache_works(mach
     assert start(homeless, **nameless).communicate(timeout=60)[0].strip() == "portable"
 
 
+def test_a_compilation_is_announced_once(machine, monkeypatch, caplog):
+    """A rehearsal on a busy machine compiled for ten minutes in silence, and was ended as a run that hangs."""
+    for name in ("CXX", "S3_MEGATRON_CACHE"):
+        monkeypatch.setenv(name, machine[name])
+    library._cached()
+    library._cached()
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert f"compiling the CPU kernels into {machine['S3_MEGATRON_CACHE']}, once" in line
+
+
 def test_a_cache_that_only_its_owner_can_write_is_read(machine, monkeypatch, tmp_path):
     """As in an image whose cache was filled when it was built."""
     monkeypatch.setenv("S3_MEGATRON_CACHE", str(tmp_path))

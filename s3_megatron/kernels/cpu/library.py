@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import logging
 import os
 import platform
 from pathlib import Path
@@ -13,6 +14,8 @@ from s3_megatron.errors import S3Error
 from s3_megatron.files import user_folder
 from s3_megatron.kernels.call import ROLES
 from s3_megatron.kernels.cpu.build import BuildError, compile_library, fingerprint
+
+logger = logging.getLogger(__name__)
 
 INSTALLED = Path(__file__).parent
 
@@ -118,6 +121,7 @@ def _cached() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with FileLock(target.with_suffix(".lock")):
             if not target.exists():
+                logger.warning("compiling the CPU kernels into %s, once: one to two minutes of a core", target.parent)
                 compile_library(target)
     except OSError as error:
         raise BuildError(
