@@ -1,10 +1,13 @@
 """Text and experiments of a size for tests."""
 
+import lzma
 import pydoc_data.topics
+from pathlib import Path
 
 import pytest
+import yaml
 
-from s3_megatron.evidence import text
+from s3_megatron.evidence import experiments, quick, text
 from s3_megatron.evidence.experiments import Setup
 
 
@@ -19,3 +22,15 @@ def corpus() -> text.Text:
 @pytest.fixture(scope="session")
 def setup() -> Setup:
     return Setup(steps=20, layers=2, width=32, heads=2, length=16, batch=4, validation=1024, watch_every=5, decay=1e-3)
+
+
+@pytest.fixture(scope="module")
+def quick_file(tmp_path_factory) -> Path:
+    """The quick experiment with two contenders and its text elsewhere."""
+    folder = tmp_path_factory.mktemp("quick")
+    (folder / "text.xz").write_bytes(lzma.compress(quick.text(), preset=0))
+    content = yaml.safe_load((experiments.CONFIGS / "quick.yaml").read_text())
+    del content["contenders"]["lion"]
+    content |= {"text": str(folder / "text.xz"), "seeds": [1, 2]}
+    (folder / "quick.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder / "quick.yaml"

@@ -1,38 +1,20 @@
 """The report's tables against the cells file, by other code; and a report of what is not finished."""
 
 import json
-import lzma
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from s3_megatron import evidence
 from s3_megatron.errors import S3Error
-from s3_megatron.evidence import analysis, experiments, horizons, pictures, record, report
-from s3_megatron.evidence.cells import CellsFile
+from s3_megatron.evidence import analysis, report
 from s3_megatron.evidence.experiments import Entry, Setup
 from s3_megatron.evidence.plan import Plan
 from tests.evidence import simulated
-
-
-def tables(text: str) -> dict[str, list[dict[str, str]]]:
-    """A report's tables by their headings: rows by the columns' names."""
-    found, title, names = {}, "", []
-    for line in text.splitlines():
-        if line.startswith("#"):
-            title, names = line.lstrip("# "), []
-        elif line.startswith("|"):
-            values = [value.strip() for value in re.split(r"(?<!\\)\|", line)[1:-1]]
-            if not names:
-                names = values
-            elif set(line) - set("| -"):
-                found.setdefault(title, []).append(dict(zip(names, values, strict=True)))
-    return found
+from tests.evidence.comparison import tables
 
 
 @pytest.fixture(scope="module")
@@ -214,16 +196,6 @@ def test_cells_of_one_seed_that_started_differently_are_refused(tmp_path):
     assert not (tmp_path / "report.md").exists()
 
 
-def test_a_folder_without_cells_and_pictures_is_reported(tmp_path, monkeypatch):
-    """In a folder that is read-only the removal of pictures that were not there was refused, with a traceback."""
-
-    def refused(self, missing_ok=False):
-        raise PermissionError
-
-    monkeypatch.setattr(Path, "unlink", refused)
-    assert pictures.draw(analysis.Analysis(simulated.experiment(), []), tmp_path) == []
-
-
 def test_a_report_needs_cells_of_its_experiment(tmp_path):
     asked = simulated.experiment()
     with pytest.raises(S3Error, match=r"cells\.jsonl cannot be read: No such file.*s3-megatron compare writes it"):
@@ -242,83 +214,6 @@ def test_a_line_that_is_being_written_is_passed_over(tmp_path):
     assert (
         (tmp_path / "cells.jsonl").read_text().endswith('{"key": "0123')
     )  # another process may be in the middle of it
-
-
-def test_the_papers_figures_do_not_change_the_rules():
-    """The hash of `table2-small` that its cells carry: what is running on other machines goes on."""
-    assert experiments.load("table2-small").sha256[:16] == "21e6b80f4c8665d4"
-
-
-def test_a_machine_without_matplotlib_reports_without_pictures(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "s3_megatron.evidence.pictures", None)
-    monkeypatch.delattr(evidence, "pictures", raising=False)
-    asked = simulated.experiment()
-    simulated.write(tmp_path / "cells.jsonl", asked, simulated.run(asked, simulated.losses(0.01), 6))
-    assert "no pictures: import of s3_megatron.evidence.pictures halted" in report.write(asked, tmp_path).read_text()
-
-
-class TestRecord:
-    """benchmarks/records/DATE-NAME."""
-
-    @pytest.fixture
-    def asked(self, tmp_path, monkeypatch):
-        """An experiment with a file, and some cells of it."""
-        file = tmp_path / "simulated.yaml"
-        file.write_text("its file\n")
-        asked = simulated.experiment()
-        simulated.write(tmp_path / "run" / "cells.jsonl", asked, simulated.run(asked, simulated.losses(0.01), 40))
-        return asked
-
-    def test_a_record_has_all_that_the_report_came_from(self, asked, tmp_path):
-        (tmp_path / "run" / "engines.md").touch()
-        path = record.pack(str(tmp_path / "simulated.yaml"), asked, tmp_path / "run", tmp_path / "records")
-        assert re.fullmatch(r"\d{4}-\d\d-\d\d-simulated", path.name)
-        names = {"cells.jsonl.xz", "report.md", "engines.md", "simulated.yaml", "rates.png"}
-        assert {file.name for file in path.iterdir()} - {"differences.png"} == names
-        assert (path / "simulated.yaml").read_text() == "its file\n"
-        again = tmp_path / "again" / "cells.jsonl"
-        again.parent.mkdir()
-        again.write_bytes(lzma.decompress((path / "cells.jsonl.xz").read_bytes()))
-        assert report.write(asked, again.parent).read_text() == (path / "report.md").read_text()
-        with pytest.raises(S3Error, match="exists: records stay as they are"):
-            record.pack(str(tmp_path / "simulated.yaml"), asked, tmp_path / "run", tmp_path / "records")
-
-    def test_a_record_that_is_too_large_is_not_left_behind(self, asked, tmp_path, monkeypatch):
-        monkeypatch.setattr(record, "LIMIT", 1000)
-        with pytest.raises(S3Error, match="at most"):
-            record.pack(str(tmp_path / "simulated.yaml"), asked, tmp_path / "run", tmp_path / "records")
-        assert list((tmp_path / "records").iterdir()) == []
-
-    def test_nothing_is_no_record(self, asked, tmp_path):
-        simulated.write(tmp_path / "run" / "cells.jsonl", asked, [])
-        with pytest.raises(S3Error, match="no finished cell"):
-            record.pack(str(tmp_path / "simulated.yaml"), asked, tmp_path / "run", tmp_path / "records")
-
-
-RECORDS = sorted((Path(__file__).parents[2] / "benchmarks" / "records").glob("????-??-??-*"))
-
-
-@pytest.mark.parametrize("folder", RECORDS, ids=lambda folder: folder.name)
-def test_a_records_page_is_what_the_command_prints_of_its_cells(folder):
-    """One that was edited by hand, or printed before a table was mended, fails: `--report --out RECORD` prints it."""
-    asked = experiments.load(str(folder / f"{folder.name[11:]}.yaml"))
-    head, found = analysis.read(folder / "cells.jsonl", asked)
-    drawn = [name for name in pictures.PICTURES if (folder / name).exists()]
-    assert report.render(head, found, drawn) == (folder / "report.md").read_text()
-
-
-def test_nothing_is_trained_into_a_record(tmp_path):
-    (tmp_path / "cells.jsonl.xz").touch()
-    with pytest.raises(S3Error, match="is a record, which stays as it is: give another folder by --out"):
-        CellsFile(tmp_path / "cells.jsonl", simulated.experiment(), simulated.TEXT)
-    assert [file.name for file in tmp_path.iterdir()] == ["cells.jsonl.xz"]
-
-
-def test_what_never_recovered_is_drawn_as_that():
-    """The picture of `spike` had AdamW at (.9, .95) recover after 772 steps, the one of three seeds that did: the
-    median of a list with NaN is any of its values."""
-    assert pictures._median([772, None, None], 954.0) == 954.0
-    assert pictures._median([772, 800, None], 954.0) == 800
 
 
 def test_one_rate_has_no_width():
@@ -357,73 +252,3 @@ def test_the_best_of_the_rates_follows_from_the_cells():
         assert rows[name]["p"] == f"{test.pvalue:.2g}"
     few = analysis.Analysis(asked, [c for c in cells if (c["contender"], c["seed"]) != ("lion", 8)])
     assert few.best("lion", "base") is None and few.best("nadam", "base")
-
-
-def test_steps_ratios_follow_from_the_cells():
-    """Lengths of 100, 200 and 400 steps; a loss of 2 - .2 log2(steps / 100) for S3, and the same .1 higher for AdamW.
-
-    .1 nats are half an octave: AdamW needs 1.41 times the steps. At 400 it does not get there. Lion, .19 lower,
-    is there at the first length, and then needs half of S3's steps and a little.
-    """
-    setups = {f"x{steps}": Setup(steps=steps) for steps in (200, 100, 400)}
-    asked = simulated.experiment(names=("s3", "adamw", "lion"), setups=setups, seeds=[1, 2])
-    shifts = {"s3": 0.0, "adamw": 0.1, "lion": -0.19}
-
-    def loss(cell):
-        by_seed = 0.02 * (cell.seed - 1) * (cell.contender == "adamw")
-        return (
-            2
-            - 0.2 * math.log2(cell.setup.steps / 100)
-            + shifts[cell.contender]
-            + by_seed
-            + abs(math.log2(cell.rate / 4e-3))
-        )
-
-    found = analysis.Analysis(asked, simulated.run(asked, loss))
-    rows = tables(report.render({}, found))["Steps ratio"]
-    adamw = [row for row in rows if row["rival"] == "adamw"]
-    assert [row["steps"] for row in adamw] == ["100", "200", "400"] and {row["seeds"] for row in adamw} == {"2"}
-    ratio, first, second = (2 ** ((0.1 + more) / 0.2) for more in (0.01, 0.0, 0.02))
-    assert adamw[0] == {
-        "rival": "adamw", "steps": "100", "seeds": "2", "loss behind": "0.1100",
-        "steps ratio": f"{ratio:.2f}", "over seeds": f"{first:.2f} to {second:.2f}",
-    }  # fmt: skip
-    assert (adamw[1]["steps ratio"], adamw[2]["steps ratio"]) == (f"{ratio:.2f}", ">= 1.00")
-    lion = [row for row in rows if row["rival"] == "lion"]
-    assert [row["steps ratio"] for row in lion] == ["<= 1.00", "0.52", "0.52"]
-    part = analysis.Analysis(asked, simulated.run(asked, loss, 20))
-    assert "Steps ratio" not in tables(report.render({}, part))
-
-
-def test_one_length_has_no_steps_ratio():
-    found = analysis.Analysis(asked := simulated.experiment(), simulated.run(asked, simulated.losses(0.01)))
-    assert list(horizons.ratios(found)) == [] and "Steps ratio" not in report.render({}, found)
-
-
-def test_every_setup_is_drawn(tmp_path):
-    """QK-norm off and on, clipping off and on: four rows, not the first one alone."""
-    asked = simulated.experiment(
-        tuning=None, setups={"a": Setup(steps=100), "b": Setup(steps=100, clip=0.0)}, seeds=[1]
-    )
-    found = analysis.Analysis(asked, simulated.run(asked, simulated.losses(0.01)))
-    figure = pictures.Figure(figsize=(11, 4.6))
-    assert pictures._rates(found, figure) and len(figure.axes) == 2
-    assert all(axes.get_title(loc="left").endswith("seeds (1); no run had a spike") for axes in figure.axes)
-    next(iter(found.results.values()))["spikes"] = [[50, 2, 0.3]]
-    figure = pictures.Figure(figsize=(11, 4.6))
-    assert pictures._rates(found, figure) and len(figure.axes) == 4, "an empty panel says nothing"
-    assert [axes.get_title(loc="left")[:3] for axes in figure.axes] == ["a: ", "a: ", "b: ", "b: "]
-
-
-def test_of_many_contenders_the_lowest_have_colours_and_names():
-    """19 of table4-small's lay over each other in ten colours, without a legend."""
-    many = ("s3", *(f"s3-{i}" for i in range(pictures.MOST_NAMES)))
-    asked = simulated.experiment(many, tuning=None, seeds=[1, 2])
-    found = analysis.Analysis(asked, simulated.run(asked, lambda cell: 2.0 - 0.01 * len(cell.contender)))
-    figure = pictures.Figure(figsize=(11, 4.6))
-    assert pictures._rates(found, figure)
-    losses = figure.axes[0]
-    named = [text.get_text() for text in losses.get_legend().get_texts()]
-    assert named[:2] == ["s3", "range of s3's seeds"] and named[-1] == f"the other {len(many) - pictures.FOREMOST}"
-    assert len(named) == pictures.FOREMOST + 2 and set(named) >= {f"s3-{i}" for i in range(10, 16)}
-    assert len(losses.lines) == len(many) + 1 and len(losses.collections) == 1, "one band, the reference's"

@@ -1,0 +1,91 @@
+"""A run that is launched here: what it prints, and the signals that reach it or do not."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from s3_megatron.jobs import logs, submit
+from s3_megatron.jobs.node.agent import Agent
+from tests.jobs.run_folders import make
+
+pytestmark = pytest.mark.usefixtures("state_folder")
+
+
+def test_what_a_local_run_prints_is_printed_and_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    run = make(tmp_path)
+    for _ in range(2):
+        run.script.write_text("echo trains; echo fails >&2; exit 3\n")
+        assert submit.start(run) == 3
+    assert capfd.readouterr().out == "trains\nfails\n" * 2
+    assert list(logs.lines(run, follow=False)) == ["job: trains", "job: fails"] * 2
+
+
+# A script that says what reaches it, as a node agent that saves and ends would.
+LISTENS = """trap 'echo asked; exit 143' TERM
+echo trains
+touch "$0.trains"
+for _ in {1..600}; do sleep 0.1; done
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_launch_that_is_asked_to_end_asks_its_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    """``timeout 560 s3-megatron launch`` ended alone: agent, torchrun and ranks trained on without a terminal."""
+    run = make(tmp_path)
+    run.script.write_text(LISTENS)
+
+    def ask() -> None:
+        while not run.script.with_name(f"{run.script.name}.trains").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert submit.start(run) == 143
+    asking.join()
+    assert capfd.readouterr().out == "trains\nasked\n"
+    assert signal.getsignal(number) == before
+
+
+def test_nohup_keeps_a_launch_and_its_agent_from_the_terminals_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent listened to SIGHUP again: a run under nohup ended with the terminal."""
+    run = make(tmp_path)
+    run.script.write_text("trap '' HUP; kill -HUP $PPID; echo trains\n")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert submit.start(run) == 0
+        agent = Agent(run.path, "local-1", 1, 1)
+        monkeypatch.setattr(Agent, "_train", lambda *_: 0)
+        monkeypatch.setattr("s3_megatron.jobs.node.agent.adopt_orphans", lambda: None)  # of pytest itself
+        monkeypatch.setenv("SLURM_NODEID", "1")
+        assert agent.main(["true"]) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == agent._remember
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After ``launch | head`` the run's own prints failed, and with them the run."""
+    run = make(tmp_path)
+    run.script.write_text("echo one; echo two\n")
+
+    class Gone:
+        class buffer:
+            @staticmethod
+            def write(_: bytes) -> int:
+                raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Gone)
+    assert submit.start(run) == 0
+    assert run.job_log.read_text() == "one\ntwo\n"
