@@ -20,7 +20,7 @@ from tests.launch.dockerfile import ROOT, pins
 HERE = Path(__file__).parent
 NEWEST = pins((ROOT / "constraints.txt").read_text())
 SUITES = ("tests/engines/megatron", "tests/engines/deepspeed", "tests/patch", "tests/optim")
-EXTRAS = ".[megatron,deepspeed,data,jobs,demo,dev]"
+EXTRAS = ".[megatron,deepspeed,data,jobs,demo,softmuon,dev]"
 PLACE = re.compile(r"(?<=<!-- make test-hosts -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
@@ -30,11 +30,11 @@ def constraints(pair: str) -> dict[str, str]:
 
 
 def environment(pair: str) -> Path:
-    """Give the venv of ``pair``, built if it is missing or was built of other versions."""
+    """Give the venv of ``pair``, built if it is missing, or was built of other versions or extras."""
     if constraints(pair) == NEWEST:
         return ROOT / ".venv"
     folder = ROOT / ".hosts" / pair
-    wanted = "".join(f"{name}=={version}\n" for name, version in constraints(pair).items())
+    wanted = f"# {EXTRAS}\n" + "".join(f"{name}=={version}\n" for name, version in constraints(pair).items())
     stamp = folder / "complete.txt"
     if stamp.exists() and stamp.read_text() == wanted:
         return folder
