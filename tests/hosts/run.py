@@ -19,7 +19,8 @@ from tests.launch.dockerfile import ROOT, pins
 
 HERE = Path(__file__).parent
 NEWEST = pins((ROOT / "constraints.txt").read_text())
-SUITES = ("tests/engines/megatron", "tests/engines/deepspeed", "tests/patch", "tests/optim")
+# Not tests/optim: it knows no host, and all pairs have the torch of `make test`.
+SUITES = ("tests/engines/megatron", "tests/engines/deepspeed", "tests/patch")
 EXTRAS = ".[megatron,deepspeed,data,jobs,demo,softmuon,dev]"
 PLACE = re.compile(r"(?<=<!-- make test-hosts -->\n).*?(?=<!-- end -->)", re.DOTALL)
 

@@ -32,7 +32,6 @@ FEATURES = {
         "transformers.Trainer and accelerate": r"deepspeed/.*(twenty_steps|trainer|accelerate)",
         "patched, without a call": r"patch/.*deepspeed",
     },
-    "PyTorch": {"the optimizers alone": r"optim/(?!test_fsdp2)", "FSDP2: 2 and 4 ranks, DCP": r"optim/test_fsdp2"},
 }
 
 

@@ -37,6 +37,12 @@ def test_what_is_installed_for_older_hosts_is_what_make_installs() -> None:
     assert {*installed.split(",")} == {*made.split(",")} - {"evidence"}
 
 
+@pytest.mark.parametrize("pair", [path.stem for path in HERE.glob("*.txt")])
+def test_every_pair_has_the_torch_of_make_test(pair: str) -> None:
+    """Tests of the optimizers alone do not run here: with another torch they belong into ``run.SUITES``."""
+    assert run.constraints(pair)["torch"] == run.NEWEST["torch"]
+
+
 def test_the_table_is_of_these_features_and_nothing_failed() -> None:
     """What a host lacks, as SoftMuon before megatron-core 0.19, is skipped whole."""
     _, *rows = table_of_versions()

@@ -64,7 +64,7 @@ def memory(x: Tensor) -> bytes:
 
 
 def problems() -> list[Problem]:
-    """Every format, exponent, temperature and way to round; odd lengths; sound, huge, tiny, zero and broken gradients."""
+    """Every format, exponent, temperature and rounding; odd lengths; sound, huge, tiny, zero and broken gradients."""
     generator = torch.Generator().manual_seed(0)
     found = []
 
@@ -168,8 +168,8 @@ def tolerances(problem: Problem, x: Tensor, r: Tensor | None) -> list[Tensor | N
 
     Of S3 both are held to 8 units of 2^-24 of the oracle (test_single_pass), so to 16 of each other. A SoftSignum m is
     off by 4 roundings of its larger part, twice with a look-ahead; tanh by 4 units each, and by tau times what m is
-    off; a sign only where m is all but 0. A weight goes with its update, in each loop with two roundings of that and one
-    of itself.
+    off; a sign only where m is all but 0. A weight goes with its update, in each loop with two roundings of that and
+    one of itself.
     """
     rule, unit = problem.rule, 2**-24
     if isinstance(rule, Rule):
@@ -189,7 +189,7 @@ def tolerances(problem: Problem, x: Tensor, r: Tensor | None) -> list[Tensor | N
 
 
 def test_neon_is_the_portable_loop_but_for_rounding(given, emulated):
-    """Here without fused multiply-add; a number stored in 16 bits may then fall to the neighbour, one unit of its own."""
+    """Here without fused multiply-add; a number stored in 16 bits may then fall to the neighbour, by its own unit."""
     portable = library.loops().index("portable")
     moving = there = 0
     for problem, (columns, _) in zip(given, emulated, strict=True):

@@ -18,7 +18,8 @@ def register() -> None:
     optimizers run as without it, except that they refuse S3's checkpoints.
 
     Raises:
-        S3Error: DeepSpeed is missing or fails at its import, is of a version known not to work, or lacks a symbol that S3 goes through.
+        S3Error: DeepSpeed is missing or fails at its import, is of a version known not to work, or lacks a symbol that
+            S3 goes through.
     """
     if _swap.active:
         return

@@ -13,7 +13,8 @@ def install() -> None:
     Call it before Megatron parses its arguments. Other optimizers run as without it.
 
     Raises:
-        S3Error: megatron-core is missing or fails at its import, is of a version known not to work, or lacks a symbol that S3 goes through.
+        S3Error: megatron-core is missing or fails at its import, is of a version known not to work, or lacks a symbol
+            that S3 goes through.
     """
     if _swap.active:
         return
