@@ -58,8 +58,10 @@ def run(pair: str) -> dict[str, str]:
     report.parent.mkdir(exist_ok=True)
     report.unlink(missing_ok=True)
     print(f"== {pair}", flush=True)
-    # DeepSpeed compiles at first use, and finds what another version has compiled.
-    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(report.with_suffix(".extensions"))}
+    # DeepSpeed compiles at first use, and finds what another version has compiled; a checkout of Megatron on PYTHONPATH
+    # would be run in the place of the pair's.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env["TORCH_EXTENSIONS_DIR"] = str(report.with_suffix(".extensions"))
     command = [python, "-m", "pytest", "-q", f"--junitxml={report}", *SUITES]
     subprocess.run(command, cwd=ROOT, env=env, check=False)
     if not report.exists():

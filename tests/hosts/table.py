@@ -15,9 +15,6 @@ FEATURES = {
         "from Adam": r"megatron/.*[Aa]dams_checkpoint",
         "Adam as without S3": r"megatron/.*adam_is_bit",
         "Megatron-Bridge's hook (a stub calls it)": r"megatron/.*bridge",
-        "SoftSignum": r"megatron/.*softsignum",
-        "SoftMuon": r"megatron/.*softmuon",
-        "expert parallelism": r"megatron/.*expert",
         "patched, without a wrapper": r"patch/.*megatron",
     },
     "DeepSpeed": {
@@ -27,8 +24,6 @@ FEATURES = {
         "resume on as many ranks": r"deepspeed/.*resuming",
         "universal checkpoints: other ranks": r"deepspeed/.*(universal_checkpoints_go_on|zero_3_cannot)",
         "from Adam": r"deepspeed/.*an_adam_checkpoint|deepspeed/.*universal_checkpoints_of_adam",
-        "SoftSignum": r"deepspeed/.*softsignum",
-        "SoftMuon": r"deepspeed/.*softmuon",
         "transformers.Trainer and accelerate": r"deepspeed/.*(twenty_steps|trainer|accelerate)",
         "patched, without a call": r"patch/.*deepspeed",
     },
