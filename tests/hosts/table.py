@@ -27,7 +27,6 @@ FEATURES = {
         "transformers.Trainer and accelerate": r"deepspeed/.*(twenty_steps|trainer|accelerate)",
         "patched, without a call": r"patch/.*deepspeed",
     },
-    "PyTorch": {"S3 alone, and its state": r"optim/(?!test_fsdp2)", "FSDP2: 2 and 4 ranks, DCP": r"optim/test_fsdp2"},
 }
 
 

@@ -18,7 +18,8 @@ def register() -> None:
     optimizers run as without it, except that they refuse S3's checkpoints.
 
     Raises:
-        S3Error: DeepSpeed is missing, of a version known not to work, or lacks a symbol that S3 goes through.
+        S3Error: DeepSpeed is missing or fails at its import, is of a version known not to work, or lacks a symbol that
+            S3 goes through.
     """
     if _swap.active:
         return
@@ -54,6 +55,7 @@ def unregister() -> None:
 def _version() -> str:
     try:
         import deepspeed
-    except ImportError:
-        raise S3Error("DeepSpeed is not installed: pip install 's3-megatron[deepspeed]'") from None
+    except ImportError as error:
+        what = "is not installed" if error.name == "deepspeed" else f"cannot be imported ({error})"
+        raise S3Error(f"DeepSpeed {what}: pip install 's3-megatron[deepspeed]'") from error
     return str(deepspeed.__version__)

@@ -13,7 +13,8 @@ def install() -> None:
     Call it before Megatron parses its arguments. Other optimizers run as without it.
 
     Raises:
-        S3Error: megatron-core is missing, of a version known not to work, or lacks a symbol that S3 goes through.
+        S3Error: megatron-core is missing or fails at its import, is of a version known not to work, or lacks a symbol
+            that S3 goes through.
     """
     if _swap.active:
         return
@@ -61,8 +62,9 @@ def uninstall() -> None:
 def _check_version() -> None:
     try:
         from megatron.core.package_info import __version__ as version
-    except ImportError:
+    except ImportError as error:
+        what = "is not installed" if error.name in ("megatron", "megatron.core") else f"cannot be imported ({error})"
         raise S3Error(
-            "megatron-core is not installed: pip install 's3-megatron[megatron]', or run from a Megatron-LM checkout"
-        ) from None
+            f"megatron-core {what}: pip install 's3-megatron[megatron]', or run from a Megatron-LM checkout"
+        ) from error
     check(MEGATRON, version)

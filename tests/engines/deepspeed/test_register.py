@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,6 +137,17 @@ def test_a_deepspeed_that_registers_s3_at_its_own_import_is_registered_once() ->
 def test_no_deepspeed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(S3Error, match="DeepSpeed is not installed: pip install"):
+        register()
+
+
+def test_a_deepspeed_that_fails_at_its_import_is_one_line_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.17.6 imports distutils, which a Python 3.12 without setuptools lacks: it was called not installed."""
+    (tmp_path / "deepspeed.py").write_text("import no_such_distutils\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    with pytest.raises(S3Error, match=r"DeepSpeed cannot be imported \(No module named 'no_such_distutils'\): pip"):
         register()
 
 

@@ -5,6 +5,7 @@ import builtins
 import importlib
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +81,27 @@ def test_a_megatron_never_run_is_warned_about_and_used(
     (warning,) = caplog.messages
     assert "megatron-core 0.99.0 was never run with S3" in warning and ", ".join(MEGATRON.tested) in warning
     uninstall()
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("megatron/no_core.py", r"is not installed: pip install"),
+        ("megatron/core/__init__.py", r"cannot be imported \(No module named 'no_such_module'\): pip install"),
+    ],
+)
+def test_a_megatron_that_cannot_be_imported_is_one_line_with_the_reason(
+    file: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that fails at its import was called not installed, as DeepSpeed was without setuptools."""
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / "megatron/__init__.py").touch()  # without it, both would be one namespace
+    (tmp_path / file).write_text("import no_such_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("megatron", "megatron.core", "megatron.core.package_info"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(S3Error, match=f"megatron-core {message}"):
+        install()
 
 
 def test_a_wheel_without_megatron_training_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
