@@ -177,12 +177,15 @@ class Analysis:
     def far_behind(self, setup: str) -> dict[str, float]:
         """Contenders whose lowest mean loss is more than FAR over the median of the others', and by how much.
 
-        None in a setup with a kick: to be thrown far is what it measures.
+        Once there are final runs, these count: a tuning seed may stand what most seeds do not. None in a setup with a
+        kick: to be thrown far is what it measures.
         """
         lowest: dict[str, float] = {}
-        for row in self.rows if self.experiment.setups[setup].kick == 1 else ():
-            if row.setup == setup and row.results:
-                lowest[row.contender] = min(row.mean, lowest.get(row.contender, math.inf))
+        for name in self.experiment.contenders if self.experiment.setups[setup].kick == 1 else ():
+            rows = [row for row in self.rows if (row.contender, row.setup) == (name, setup) and row.results]
+            final = [row for row in rows if not row.tuning]
+            if rows:
+                lowest[name] = min(row.mean for row in final or rows)
         gaps = {
             name: loss - plain.median(theirs for other, theirs in lowest.items() if other != name)
             for name, loss in lowest.items()

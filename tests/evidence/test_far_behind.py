@@ -24,6 +24,16 @@ class TestFarBehind:
         if is_flagged:
             assert re.search(rf"first: adamw is {shift - 0.05:.1f}\d nats|first: adamw is {shift:.1f}\d? nats", text)
 
+    def test_final_runs_count_where_a_tuning_run_was_lucky(self):
+        """Lion in table2-tiny: 1.55 with the tuning seed, 2.00 in the mean of eight others, and the report was silent."""
+        asked, draw = simulated.experiment(), simulated.losses(0.001)
+        assert asked.tuning is not None
+
+        def losses(cell):
+            return draw(cell) + 0.5 * (cell.contender == "lion" and cell.seed != asked.tuning.seed)
+
+        assert list(analysis.Analysis(asked, simulated.run(asked, losses)).far_behind("base")) == ["lion"]
+
     @pytest.mark.parametrize("kick, is_flagged", [(1.0, True), (1e3, False)])
     def test_one_that_a_kick_threw_far_is_none(self, kick, is_flagged):
         """AdamW at (.9, .999) after one gradient times 1,000: to remember it is what the experiment measures."""
