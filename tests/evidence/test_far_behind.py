@@ -25,7 +25,7 @@ class TestFarBehind:
             assert re.search(rf"first: adamw is {shift - 0.05:.1f}\d nats|first: adamw is {shift:.1f}\d? nats", text)
 
     def test_final_runs_count_where_a_tuning_run_was_lucky(self):
-        """Lion in table2-tiny: 1.55 with the tuning seed, 2.00 in the mean of eight others, and the report was silent."""
+        """Lion in table2-tiny: 1.55 with the tuning seed, 2.00 in the mean of eight others; the report was silent."""
         asked, draw = simulated.experiment(), simulated.losses(0.001)
         assert asked.tuning is not None
 
