@@ -175,9 +175,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run.mkdir()
         if job.recipe.engine == "deepspeed":
             shutil.copy(deepspeed_file(job), run / "deepspeed.json")
-        words = [word for flag in megatron_flags(job, run) for word in flag]
-        save = words.index("--save")
-        del words[save : save + 2]  # nothing to go on from
+        flags = [flag for flag in megatron_flags(job, run) if flag[0] not in ("--save", "--load")]  # as from nothing
+        words = [word for flag in flags for word in flag]
         started.append((job.recipe.engine, str(run), words))
     (folder / "jobs.json").write_text(json.dumps(started))
     done = ranks([str(ROOT / "tests/jobs/measure.py"), str(folder / "jobs.json")], nproc=2, timeout=560)
