@@ -45,13 +45,16 @@ def test_a_launch_that_is_asked_to_end_asks_its_run(
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 
-    before = signal.getsignal(number)
-    asking = threading.Thread(target=ask)
-    asking.start()
-    assert submit.start(run) == 143
-    asking.join()
-    assert capfd.readouterr().out == "trains\nasked\n"
-    assert signal.getsignal(number) == before
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup these tests ignore SIGHUP
+    try:
+        asking = threading.Thread(target=ask)
+        asking.start()
+        assert submit.start(run) == 143
+        asking.join()
+        assert capfd.readouterr().out == "trains\nasked\n"
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_nohup_keeps_a_launch_and_its_agent_from_the_terminals_end(

@@ -256,10 +256,10 @@ def test_the_length_of_the_hosts_run_counts_where_nothing_else_gives_it() -> Non
     [
         ({"soft_start": 1.5}, "optimizer.soft_start = 1.5: Input should be less than or equal to 1"),
         ({"total_steps": 1.5}, "optimizer.total_steps = 1.5: Input should be a valid integer"),
-        ({"sign_iters": 10, "transition_iters": 0}, "yaml: optimizer: transition_iters is 0: it must be a whole"),
-        ({"sign_iters": 200}, "yaml: optimizer: sign_iters is 200 and total_steps 128: no soft step is left"),
-        ({"transition_iters": 20}, "yaml: optimizer: transition_iters is 20 without sign_iters"),
-        ({"soft_start": 0.999}, "yaml: optimizer: soft_start=0.999 leaves no soft step of total_steps=128"),
+        ({"sign_iters": 10, "transition_iters": 0}, ": optimizer: transition_iters is 0: it must be a whole"),
+        ({"sign_iters": 200}, ": optimizer: sign_iters is 200 and total_steps 128: no soft step is left"),
+        ({"transition_iters": 20}, ": optimizer: transition_iters is 20 without sign_iters"),
+        ({"soft_start": 0.999}, ": optimizer: soft_start=0.999 leaves no soft step of total_steps=128"),
         ({"tmax": ".nan"}, "optimizer.tmax = NaN"),
     ],
 )
