@@ -169,15 +169,15 @@ def refusals(path: Path) -> Iterator[None]:
 
 
 def _refuse_mixed_stage_0(config: Config, path: Path | None) -> None:
-    """Raise S3Error where DeepSpeed (0.19.8, ``_do_optimizer_sanity_check``) has no optimizer: NotImplementedError."""
+    """Raise S3Error where DeepSpeed's ``_do_optimizer_sanity_check`` (0.19.8) raises NotImplementedError, later."""
     stage = _get(config, "zero_optimization.stage")
-    if not stage and _get(config, "bf16.enabled"):
-        if _get(config, "data_types.grad_accum_dtype") == "fp32":
-            what = "no zero_optimization.stage, and so ZeRO stage 0" if stage is None else "ZeRO stage 0"
-            raise S3Error(
-                f"{path} has {what}, which does not accumulate gradients of bf16 in float32 as Megatron does: "
-                "set zero_optimization.stage to 1, or pass --grad-reduce-in-bf16"
-            )
+    is_mixed = _get(config, "bf16.enabled") and _get(config, "data_types.grad_accum_dtype") == "fp32"
+    if is_mixed and not stage:
+        what = "no zero_optimization.stage, and so ZeRO stage 0" if stage is None else "ZeRO stage 0"
+        raise S3Error(
+            f"{path} has {what}, which does not accumulate gradients of bf16 in float32 as Megatron does: "
+            "set zero_optimization.stage to 1, or pass --grad-reduce-in-bf16"
+        )
 
 
 def _refuse_settings_of_the_rest(args: argparse.Namespace) -> None:

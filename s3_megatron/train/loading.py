@@ -87,8 +87,9 @@ def _misfit(cause: BaseException, changed: Callable[[], list[str]]) -> str | Non
         return None
     if "Detected load from a distributed checkpoint" in text:
         return "is in another format than --ckpt-format says: pass --ckpt-format torch_dist"
-    if isinstance(cause, KeyError):
-        text = f"{text.partition(' from model not in state dict')[0]} is not in it"
+    missing = text.partition(" from model not in state dict")[0] if isinstance(cause, KeyError) else None
+    if missing is not None:
+        text = f"{missing} is not in it"
     flags = "; ".join(changed())
     is_state = bool(_STATE.search(text + flags))
     fresh = ", or pass --no-load-optim to go on from its weights with fresh state" if is_state else ""
@@ -98,10 +99,10 @@ def _misfit(cause: BaseException, changed: Callable[[], list[str]]) -> str | Non
             reshape = ", save it again with --dist-ckpt-optim-fully-reshardable, which other layouts can load"
         text = text.partition(" Please use")[0].rstrip(".")[:300]  # Megatron's advice is of another format
         return f"does not fit this run, whose flags are others ({flags}): {text}: give its values{reshape}{fresh}"
-    if isinstance(cause, KeyError) and "optimizer." in text:
+    if missing is not None and "optimizer." in missing:
         return (
-            f"holds no {text.removesuffix(' is not in it')}: another optimizer wrote its state; give --optimizer, and "
-            f"with softmuon --softmuon-scalar-optimizer, as that run had them{fresh}"
+            f"holds no {missing}: another optimizer wrote its state; give --optimizer, and with softmuon "
+            f"--softmuon-scalar-optimizer, as that run had them{fresh}"
         )
     return None
 

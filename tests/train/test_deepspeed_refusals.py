@@ -115,7 +115,7 @@ def test_the_file_must_be_there_and_be_json(loop: ModuleType, monkeypatch: pytes
         ({"optimizer": {"type": "Lamb"}}, (), ("'Lamb'", '"S3"')),
         # DeepSpeed passes over a name that it does not know: the run was unsharded.
         ({"zero_optimisation": {"stage": 3}}, (), ("'zero_optimisation'", "'zero_optimization'")),
-        # A NotImplementedError of DeepSpeed's, after the model was built.
+        # DeepSpeed itself refuses it by a NotImplementedError, once the model is built.
         ({"zero_optimization": {"stage": 0}}, ("--bf16",), ("ZeRO stage 0", "stage to 1", "--grad-reduce-in-bf16")),
         (
             {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
