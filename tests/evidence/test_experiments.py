@@ -104,7 +104,12 @@ def test_every_setting_of_every_grid_can_be_trained(name, in_process):
 # What cells files carry that were begun by these; another hash would strand them.
 @pytest.mark.parametrize(
     "name, rules",
-    [("table2-small", "21e6b80f4c8665d4"), ("table4-small", "37576836f66a4b68"), ("rates-tiny", "e7cd2e5f3991e777")],
+    [
+        ("table2-small", "21e6b80f4c8665d4"),
+        ("table4-small", "37576836f66a4b68"),
+        ("rates-tiny", "e7cd2e5f3991e777"),
+        ("softsign_small", "d00948be8c07584b"),
+    ],
 )
 def test_the_rules_that_cells_were_begun_by_are_unchanged(name, rules):
     """Runs of 2026-11-28 go on for nights, and later code reads them: table2-small's began with 3b7642f."""
