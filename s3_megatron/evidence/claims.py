@@ -116,17 +116,14 @@ def stands_larger_rates(found: Analysis) -> str | None:
     names = ("s3", "adamw", "adamw-999")
     if whole(found, *names) is None:
         return None
-    widths = {}
+    ratio, ranges = {}, []
     for setup, name in itertools.product(found.experiment.setups, names):
         width = found.width(name, setup)
         assert width is not None
-        widths[setup, name] = width.high / width.low
-    holds = all(widths[s, "s3"] > max(widths[s, "adamw"], widths[s, "adamw-999"]) for s in found.experiment.setups)
-    figures = "; ".join(
-        f"{setup}: " + ", ".join(f"{name} x{widths[setup, name]:.3g}" for name in names)
-        for setup in found.experiment.setups
-    )
-    return outcome(holds, f"rates within .05 nats of the best span {figures}")
+        ratio[setup, name] = width.high / width.low
+        ranges.append(f"{setup}: {name} {width.low:g} to {width.high:g} ({width.ratio})")
+    holds = all(ratio[s, "s3"] > max(ratio[s, "adamw"], ratio[s, "adamw-999"]) for s in found.experiment.setups)
+    return outcome(holds, f"rates within .05 nats of the best, and their ratio: {', '.join(ranges)}")
 
 
 def bounded_updates(found: Analysis) -> str | None:

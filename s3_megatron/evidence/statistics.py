@@ -84,6 +84,11 @@ class Width:
     open_low: bool
     open_high: bool
 
+    @property
+    def ratio(self) -> str:
+        """The highest over the lowest rate; where the range may go on, the least that it can be."""
+        return ">= " * (self.open_low or self.open_high) + f"{self.high / self.low:.3g}"
+
 
 def width(losses: dict[float, float]) -> Width:
     """Find the range of rates that are as good as the best, from a loss for each rate tried."""

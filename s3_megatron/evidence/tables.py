@@ -108,7 +108,7 @@ def widths(found: Analysis, setup: str) -> str:
     for name in found.experiment.contenders:
         if len(found.by_rate(name, setup)) > 1 and (w := found.width(name, setup)):
             low, high = "<= " * w.open_low + f"{w.low:g}", ">= " * w.open_high + f"{w.high:g}"
-            rows.append([name, low, high, ">= " * (w.open_low or w.open_high) + f"{w.high / w.low:.3g}"])
+            rows.append([name, low, high, w.ratio])
     which = "at the best settings, by the tuning seed" if found.experiment.tuning else "over the seeds there are"
     note = f"Rates tried around the best whose loss is within {statistics.WITHIN:g} of it, {which}."
     return f"{note}\n\n{table(['contender', 'lowest', 'highest', 'ratio'], rows)}"
