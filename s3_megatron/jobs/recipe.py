@@ -67,7 +67,7 @@ class Schedule(Section):
     lr_warmup_iters: int = Field(0, ge=0)
     min_lr_ratio: Share = Field(0.1, description="the last rate, as a share of the peak")
     clip_grad: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: no clipping")
-    seed: int = 1234
+    seed: Count = 1234
     eval_interval: Count = 1000
     eval_iters: int = Field(10, ge=0)
 

@@ -122,7 +122,8 @@ def configure(args: argparse.Namespace) -> Any:
 
 def run(args: argparse.Namespace) -> None:
     """Pretrain by ``args``, which are Megatron's global ones, too."""
-    config = configure(args)
+    with _refusals():
+        config = configure(args)
     with _alone_in(args.save), requests.obeyed(), loading.watches_megatron():
         pretrain(config, build_datasets, ModelType.encoder_or_decoder, forward_step)
 

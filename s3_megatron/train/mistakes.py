@@ -1,6 +1,7 @@
 """Mistakes that Megatron would answer with a traceback, or not at all."""
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from megatron.training import training
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from s3_megatron.errors import S3Error
+from s3_megatron.train import numbers
 
 # Other models, and batches that are made otherwise: gpt.py would pass over these flags in silence.
 _OTHER_SCRIPTS = (
@@ -33,7 +35,8 @@ def check_flags(args: argparse.Namespace) -> None:
     """Check what ``args``, parsed but not validated, asks for, and that the files it names exist.
 
     Raises:
-        S3Error: a flag is missing or another script's, or a checkpoint, a tokenizer's or data set's file is not there.
+        S3Error: a flag is missing or another script's, numbers do not go together, or a checkpoint, a tokenizer's or
+            data set's file is not there.
     """
     for name in _OTHER_SCRIPTS:
         if getattr(args, name):
@@ -41,11 +44,12 @@ def check_flags(args: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} is not for this script: run one that knows it, such as Megatron-LM's "
                 "pretrain_gpt.py, with 'python -m s3_megatron.train.run SCRIPT ARGS...'"
             )
+    numbers.check(args)
     if not args.skip_train:
         if args.lr is None:
             raise S3Error("--lr is missing: give the peak rate")
-        if args.train_iters is None and args.train_samples is None:
-            raise S3Error("--train-iters is missing: give the length of the run, or --train-samples")
+        if not args.train_iters and not args.train_samples:
+            raise S3Error("--train-iters is missing or 0: give the length of the run, or --train-samples")
     check_checkpoint(args)
     _check_tokenizer(args)
     if not args.mock_data:
@@ -73,14 +77,24 @@ def check_checkpoint(args: argparse.Namespace) -> None:
 
 
 def _check_tokenizer(args: argparse.Namespace) -> None:
-    model = args.tokenizer_model
-    if args.tokenizer_type in (*SP_TOKENIZERS, "TikTokenizer"):
+    kind, model = args.tokenizer_type, args.tokenizer_model
+    if kind in (*SP_TOKENIZERS, "TikTokenizer"):
         if model is None:
-            raise S3Error(f"--tokenizer-type {args.tokenizer_type} needs a file: give --tokenizer-model FILE")
+            raise S3Error(f"--tokenizer-type {kind} needs a file: give --tokenizer-model FILE")
         _check_file("--tokenizer-model", model)
-    for flag, path in (("--vocab-file", args.vocab_file), ("--merge-file", args.merge_file)):
+    if kind == "HuggingFaceTokenizer" and model is None:
+        raise S3Error(f"--tokenizer-type {kind} needs a name or a folder: give --tokenizer-model NAME")
+    if kind == "NullTokenizer" and not args.vocab_size:
+        raise S3Error(f"--tokenizer-type {kind} needs the number of tokens: give --vocab-size N, at least 1")
+    files = (("--vocab-file", args.vocab_file), ("--merge-file", args.merge_file))
+    for flag, path in files:
         if path is not None:
             _check_file(flag, path)
+    if kind == "GPT2BPETokenizer" and not all(path for _, path in files) and find_spec("wget") is None:
+        raise S3Error(
+            f"--tokenizer-type {kind} needs two files: give --vocab-file FILE and --merge-file FILE (to fetch them "
+            "Megatron needs a network and the package wget)"
+        )
 
 
 def _check_data(args: argparse.Namespace) -> None:
