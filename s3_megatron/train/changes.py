@@ -84,6 +84,18 @@ def compare(saved: Mapping[str, Any]) -> None:
         )
 
 
+def announce_end(iteration: int, folder: str) -> None:
+    """Log a line where a run that goes on from ``iteration`` of ``folder`` is at its end: Megatron ends in silence."""
+    args = get_args()
+    if not args.skip_train and args.train_iters and iteration >= args.train_iters:
+        log_single_rank(
+            logger,
+            logging.WARNING,
+            f"nothing is left to train: --load {folder} is at iteration {iteration}, and --train-iters is "
+            f"{args.train_iters}; to go on give more, and --override-opt-param-scheduler",
+        )
+
+
 def that_bind(saved: Mapping[str, Any]) -> list[str]:
     """Give the flags that are others than in ``saved`` and may be why a checkpoint's tensors do not fit this run."""
     changed = [change for name, change in _changed(saved).items() if not name.startswith(_FREE)]

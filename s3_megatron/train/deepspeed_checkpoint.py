@@ -20,6 +20,8 @@ from megatron.training.checkpointing import get_checkpoint_tracker_filename, get
 from s3_megatron.checkpoints.whole import ABOUT_DEEPSPEED, DEEPSPEED_POINTER
 from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
+from s3_megatron.optim import registry
+from s3_megatron.optim.spec import FROM_ADAM
 from s3_megatron.train import changes, loading
 
 LATEST_UNIVERSAL = "latest_universal"  # as DEEPSPEED_POINTER, of a universal checkpoint
@@ -28,6 +30,9 @@ _COUNTERS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_
 # What a checkpoint fits: this model, on as many ranks.
 _SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "padded_vocab_size", "world_size")
 _PRECISION = ("bf16", "fp16")  # not written down before 2026-12
+# And what the weights alone need not fit: below ZeRO-3 every rank has all of them, in one file.
+_OF_THE_STATE = ("zero_stage", "world_size", *_PRECISION)
+_FRESH = "pass --no-load-optim to go on from its weights with fresh state and the schedule from its beginning"
 
 
 def save(
@@ -79,9 +84,11 @@ def _prune(folder: Path, before: str | None, tag: str, interval: int | None) -> 
 def load(engine: Any, opt_param_scheduler: Any) -> tuple[int, float]:
     """Load what --load holds, in place; returns its iteration and floating-point operations, or zeros.
 
+    With --no-load-optim, as in Megatron, the weights, the place in the data and the random state.
+
     Raises:
-        S3Error: the checkpoint is Megatron's, incomplete, of another model, stage or number of ranks; or none is
-            there and --exit-on-missing-checkpoint says that one must be.
+        S3Error: the checkpoint is Megatron's, incomplete, of another model, optimizer, stage or number of ranks; or
+            none is there and --exit-on-missing-checkpoint says that one must be.
     """
     args = get_args()
     if args.load is None:
@@ -97,6 +104,11 @@ def load(engine: Any, opt_param_scheduler: Any) -> tuple[int, float]:
         print_rank_0(f"no checkpoint in {folder}: training starts from random weights")
         return 0, 0
     saved: dict[str, str] = {}
+    if universal and args.no_load_optim:
+        raise S3Error(
+            "--no-load-optim loads the weights of an ordinary checkpoint, on any number of ranks below ZeRO-3: take "
+            "checkpoint.load_universal out of the DeepSpeed configuration"
+        )
     if not universal:
         saved = _check(folder / tag, engine)
     elif (newer := _latest(folder, DEEPSPEED_POINTER)) is not None and _iteration(newer) > _iteration(tag):
@@ -105,7 +117,9 @@ def load(engine: Any, opt_param_scheduler: Any) -> tuple[int, float]:
             "out of the DeepSpeed configuration, which is for the first start on other ranks only"
         )
     with loading.watched(lambda: folder / tag, lambda: changes.that_bind(saved)):
-        loaded, client = engine.load_checkpoint(os.fspath(folder), tag, load_lr_scheduler_states=False)
+        loaded, client = engine.load_checkpoint(
+            os.fspath(folder), tag, load_lr_scheduler_states=False, **_weights_alone(engine)
+        )
     if loaded is None or _STATE not in client:
         raise S3Error(f"{folder / tag} is not a complete checkpoint of pretrain_gpt_deepspeed: name another one")
     state = client[_STATE]
@@ -113,9 +127,14 @@ def load(engine: Any, opt_param_scheduler: Any) -> tuple[int, float]:
     for counter, value in state["counters"].items():
         setattr(args, counter, value)
     update_num_microbatches(consumed_samples=args.consumed_train_samples, verbose=True)
-    opt_param_scheduler.load_state_dict(state["opt_param_scheduler"])
+    if not args.no_load_optim:
+        opt_param_scheduler.load_state_dict(state["opt_param_scheduler"])
     _set_rng_state(state["rng_state"])
-    print_rank_0(f"  loaded checkpoint {folder / tag}, iteration {state['iteration']}")
+    what = ": the weights alone, with fresh optimizer state and the schedule from its beginning"
+    print_rank_0(
+        f"  loaded checkpoint {folder / tag}, iteration {state['iteration']}{what if args.no_load_optim else ''}"
+    )
+    changes.announce_end(state["iteration"], args.load)
     return state["iteration"], state["num_floating_point_operations_so_far"]
 
 
@@ -137,20 +156,53 @@ def _about(engine: Any) -> dict[str, Any]:
     }
 
 
+def _weights_alone(engine: Any) -> dict[str, bool]:
+    """Give the argument with which ``load_checkpoint`` leaves the optimizer as it is, if that is asked for.
+
+    In ZeRO-3 ``load_module_only`` loads no weights.
+    """
+    if not get_args().no_load_optim:
+        return {}
+    return {"load_optimizer_states": False} if engine.zero_optimization_stage() == 3 else {"load_module_only": True}
+
+
 def _check(folder: Path, engine: Any) -> dict[str, str]:
     """Raise S3Error where ``folder`` cannot be loaded as it is; returns the settings of its run, as texts."""
     if not (folder / ABOUT_DEEPSPEED).is_file():
         raise S3Error(f"{folder} is not a complete checkpoint of pretrain_gpt_deepspeed: name another one")
-    ours = _about(engine)
+    ours, is_fresh = _about(engine), get_args().no_load_optim
     saved = json.loads((folder / ABOUT_DEEPSPEED).read_text(encoding="utf-8"))
+    is_whole = 3 not in (saved["zero_stage"], ours["zero_stage"])
     known = [name for name in ours if name in saved or name not in _PRECISION]
-    wrong = [f"{name} {saved[name]} (this run: {ours[name]})" for name in known if saved[name] != ours[name]]
-    if wrong:
+    wrong = [name for name in known if saved[name] != ours[name]]
+    bound = [name for name in wrong if not (is_whole and name in _OF_THE_STATE)]
+    if bound or (wrong and not is_fresh):
+        others = ", ".join(f"{name} {saved[name]} (this run: {ours[name]})" for name in wrong)
         raise S3Error(
-            f"{folder} was written with {', '.join(wrong)}: run it as it was, or, for other ranks, convert it with "
+            f"{folder} was written with {others}: run it as it was, or, for other ranks, convert it with "
             'DeepSpeed\'s ds_to_universal and set "checkpoint": {"load_universal": true} in the configuration'
+            f"{'' if bound else f', or {_FRESH}'}"
         )
-    return dict(saved.get("settings", {}))  # not there before 2026-12
+    settings: dict[str, str] = saved.get("settings", {})  # not there before 2026-12
+    if not is_fresh:
+        _check_optimizer(folder, settings.get("optimizer"))
+    return settings
+
+
+def _check_optimizer(folder: Path, wrote: str | None) -> None:
+    """Raise S3Error where another optimizer ``wrote`` the state in ``folder``, in this entry's flags."""
+    args = get_args()
+    if wrote in (None, args.optimizer):
+        return
+    spec, convert = registry.find(args.optimizer), ""
+    if wrote == "adam" and spec is not None and spec.from_adam is not None:
+        if getattr(args, spec.field(FROM_ADAM)):
+            return
+        convert = f", pass {spec.flag(FROM_ADAM)} to convert it"
+    raise S3Error(
+        f"{folder} has the optimizer state of --optimizer {wrote}, here {args.optimizer}: give its value{convert}, or "
+        f"{_FRESH}"
+    )
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:

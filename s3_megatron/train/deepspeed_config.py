@@ -51,7 +51,7 @@ _MEGATRONS_OWN = (
     *("save_params_interval", "save_activations_interval", "save_tokens_per_expert_interval"),
     *("rampup_batch_size", "step_batch_size_schedule", "decrease_batch_size_if_needed", "data_parallel_random_init"),
     *("init_model_with_meta_device", "freeze_all_layers", "async_save", "non_persistent_save_interval", "ckpt_format"),
-    *("finetune", "pretrained_checkpoint", "no_load_optim", "no_save_optim", "no_load_rng", "no_save_rng"),
+    *("finetune", "pretrained_checkpoint", "no_save_optim", "no_load_rng", "no_save_rng"),
     *("ckpt_convert_format", "auto_detect_ckpt_format", "use_checkpoint_args", "override_ckpt_iteration"),
     *("num_distributed_optimizer_instances", "empty_unused_memory_level"),
 )

@@ -28,7 +28,7 @@ from s3_megatron.checkpoints.whole import DEEPSPEED_POINTER
 from s3_megatron.errors import S3Error
 from s3_megatron.machine import is_first_rank
 from s3_megatron.run_folder import of_this_job
-from s3_megatron.train import loading, mistakes, requests
+from s3_megatron.train import loading, mistakes, numbers, requests
 from s3_megatron.train.data import check_data
 
 try:
@@ -91,6 +91,7 @@ def parse(
         args = parse_args(prepare)
     mistakes.check_flags(args)
     check(args)
+    numbers.check(args)
     with _refusals():
         args = parse_and_validate_args(prepare)
         mistakes.check_schedule(args)

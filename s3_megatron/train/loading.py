@@ -128,7 +128,9 @@ def watches_megatron() -> Iterator[None]:
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
             with watched(checkpoint, lambda: changes.that_bind(saved)), _without_optimizer(checkpoint):
-                return original(*args, **kwargs)
+                iteration, operations = original(*args, **kwargs)
+            changes.announce_end(iteration, get_args().load)
+            return iteration, operations
 
         return load_checkpoint
 

@@ -13,7 +13,6 @@ from megatron.training import training
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from s3_megatron.errors import S3Error
-from s3_megatron.train import numbers
 
 # Other models, and batches that are made otherwise: gpt.py would pass over these flags in silence.
 _OTHER_SCRIPTS = (
@@ -35,8 +34,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """Check what ``args``, parsed but not validated, asks for, and that the files it names exist.
 
     Raises:
-        S3Error: a flag is missing or another script's, numbers do not go together, or a checkpoint, a tokenizer's or
-            data set's file is not there.
+        S3Error: a flag is missing or another script's, or a checkpoint, a tokenizer's or data set's file is not there.
     """
     for name in _OTHER_SCRIPTS:
         if getattr(args, name):
@@ -44,7 +42,6 @@ def check_flags(args: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} is not for this script: run one that knows it, such as Megatron-LM's "
                 "pretrain_gpt.py, with 'python -m s3_megatron.train.run SCRIPT ARGS...'"
             )
-    numbers.check(args)
     if not args.skip_train:
         if args.lr is None:
             raise S3Error("--lr is missing: give the peak rate")

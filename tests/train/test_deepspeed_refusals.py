@@ -157,6 +157,12 @@ def test_what_deepspeed_refuses_in_the_file_is_one_line(zero: dict[str, int], fo
 MODEL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 32, "padded_vocab_size": 256}
 
 
+OF_ADAM = {
+    "latest": "iter_0000004",
+    "iter_0000004/s3_megatron.json": {**MODEL, "world_size": 2, "zero_stage": 1, "settings": {"optimizer": "adam"}},
+}
+
+
 @pytest.mark.parametrize(
     ("files", "asked", "found"),
     [
@@ -170,6 +176,29 @@ MODEL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_leng
             {},
             "written with zero_stage 2 (this run: 1), world_size 4 (this run: 2): ",
         ),
+        # Below ZeRO-3 the weights alone go anywhere, and the line says by which flag; they fit one model.
+        (
+            {"latest": "iter_0000004", "iter_0000004/s3_megatron.json": {**MODEL, "world_size": 4, "zero_stage": 2}},
+            {},
+            ", or pass --no-load-optim to go on from its weights",
+        ),
+        (
+            {"latest": "iter_0000004", "iter_0000004/s3_megatron.json": {**MODEL, "world_size": 4, "zero_stage": 3}},
+            {"no_load_optim": True},
+            "written with zero_stage 3 (this run: 1), world_size 4 (this run: 2): ",
+        ),
+        (
+            {
+                "latest": "iter_0000004",
+                "iter_0000004/s3_megatron.json": {**MODEL, "num_layers": 3, "world_size": 2, "zero_stage": 1},
+            },
+            {"no_load_optim": True},
+            "written with num_layers 3 (this run: 2): ",
+        ),
+        ({}, {"universal": True, "no_load_optim": True, "ckpt_step": 8}, "take checkpoint.load_universal out"),
+        # DeepSpeed's own refusal advised an argument of load_checkpoint, for which the entry has this flag.
+        (OF_ADAM, {}, "--optimizer adam, here s3: give its value, pass --s3-from-adam to convert it, or pass --no-load"),
+        (OF_ADAM, {"optimizer": "softsignum"}, "here softsignum: give its value, or pass --no-load-optim to go on fr"),
         # The name of a ZeRO file has bf16 in it: FileNotFoundError, and in a job the checkpoint was marked as damaged.
         (
             {
@@ -198,7 +227,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     args = {**MODEL, "world_size": 2, "bf16": False, "fp16": False, "load": str(tmp_path)}
-    args |= {"ckpt_step": None, "exit_on_missing_checkpoint": False}
+    args |= {"ckpt_step": None, "exit_on_missing_checkpoint": False, "no_load_optim": None}
+    args |= {"optimizer": "s3", "s3_from_adam": False}
     monkeypatch.setattr(loop.deepspeed_checkpoint, "get_args", lambda: SimpleNamespace(**{**args, **asked}))
     engine = SimpleNamespace(
         load_universal_checkpoint=lambda: asked.get("universal", False), zero_optimization_stage=lambda: 1

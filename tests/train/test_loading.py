@@ -326,3 +326,27 @@ def test_every_value_of_megatrons_schedule_is_compared() -> None:
     not_the_schedule = {"optimizer", "use_checkpoint_opt_param_scheduler", "override_opt_param_scheduler"}
     unsaved = taken - not_the_schedule - set(schedule().state_dict())
     assert unsaved == {"init_lr", "wsd_decay_steps", "lr_wsd_decay_style"}, "changes._UNSAVED has their flags"
+
+
+@pytest.mark.parametrize(
+    ("given", "iteration", "announced"),
+    [({}, 8, True), ({}, 9, True), ({}, 7, False), ({"skip_train": True}, 8, False)],
+)
+def test_a_run_that_has_nothing_left_to_train_is_announced(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    given: dict[str, Any],
+    iteration: int,
+    announced: bool,
+) -> None:
+    """The same command once more ended with exit code 0 and without a line, as if it had trained."""
+    from megatron.training import training
+
+    from s3_megatron.train.loading import watches_megatron
+
+    monkeypatch.setattr(training, "load_checkpoint", lambda: (iteration, 0))
+    start(monkeypatch, **{"train_iters": 8, "skip_train": False, "load": "DIR", **given})
+    with watches_megatron():
+        assert training.load_checkpoint() == (iteration, 0)
+    line = f"nothing is left to train: --load DIR is at iteration {iteration}, and --train-iters is 8; to go on give"
+    assert (line in caplog.text) == announced

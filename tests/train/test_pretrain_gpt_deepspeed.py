@@ -107,7 +107,14 @@ def over_from_adam(folder: Path) -> list[Job]:
         + ["--save", saved, "--save-interval", "4", "--watch-dir", str(folder / "adam")]
     )
     s3 = flags(iterations=8) + zero2 + ["--load", saved, "--s3-from-adam", "--watch-dir", str(folder / "from-adam")]
-    return [("deepspeed", adam), ("deepspeed", s3)]
+    return [("deepspeed", adam), ("deepspeed", s3), weights_of_adam(folder, "zero1"), weights_of_adam(folder)]
+
+
+def weights_of_adam(folder: Path, engine: str = "zero2", watch: Path | None = None) -> Job:
+    """S3 from the weights alone of what AdamW saved in ZeRO 2 on 2 ranks; metrics go to WATCH/weights-ENGINE."""
+    argv = [*flags(iterations=8), "--deepspeed-config", str(CONFIGS / f"{engine}.json"), "--no-load-optim"]
+    argv += ["--load", str(folder / "adam-saved"), "--watch-dir", str((watch or folder) / f"weights-{engine}")]
+    return "deepspeed", argv
 
 
 # SoftSignum's engines and precisions; it is hard for 4 iterations of 8, and goes on from either phase.
@@ -253,6 +260,23 @@ def test_coming_over_from_adam(metrics: dict[str, Metrics], folder: Path) -> Non
     )
     assert s3[5].lr == pytest.approx(10 * adam[4].lr, rel=0.1)
     assert all(0 < event.updates.max <= 1 for event in s3.values())
+    for engine in ("zero1", "zero2"):
+        check_fresh_from_adams_weights(metrics, folder, folder / f"weights-{engine}")
+
+
+def check_fresh_from_adams_weights(metrics: dict[str, Metrics], folder: Path, watch: Path) -> None:
+    """AdamW's weights and place in the data, and an S3 and a schedule at their beginning.
+
+    The refusal of AdamW's state advised an argument of load_checkpoint, which no flag of the entry gave.
+    """
+    converted, fresh = read_metrics(folder / "from-adam").train, read_metrics(watch).train
+    assert sorted(fresh) == [5, 6, 7, 8]
+    # ZeRO 1 and 2 on as many ranks: the same weights on the same batch. On 4 ranks the means of the loss are summed in
+    # another order.
+    assert fresh[5].losses["lm_loss"] == pytest.approx(converted[5].losses["lm_loss"], rel=1e-6)
+    first = metrics["zero2-fp32"].train[1]
+    assert fresh[5].lr == first.lr
+    assert fresh[5].updates.max == pytest.approx(first.updates.max, rel=1e-5), "a first step's"
 
 
 @pytest.mark.distributed
@@ -266,7 +290,7 @@ def test_old_checkpoints_go_as_megatrons_do(metrics: dict[str, Metrics], folder:
 
 @pytest.mark.distributed
 def test_on_4_ranks(metrics: dict[str, Metrics], folder: Path, tmp_path: Path) -> None:
-    """Losses are Megatron's; and a run on 2 ranks goes on on 4, through a universal checkpoint.
+    """Losses are Megatron's; and a run on 2 ranks goes on on 4, through a universal checkpoint, or as weights alone.
 
     DeepSpeed's converter failed on the empty _extra_state of Megatron's linear layers.
     """
@@ -278,7 +302,8 @@ def test_on_4_ranks(metrics: dict[str, Metrics], folder: Path, tmp_path: Path) -
     argv = argv[: argv.index("--ckpt-step")]
     argv += ["--deepspeed-config", str(tmp_path / "zero2.json"), "--load", str(tmp_path / "universal")]
     short = [Run("megatron", "fp32", SHORT), Run("zero1", "fp32", SHORT)]
-    four = launch(short, 4, tmp_path, ("deepspeed", argv))
+    four = launch(short, 4, tmp_path, ("deepspeed", argv), weights_of_adam(folder, watch=tmp_path))
+    check_fresh_from_adams_weights(metrics, folder, tmp_path / "weights-zero2")
     assert gap(four["zero1-fp32"], four["megatron-fp32"]) <= BOUND["fp32"]
     resumed = read_metrics(tmp_path / "zero2-fp32-resumed")
     assert sorted(resumed.train) == list(range(41, STEPS + 1))

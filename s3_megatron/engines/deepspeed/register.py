@@ -28,8 +28,9 @@ def register() -> None:
         return
     versions.check(versions.DEEPSPEED, version)
     import deepspeed.runtime.engine as host
+    from deepspeed.ops.op_builder.builder import OpBuilder
 
-    from s3_megatron.engines.deepspeed import build, loading, schedule, stepping
+    from s3_megatron.engines.deepspeed import build, builds, loading, schedule, stepping
 
     engine = host.DeepSpeedEngine
     _swap.replace(engine, "_is_supported_optimizer", build.is_supported_optimizer)
@@ -39,6 +40,7 @@ def register() -> None:
     _swap.replace(engine, "_configure_lr_scheduler", schedule.configure_lr_scheduler)
     _swap.replace(engine, "_take_model_step", stepping.take_model_step)
     _swap.replace(engine, "load_checkpoint", loading.load_checkpoint)
+    _swap.replace(OpBuilder, "jit_load", builds.jit_load)
     # Importing accelerate takes seconds, so it is not imported here; build.py stops what then slips by.
     accelerate = sys.modules.get("accelerate.accelerator")
     if accelerate is not None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from s3_megatron.bench import builds
+from s3_megatron.bench.builds import prepare
+from s3_megatron.engines.deepspeed import builds, register, unregister
 
 
 @pytest.fixture
@@ -24,12 +25,36 @@ def test_a_killed_builds_lock_is_removed(lock: Path) -> None:
     """A build of DeepSpeedCPUAdam had been killed: its lock stayed, and `bench step` waited for it for ever."""
     old = time.time() - 21 * 60
     os.utime(lock, (old, old))
-    builds.prepare("cpu_adam")
+    prepare("cpu_adam")
     assert not lock.exists()
 
 
 def test_another_build_is_waited_for(lock: Path, caplog: pytest.LogCaptureFixture) -> None:
     started = threading.Timer(0.5, lock.unlink)
     started.start()
-    builds.prepare("cpu_adam")
+    prepare("cpu_adam")
     assert started.finished.is_set() and str(lock) in caplog.text
+
+
+def test_an_extension_that_a_training_run_needs_waits_in_the_same_way(
+    lock: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DeepSpeedCPUAdam under offload, and its collectives on CPUs: after a killed build every rank waited, in silence."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    class StopBuild(Exception):
+        pass
+
+    def compatible(*_: object) -> bool:  # the first that jit_load asks
+        raise StopBuild
+
+    old = time.time() - 21 * 60
+    os.utime(lock, (old, old))
+    monkeypatch.setattr(CPUAdamBuilder, "is_compatible", compatible)
+    register()
+    try:
+        with pytest.raises(StopBuild):
+            CPUAdamBuilder().jit_load()
+    finally:
+        unregister()
+    assert not lock.exists() and "one was killed: remove that file" in caplog.text

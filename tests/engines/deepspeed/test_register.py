@@ -25,6 +25,7 @@ def touched() -> Touched:
     """What register() replaces; imported when a test runs, so that whoever only collects this file is spared it."""
     import deepspeed.runtime.engine as host
     from accelerate import accelerator
+    from deepspeed.ops.op_builder.builder import OpBuilder
     from transformers.integrations import deepspeed as hugging_face
 
     return [
@@ -34,6 +35,7 @@ def touched() -> Touched:
         (host.DeepSpeedEngine, "_configure_lr_scheduler"),
         (host.DeepSpeedEngine, "_take_model_step"),
         (host.DeepSpeedEngine, "load_checkpoint"),
+        (OpBuilder, "jit_load"),
         (host, "is_zero_supported_optimizer"),
         (accelerator, "map_pytorch_optim_to_deepspeed"),
         (hugging_face.HfTrainerDeepSpeedConfig, "fill_match"),
