@@ -51,6 +51,14 @@ def environment(pair: str) -> Path:
     return folder
 
 
+def extensions(pair: str) -> Path:
+    """Give the folder of what DeepSpeed compiles at first use: for one torch and one Python, as it is linked with both.
+
+    Torch's own default is keyed by Python; a folder that is named to it is taken as it is.
+    """
+    return ROOT / ".hosts" / f"{pair}.extensions" / f"{sys.implementation.cache_tag}-torch-{constraints(pair)['torch']}"
+
+
 def run(pair: str) -> dict[str, str]:
     """Run the suites; returns what became of every test: "passed", "failed", or "skipped"."""
     python = environment(pair) / "bin" / "python"
@@ -61,7 +69,7 @@ def run(pair: str) -> dict[str, str]:
     # DeepSpeed compiles at first use, and finds what another version has compiled; a checkout of Megatron on PYTHONPATH
     # would be run in the place of the pair's.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env["TORCH_EXTENSIONS_DIR"] = str(report.with_suffix(".extensions"))
+    env["TORCH_EXTENSIONS_DIR"] = str(extensions(pair))
     command = [python, "-m", "pytest", "-q", f"--junitxml={report}", *SUITES]
     subprocess.run(command, cwd=ROOT, env=env, check=False)
     if not report.exists():

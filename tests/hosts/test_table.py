@@ -37,6 +37,17 @@ def test_what_is_installed_for_older_hosts_is_what_make_installs() -> None:
     assert {*installed.split(",")} == {*made.split(",")} - {"evidence"}
 
 
+def test_what_deepspeed_has_compiled_is_found_by_the_same_torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder was a pair's: after another torch in constraints.txt it held libraries linked with the one before."""
+    pair = "0.18.2-0.19.8"
+    before = run.extensions(pair)
+    monkeypatch.setattr(run, "NEWEST", {**run.NEWEST, "torch": "2.99.0"})
+    after = run.extensions(pair)
+    assert before != after and before.parent == after.parent == ROOT / f".hosts/{pair}.extensions"
+    monkeypatch.setattr(run.sys.implementation, "cache_tag", "cpython-399")
+    assert run.extensions(pair) != after
+
+
 @pytest.mark.parametrize("pair", [path.stem for path in HERE.glob("*.txt")])
 def test_every_pair_has_the_torch_of_make_test(pair: str) -> None:
     """Tests of the optimizers alone do not run here: with another torch they belong into ``run.SUITES``."""
