@@ -1,7 +1,6 @@
 """Numbers of the command line that cannot be, or do not go together.
 
-Megatron (0.19.2) answers these with an assertion that has no text or no values, with a ZeroDivisionError, once model and
-data are built, or not at all.
+Megatron (0.19.2) answers these by an assertion without a text or values, a ZeroDivisionError, late, or not at all.
 """
 
 import argparse
@@ -92,7 +91,8 @@ def _length(args: argparse.Namespace) -> Iterator[str]:
         )
     if args.lr is not None and args.min_lr > args.lr:
         yield f"--min-lr {args.min_lr} is above --lr {args.lr}: make it at most that"
-    flag, end = ("--lr-decay-iters", args.lr_decay_iters) if args.lr_decay_iters else ("--train-iters", args.train_iters)
+    name = "lr_decay_iters" if args.lr_decay_iters else "train_iters"
+    flag, end = _flag(name), getattr(args, name)
     if end and args.lr_warmup_iters >= end:
         yield f"--lr-warmup-iters {args.lr_warmup_iters} is not below {flag} {end}: make it at most {end - 1}"
 

@@ -197,7 +197,7 @@ OF_ADAM = {
         ),
         ({}, {"universal": True, "no_load_optim": True, "ckpt_step": 8}, "take checkpoint.load_universal out"),
         # DeepSpeed's own refusal advised an argument of load_checkpoint, for which the entry has this flag.
-        (OF_ADAM, {}, "--optimizer adam, here s3: give its value, pass --s3-from-adam to convert it, or pass --no-load"),
+        (OF_ADAM, {}, "--optimizer adam, here s3: give its value, pass --s3-from-adam to convert it, or pass --n"),
         (OF_ADAM, {"optimizer": "softsignum"}, "here softsignum: give its value, or pass --no-load-optim to go on fr"),
         # The name of a ZeRO file has bf16 in it: FileNotFoundError, and in a job the checkpoint was marked as damaged.
         (

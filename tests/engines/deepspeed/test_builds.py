@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from s3_megatron.bench.builds import prepare
-from s3_megatron.engines.deepspeed import builds, register, unregister
+from s3_megatron.engines.deepspeed import register, unregister
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_another_build_is_waited_for(lock: Path, caplog: pytest.LogCaptureFixtur
 def test_an_extension_that_a_training_run_needs_waits_in_the_same_way(
     lock: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """DeepSpeedCPUAdam under offload, and its collectives on CPUs: after a killed build every rank waited, in silence."""
+    """DeepSpeedCPUAdam under offload, or collectives on CPUs: after a killed build every rank waited, in silence."""
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
     class StopBuild(Exception):
