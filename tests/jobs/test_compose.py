@@ -86,6 +86,7 @@ def test_every_mistake_is_named_at_once_with_the_nearest_key():
     [
         (["model.num_layers"], "must be KEY=VALUE"),
         (["model.num_layers=0"], "greater than or equal to 1"),
+        (["schedule.seed=0"], "seed = 0: Input should be greater than or equal to 1"),  # Megatron: a positive one
         (["data.mock=false"], "name the files of data.train and data.validation"),
         (["optimizer.beta=1"], "less than 1"),
         (["name=a b"], "letters, digits"),
