@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from s3_megatron.errors import S3Error
+from s3_megatron.evidence import reading
 from s3_megatron.evidence.contenders import CONTENDERS
 from s3_megatron.evidence.stack import Model
 
@@ -172,7 +173,7 @@ def load(name: str) -> Experiment:
     """
     path = source(name)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = reading.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
         raise S3Error(f"there is no experiment {name!r}: give a file's path or one of {known}") from None
@@ -244,6 +245,9 @@ def _build(kind: Any, value: Any, at: str) -> Any:
     if origin is list:
         return [_build(arguments[0], part, f"{at}[{i}]") for i, part in enumerate(value)]
     if origin is dict:
+        for key in value:
+            if not isinstance(key, str):
+                raise S3Error(f"{at} has the key {key!r}: it must be a text, in quotes")
         return {key: _build(arguments[1], part, f"{at}.{key}") for key, part in value.items()}
     return value
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from s3_megatron import machine
-from s3_megatron.errors import S3Error
+from s3_megatron.errors import S3Error, first_line
 from s3_megatron.evidence import text
 from s3_megatron.evidence.cells import Cell, Result, code_sha256, commit
 from s3_megatron.evidence.text import Text
@@ -137,10 +137,12 @@ class Workers:
                     found.append((cells, None))
                     continue
                 raise S3Error(KILLED) from None
-            except torch.OutOfMemoryError as error:
+            except (MemoryError, RuntimeError) as error:
+                if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                    raise
                 raise S3Error(
-                    f"a stack of {len(cells)} does not fit into the GPU's memory: end what else is on it, and run the "
-                    f"same command again ({str(error).splitlines()[0]})"
+                    f"a stack of {len(cells)} does not fit into the memory: end what else is in it, or give fewer "
+                    f"--workers, and run the same command again ({first_line(error)})"
                 ) from None
         return found
 
