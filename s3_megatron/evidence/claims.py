@@ -163,7 +163,7 @@ CLAIMS = [
     Claim(
         "S3's final loss is lower than AdamW's, NAdam's, Lion's and Adan's",
         "Table 2",
-        ["table2", "table2-small", "table2-tiny"],
+        ["table2", "table2-small", "table2-seeds", "table2-tiny"],
         lower_than_rivals,
     ),
     Claim("AdamW needs twice the steps for S3's loss", "Table 2", ["horizon"], half_the_steps),

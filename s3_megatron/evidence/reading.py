@@ -7,7 +7,7 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's reader of plain data; it keeps the last of equal keys, and takes 1e-3, which has no point, for a text."""
+    """PyYAML's reader of plain data; that keeps the last of equal keys, and takes 1e-3, without a point, for text."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Refuse a key that the mapping has already; what ``<<`` brings in comes later, and may be overruled."""
@@ -27,4 +27,4 @@ _Loader.add_implicit_resolver(
 
 def parse(content: str) -> Any:
     """Read YAML; raises yaml.YAMLError where it is none, or gives a key twice."""
-    return yaml.load(content, Loader=_Loader)  # noqa: S506
+    return yaml.load(content, Loader=_Loader)

@@ -1,4 +1,4 @@
-"""Whether optimizers take what an experiment sets, before any run: a tuning run with a wrong value comes after hours."""
+"""Whether optimizers take what an experiment sets, before any run: a run with a wrong value may come after hours."""
 
 from torch.nn import Parameter
 
@@ -27,4 +27,5 @@ def check(experiment: Experiment) -> None:
             try:
                 contenders.build(entry.optimizer, parameters, entry.rates[0], decay, {**settings, **length})
             except Exception as error:  # each library has its own
-                raise S3Error(f"contenders.{name}: with {settings} {entry.optimizer} says: {first_line(error)}") from error
+                reason = f"{entry.optimizer} says: {first_line(error)}"
+                raise S3Error(f"contenders.{name}: with {settings} {reason}") from error

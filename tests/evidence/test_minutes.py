@@ -107,6 +107,22 @@ def test_the_cost_of_a_stack_is_read_between_the_sizes_measured():
     assert compare.Costs(1).of(cells[:1]) == 0.0
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_budget_of_odd_names_on_a_narrow_terminal(width):
+    """A title with [/x] was a MarkupError, one with [small] lost it; at 40 columns figures ended in an ellipsis."""
+    setups = {"[bold]": Setup(steps=12345), "qk-norm-unclipped": Setup(steps=12345)}
+    asked = simulated.experiment(setups=setups, title="Table 2, [small] [/x]")
+    costs = compare.Costs(1, {(name, "s3"): {1: 0.1234} for name in setups})
+    console = Console(file=io.StringIO(), width=width)
+    console.print(compare.budget(Plan(asked, simulated.TEXT), costs, 2))
+    printed = console.file.getvalue()
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= width
+    letters = "".join(printed.split())
+    assert "Table2,[small][/x]" in letters and "[bold]" in letters
+    if width == 80:
+        assert "qk-norm-unclipped 64 9.3e+15 123.4 812.5" in " ".join(printed.split())
+
+
 class TestDeadline:
     """A step of the ladder's largest model is 20 s of a core: it was waited for, and so were all probes of its kind."""
 
