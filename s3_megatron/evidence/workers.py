@@ -80,8 +80,7 @@ class Workers:
     ) -> None:
         self._deadline.value = min(self._deadline.value, time.monotonic())
         if kind and not self.steps:  # nothing to keep: on a busy machine a worker takes minutes until it listens
-            for process in multiprocessing.active_children():
-                process.kill()
+            _kill()
         self._pool.shutdown(cancel_futures=True)
 
     @property
@@ -123,8 +122,10 @@ class Workers:
         """Wait so long at most; returns stacks that are done and their results, None where the deadline came first.
 
         Raises:
-            S3Error: a worker was killed.
+            S3Error: a worker was killed, or had too little memory.
         """
+        if time.monotonic() > self._deadline.value + GRACE_SECONDS:  # one that has not begun yet does not know of it
+            _kill()
         done, _ = wait(self._running, timeout=seconds, return_when=FIRST_COMPLETED)
         found = []
         for future in done:
@@ -145,6 +146,11 @@ class Workers:
                     f"--workers, and run the same command again ({first_line(error)})"
                 ) from None
         return found
+
+
+def _kill() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _begin(corpus: str, device: str, steps: Any, deadline: Any, kept: Path, parent: int) -> None:
