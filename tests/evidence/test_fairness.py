@@ -20,7 +20,7 @@ from s3_megatron.evidence.training import train
 def test_weight_decay_is_apart_from_the_update_and_of_matrices_alone(name):
     """Three steps of the same gradients with and without decay: the weights differ by the rate times it, a step.
 
-    A decay that is added to the gradient, which pytorch-optimizer's Adan, ADOPT and AdEMAMix do by default, is
+    A decay that is added to the gradient, as pytorch-optimizer's ADOPT and AdEMAMix and torch's NAdam do by default, is
     normalized away. SOAP's first step moves nothing, and Schedule-Free averages: two thirds of three steps and more.
     """
     rate, decay, generator = 1e-3, 0.1, torch.Generator().manual_seed(0)
