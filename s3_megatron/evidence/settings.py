@@ -22,7 +22,7 @@ def check(experiment: Experiment) -> None:
         for change in [{}, *changes]:
             settings, weights = {**entry.settings, **change}, initial(TINY, 0)
             length = {"total_steps": setup.steps} if contenders.CONTENDERS[entry.optimizer].takes_length else {}
-            parameters = {key: Parameter(weight) for key, weight in weights.items()}
+            parameters: contenders.Weights = {key: Parameter(weight) for key, weight in weights.items()}
             decay = setup.decay / entry.rates[0]
             try:
                 contenders.build(entry.optimizer, parameters, entry.rates[0], decay, {**settings, **length})
