@@ -136,7 +136,7 @@ def _tiny(asked: "Experiment", scratch: Path) -> "Experiment":
     quick.write_corpus(text.folder() / "quick.xz")
     small = {"steps": 3, "layers": 1, "width": 16, "heads": 2, "length": 16, "batch": 2, "validation": 64}
     setups = {name: replace(setup, **small, kick_step=min(1, setup.kick_step)) for name, setup in asked.setups.items()}
-    tuning = asked.tuning and replace(asked.tuning, runs=7)
+    tuning = asked.tuning and replace(asked.tuning, runs=7 * len(asked.tuning.all_seeds))
     name = f"dry-{asked.name}"  # its cells show nothing
     return replace(asked, name=name, setups=setups, tuning=tuning, text="quick", seeds=asked.seeds[:2], neighbours=0)
 

@@ -12,7 +12,7 @@ from s3_megatron.errors import S3Error
 from s3_megatron.evidence import statistics
 from s3_megatron.evidence.cells import Cell, Result, check_head, read_lines
 from s3_megatron.evidence.experiments import Experiment
-from s3_megatron.evidence.plan import Plan, dumps, loss_of
+from s3_megatron.evidence.plan import Configuration, Plan, dumps, loss_of
 from s3_megatron.evidence.statistics import Paired, Width
 
 FAR = 0.3  # nats
@@ -21,7 +21,7 @@ RECOVERED_LOSS, RECOVERED_UPDATE, RECOVERED_STEPS = 0.02, 0.10, 16
 
 @dataclass(frozen=True)
 class Row:
-    """A contender's runs with one rate and settings; ``tuning`` ones have the tuning seed."""
+    """A contender's runs with one rate and settings; ``tuning`` ones have the tuning seeds."""
 
     contender: str
     setup: str
@@ -123,9 +123,12 @@ class Analysis:
     def _rows(self) -> Iterator[Row]:
         for name, setup in self.plan.pairs():
             if self.experiment.tuning:
-                tried = [r for r in self._of(name, setup) if r["seed"] == self.experiment.tuning.seed]
-                for result in sorted(tried, key=lambda r: (dumps(r["settings"]), r["rate"])):
-                    yield Row(name, setup, result["rate"], dumps(result["settings"]), True, 1, [result])
+                seeds = self.experiment.tuning.all_seeds
+                tried: dict[Configuration, list[Result]] = {}
+                for result in [r for r in self._of(name, setup) if r["seed"] in seeds]:
+                    tried.setdefault((result["rate"], dumps(result["settings"])), []).append(result)
+                for (rate, settings), found in sorted(tried.items(), key=lambda item: item[0][::-1]):
+                    yield Row(name, setup, rate, settings, True, len(seeds), found)
             for (rate, settings), cells in (self.plan.final(name, setup, self.results) or {}).items():
                 found = [self.results[cell.key] for cell in cells if cell.key in self.results]
                 yield Row(name, setup, rate, settings, False, len(cells), found)
@@ -194,14 +197,14 @@ class Analysis:
         return {name: gap for name, gap in gaps.items() if gap > FAR}
 
     def by_rate(self, name: str, setup: str) -> dict[float, list[Result]]:
-        """A contender's runs at each rate: with tuning, those with the tuning seed at the best settings."""
+        """A contender's runs at each rate: with tuning, those with the tuning seeds at the best settings."""
         rows = [r for r in self.rows if (r.contender, r.setup) == (name, setup) and r.results]
         if self.experiment.tuning:
             rows = [row for row in rows if row.tuning]
             if not rows:
                 return {}
             best = self.plan.tuned(name, setup, self.results).best
-            settings = best[1] if best else min(rows, key=lambda row: loss_of(row.results[0])).settings
+            settings = best[1] if best else min(rows, key=lambda row: plain.fmean(map(loss_of, row.results))).settings
             rows = [row for row in rows if row.settings == settings]
         return {row.rate: row.results for row in sorted(rows, key=lambda row: row.rate)}
 

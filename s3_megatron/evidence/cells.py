@@ -49,12 +49,18 @@ class Cell:
 
 
 def commit() -> str:
-    """Name the commit that runs, with "-dirty" where files differ from it; "unknown" outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    """Name the commit that runs, with "-dirty" where files differ from it; outside of a checkout, the release."""
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here.parent), *words]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
+
     try:
-        return subprocess.run(git, capture_output=True, encoding="utf-8", check=True).stdout.strip()
+        git("ls-files", "--error-unmatch", here.name)  # an environment may lie in another project's checkout
+        return git("describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return f"unknown (release {s3_megatron.__version__})"
 
 
 def code_sha256() -> str:
@@ -152,8 +158,9 @@ FIELDS = {
 
 
 def read_lines(path: Path, data: bytes) -> list[dict[str, Any]]:
-    """Parse a cells file; raises S3Error naming the line that is none."""
-    lines = []
+    """Parse a cells file; raises S3Error naming the line that is none, or is a cell once more with other figures."""
+    lines: list[dict[str, Any]] = []
+    seen: dict[Any, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
         try:
             content = json.loads(line)
@@ -162,6 +169,9 @@ def read_lines(path: Path, data: bytes) -> list[dict[str, Any]]:
             for name, kind in FIELDS.items() if number > 1 else ():
                 if not isinstance(content.get(name), kind):
                     raise ValueError(f"its {name} is {content.get(name)!r}")
+            first = seen.setdefault(content["key"], number) if number > 1 else number
+            if first != number and content != lines[first - 1]:
+                raise ValueError(f"it is line {first}'s cell once more, and differs from it")
         except ValueError as error:
             raise S3Error(f"{path}, line {number}: {error}; remove the line, and its cell is run again") from None
         lines.append(content)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from s3_megatron import machine
+from s3_megatron.errors import S3Error
 from s3_megatron.evidence import analysis, experiments, horizons
 from s3_megatron.evidence.analysis import Analysis, Row
 from s3_megatron.evidence.statistics import SAME, Paired
@@ -161,7 +163,7 @@ CLAIMS = [
     Claim(
         "S3's final loss is lower than AdamW's, NAdam's, Lion's and Adan's",
         "Table 2",
-        ["table2", "table2-small", "table2-tiny"],
+        ["table2", "table2-small", "table2-seeds", "table2-tiny"],
         lower_than_rivals,
     ),
     Claim("AdamW needs twice the steps for S3's loss", "Table 2", ["horizon"], half_the_steps),
@@ -195,8 +197,10 @@ def load(records: Path) -> dict[str, tuple[str, Analysis]]:
     """Read the latest record of each experiment: its folder's name, and its analysis.
 
     Raises:
-        S3Error: a record is damaged.
+        S3Error: there is no such folder, or a record is damaged.
     """
+    if not records.is_dir():
+        raise S3Error(f"{records} is no folder: give that of the records, benchmarks/records of a checkout")
     found = {}
     for folder in sorted(records.glob("????-??-??-*")):
         name = folder.name[11:]
@@ -223,5 +227,15 @@ def page(records: Path = RECORDS) -> str:
     return table(["the paper's claim", "there", "here", "record or experiment"], rows(load(records)))
 
 
+def main() -> None:
+    """Print the table; ends with 2 and one line on a mistake."""
+    machine.use_utf8()
+    try:
+        print(page(*map(Path, sys.argv[1:2])))
+    except S3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    print(page(*map(Path, sys.argv[1:2])))
+    main()

@@ -15,10 +15,12 @@ from statistics import fmean
 import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from s3_megatron import machine
 from s3_megatron.errors import S3Error
-from s3_megatron.evidence import text, unfinished
+from s3_megatron.evidence import settings, text, unfinished
 from s3_megatron.evidence.cells import Cell, CellsFile
 from s3_megatron.evidence.contenders import CONTENDERS
 from s3_megatron.evidence.experiments import Experiment, Setup
@@ -107,9 +109,15 @@ def compare(
     """Run what is not finished, until it is or so many minutes are over; returns whether the experiment is whole.
 
     Raises:
-        S3Error: the folder is in use or of another experiment, or the text or the device is not here.
+        S3Error: the folder is in use or of another experiment, the text or the device is not here, an optimizer refuses
+            a setting, or ``workers`` are more than the CPU has cores.
     """
+    if device == "cpu" and workers > machine.cores():
+        raise S3Error(
+            f"--workers is {workers}: each trains on a core of its own, and this process may use {machine.cores()}"
+        )
     deadline = time.monotonic() + 60 * minutes
+    settings.check(experiment)
     plan = Plan(experiment, text.load(experiment.text).sha256)
     members = members_that_fit(experiment.setups.values(), device, workers)
     kept = folder / unfinished.FOLDER
@@ -176,19 +184,19 @@ def _probe(plan: Plan, pool: Workers, members: int, deadline: float) -> Costs:
 
 def budget(plan: Plan, costs: Costs, workers: int) -> Table:
     """Lay out what the whole experiment takes here."""
-    table = Table(title=f"{plan.experiment.name}: {plan.experiment.title}", title_justify="left", box=None)
+    table = Table(title=escape(f"{plan.experiment.name}: {plan.experiment.title}"), title_justify="left", box=None)
     for heading in ("setup", "cells", "operations", "ms a step", "minutes here"):
-        table.add_column(heading, justify="left" if heading == "setup" else "right")
+        table.add_column(heading, justify="left" if heading == "setup" else "right", overflow="fold")
     for name, count in plan.total().items():
         setup = plan.experiment.setups[name]
         kinds = {its: max(by) for its, by in costs.seconds.items() if its[0] == name}
         if not kinds:  # the time was over before
-            table.add_row(name, str(count), *["-"] * 3)
+            table.add_row(escape(name), str(count), *["-"] * 3)
             continue
         mean = fmean(costs.step(its, size) / size for its, size in kinds.items())  # of a run in a full stack
         operations = count * setup.model.operations(setup.steps * setup.batch * setup.length)
         minutes = count * setup.steps * mean / workers / 60
-        table.add_row(name, str(count), f"{operations:.1e}", f"{1e3 * mean:.1f}", f"{minutes:.1f}")
+        table.add_row(escape(name), str(count), f"{operations:.1e}", f"{1e3 * mean:.1f}", f"{minutes:.1f}")
     return table
 
 

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from s3_megatron.errors import S3Error
+from s3_megatron.evidence import reading
 from s3_megatron.evidence.contenders import CONTENDERS
 from s3_megatron.evidence.stack import Model
 
@@ -92,12 +93,31 @@ class Entry:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How much tuning every contender gets."""
+    """How much tuning every contender gets: ``runs``, with one ``seed``, or each configuration with all ``seeds``."""
 
-    seed: int
-    runs: int
+    seed: int | None = None
+    runs: int = field(kw_only=True)
     # Few rounds of many runs, for a card, where runs side by side cost little; the rule is in docs/evidence.md.
     wide: bool = field(default=False, metadata=LATER)
+    seeds: list[int] = field(default_factory=list, metadata=LATER)
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        _require((self.seed is None) == bool(self.seeds), "seed and seeds", "one of the two")
+        _require(len(set(self.seeds)) == len(self.seeds), f"seeds {self.seeds}", "distinct")
+        _require(self.runs > 0, f"runs {self.runs}", "> 0")
+        many = len(self.all_seeds)
+        _require(self.runs % many == 0, f"runs {self.runs}", f"a multiple of {many}: each choice is run with all seeds")
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """The seeds that every configuration is run with; the best is that of the lowest mean over them."""
+        return self.seeds if self.seed is None else [self.seed]
+
+    @property
+    def configurations(self) -> int:
+        """How many configurations a contender's runs suffice for."""
+        return self.runs // len(self.all_seeds)
 
 
 @dataclass(frozen=True)
@@ -122,6 +142,7 @@ class Experiment:
             self.reference in self.contenders, f"reference {self.reference}", f"one of {', '.join(self.contenders)}"
         )
         _require(bool(self.setups), "setups", "one at least")
+        tuned = self.tuning.all_seeds if self.tuning else []
         are_seeds = all(0 <= seed < 1 << 31 for seed in self.seeds)
         _require(bool(self.seeds) and are_seeds, f"seeds {self.seeds}", "from 0 to 2147483647, and one at least")
         _require(len(set(self.seeds)) == len(self.seeds), f"seeds {self.seeds}", "distinct")
@@ -129,15 +150,18 @@ class Experiment:
         for name in self.paper:
             _require(name in self.contenders, f"paper.{name}", f"one of {', '.join(self.contenders)}")
         if self.tuning:
-            _require(
-                self.tuning.seed not in self.seeds,
-                f"seed {self.tuning.seed} is for tuning and among seeds",
-                "in one of the two: what was tuned on proves nothing",
-            )
-            for name, entry in self.contenders.items():
+            for seed in tuned:
+                _require(0 <= seed < 1 << 31, f"tuning seed {seed}", "from 0 to 2147483647")
                 _require(
-                    len(entry.rates) <= self.tuning.runs,
-                    f"contenders.{name} has {len(entry.rates)} rates",
+                    seed not in self.seeds,
+                    f"seed {seed} is for tuning and among seeds",
+                    "in one of the two: what was tuned on proves nothing",
+                )
+            for name, entry in self.contenders.items():
+                each = f" by {len(tuned)} seeds" if len(tuned) > 1 else ""
+                _require(
+                    len(entry.rates) <= self.tuning.configurations,
+                    f"contenders.{name} has {len(entry.rates)} rates{each}",
                     f"at most tuning.runs ({self.tuning.runs})",
                 )
 
@@ -152,7 +176,7 @@ class Experiment:
 def rules(part: Any) -> Any:
     """Return a dataclass as dicts and lists without what is LATER and at its default."""
     if dataclasses.is_dataclass(part):
-        kept = [f for f in dataclasses.fields(part) if not f.metadata or getattr(part, f.name) != f.default]
+        kept = [f for f in dataclasses.fields(part) if not f.metadata or getattr(part, f.name) not in (f.default, [])]
         return {f.name: rules(getattr(part, f.name)) for f in kept}
     if isinstance(part, dict):
         return {key: rules(value) for key, value in part.items()}
@@ -172,7 +196,7 @@ def load(name: str) -> Experiment:
     """
     path = source(name)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = reading.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
         raise S3Error(f"there is no experiment {name!r}: give a file's path or one of {known}") from None
@@ -244,6 +268,9 @@ def _build(kind: Any, value: Any, at: str) -> Any:
     if origin is list:
         return [_build(arguments[0], part, f"{at}[{i}]") for i, part in enumerate(value)]
     if origin is dict:
+        for key in value:
+            if not isinstance(key, str):
+                raise S3Error(f"{at} has the key {key!r}: it must be a text, in quotes")
         return {key: _build(arguments[1], part, f"{at}.{key}") for key, part in value.items()}
     return value
 

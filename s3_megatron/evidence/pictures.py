@@ -60,7 +60,9 @@ def _rates(found: Analysis, figure: Figure) -> bool:
         least, most = (end(len(some) for by in runs.values() for some in by.values()) for end in (min, max))
         which = f"mean over seeds ({least} to {most})" if least < most else f"mean over seeds ({most})"
         if found.experiment.tuning:
-            which = "one run each, the tuning seed's; faint: other settings"
+            seeds = len(found.experiment.tuning.all_seeds)
+            which = "one run each, the tuning seed's" if seeds == 1 else f"mean over {seeds} tuning seeds"
+            which = f"{which}; faint: other settings"
         spikes = "" if spiked else "; no run had a spike"
         _dress(losses, f"{at}final validation loss, nats: {which}{spikes}", "peak rate")
         for axes in others:

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from s3_megatron.evidence.cells import Cell, Result
@@ -30,7 +31,7 @@ class _Search:
     """The rule of tuning in docs/evidence.md, replayed over the losses that there are."""
 
     def __init__(self, entry: Entry, tuning: Tuning, factor: float, losses: Mapping[Configuration, float]) -> None:
-        self.entry, self.budget, self.factor, self.losses = entry, tuning.runs, factor, losses
+        self.entry, self.budget, self.factor, self.losses = entry, tuning.configurations, factor, losses
         self.is_wide = tuning.wide
         self.tried: list[Configuration] = []
         self.wanted: list[Configuration] = []
@@ -100,7 +101,10 @@ class _Search:
 
 
 def tune(entry: Entry, tuning: Tuning, factor: float, losses: Mapping[Configuration, float]) -> Tuned:
-    """Say what tuning has to run next, given the final losses (inf where a run diverged) of what it has run."""
+    """Say what tuning has to run next, given what it has run, and the mean of each one's final losses over the seeds.
+
+    The loss of a run that diverged is inf.
+    """
     search = _Search(entry, tuning, factor, losses)
     try:
         search.run()
@@ -136,8 +140,12 @@ class Plan:
         losses: dict[Configuration, float] = {}
         while True:
             found = tune(self.experiment.contenders[name], tuning, self.experiment.factor, losses)
-            known = {c: self.cell(name, setup, c, tuning.seed).key for c in found.wanted}
-            finished = {c: loss_of(results[key]) for c, key in known.items() if key in results}
+            known = {c: [self.cell(name, setup, c, seed).key for seed in tuning.all_seeds] for c in found.wanted}
+            finished = {
+                c: fmean(loss_of(results[key]) for key in keys)
+                for c, keys in known.items()
+                if all(key in results for key in keys)
+            }
             if not finished:
                 return found
             losses |= finished
@@ -171,8 +179,9 @@ class Plan:
         for name, setup in self.pairs():
             final = self.final(name, setup, results)
             if final is None:
-                seed = self.experiment.tuning.seed  # type: ignore[union-attr]
-                cells += [self.cell(name, setup, c, seed) for c in self.tuned(name, setup, results).wanted]
+                seeds = self.experiment.tuning.all_seeds  # type: ignore[union-attr]
+                wanted = self.tuned(name, setup, results).wanted
+                cells += [self.cell(name, setup, c, seed) for c in wanted for seed in seeds]
             else:
                 cells += [cell for some in final.values() for cell in some]
         return [cell for cell in cells if cell.key not in results]

@@ -34,7 +34,7 @@ def render(head: Mapping[str, str], found: Analysis, pictures: Sequence[str] = (
         title = _at(found, setup)
         parts += list(suspects(found, setup))
         if experiment.tuning:
-            parts += [f"## Best configurations{title}", tables.best(found, setup)]
+            parts += [f"## Best configurations{title}", *tuning(found), tables.best(found, setup)]
             parts += [f"## Differences to {experiment.reference}{title}", tables.differences(found, setup)]
         elif any(found.best(name, setup) for name in experiment.contenders):
             parts += [f"## Best rates{title}", tables.best_of_rates(found, setup)]
@@ -94,14 +94,22 @@ def suspects(found: Analysis, setup: str) -> Iterable[str]:
         )
 
 
+def tuning(found: Analysis) -> Iterable[str]:
+    """Say over which seeds was tuned, where they are several."""
+    by = found.experiment.tuning
+    if by and by.seeds:
+        seeds = ", ".join(map(str, by.seeds))
+        yield f"Chosen by {tables.tuned_by(found)} ({seeds}), of {by.configurations} configurations a contender."
+
+
 def not_run(found: Analysis) -> Iterable[str]:
     """Name what is missing, a line a contender and setup."""
-    tuning = found.experiment.tuning
+    budget = found.experiment.tuning
     for name, setup in found.plan.pairs():
         rows = [row for row in found.rows if (row.contender, row.setup) == (name, setup)]
         parts = []
-        if tuning and (tried := sum(row.tuning for row in rows)) < tuning.runs:
-            parts.append(f"{tried} of {tuning.runs} tuning runs are finished")
+        if budget and (tried := sum(len(row.results) for row in rows if row.tuning)) < budget.runs:
+            parts.append(f"{tried} of {budget.runs} tuning runs are finished")
         final = [row for row in rows if not row.tuning]
         if not final:
             parts.append("no final run can start before")

@@ -109,9 +109,16 @@ def widths(found: Analysis, setup: str) -> str:
         if len(found.by_rate(name, setup)) > 1 and (w := found.width(name, setup)):
             low, high = "<= " * w.open_low + f"{w.low:g}", ">= " * w.open_high + f"{w.high:g}"
             rows.append([name, low, high, w.ratio])
-    which = "at the best settings, by the tuning seed" if found.experiment.tuning else "over the seeds there are"
+    which = f"at the best settings, by {tuned_by(found)}" if found.experiment.tuning else "over the seeds there are"
     note = f"Rates tried around the best whose loss is within {statistics.WITHIN:g} of it, {which}."
     return f"{note}\n\n{table(['contender', 'lowest', 'highest', 'ratio'], rows)}"
+
+
+def tuned_by(found: Analysis) -> str:
+    """The runs that an experiment is tuned by."""
+    assert found.experiment.tuning is not None
+    seeds = found.experiment.tuning.all_seeds
+    return f"the mean over {len(seeds)} tuning seeds" if len(seeds) > 1 else "the tuning seed"
 
 
 def steps_ratio(found: Analysis, ratios: Iterable[Ratio]) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from s3_megatron import machine
-from s3_megatron.errors import S3Error
+from s3_megatron.errors import S3Error, first_line
 from s3_megatron.evidence import text
 from s3_megatron.evidence.cells import Cell, Result, code_sha256, commit
 from s3_megatron.evidence.text import Text
@@ -80,8 +80,7 @@ class Workers:
     ) -> None:
         self._deadline.value = min(self._deadline.value, time.monotonic())
         if kind and not self.steps:  # nothing to keep: on a busy machine a worker takes minutes until it listens
-            for process in multiprocessing.active_children():
-                process.kill()
+            _kill()
         self._pool.shutdown(cancel_futures=True)
 
     @property
@@ -123,8 +122,10 @@ class Workers:
         """Wait so long at most; returns stacks that are done and their results, None where the deadline came first.
 
         Raises:
-            S3Error: a worker was killed.
+            S3Error: a worker was killed, or had too little memory.
         """
+        if time.monotonic() > self._deadline.value + GRACE_SECONDS:  # one that has not begun yet does not know of it
+            _kill()
         done, _ = wait(self._running, timeout=seconds, return_when=FIRST_COMPLETED)
         found = []
         for future in done:
@@ -137,12 +138,19 @@ class Workers:
                     found.append((cells, None))
                     continue
                 raise S3Error(KILLED) from None
-            except torch.OutOfMemoryError as error:
+            except (MemoryError, RuntimeError) as error:
+                if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                    raise
                 raise S3Error(
-                    f"a stack of {len(cells)} does not fit into the GPU's memory: end what else is on it, and run the "
-                    f"same command again ({str(error).splitlines()[0]})"
+                    f"a stack of {len(cells)} does not fit into the memory: end what else is in it, or give fewer "
+                    f"--workers, and run the same command again ({first_line(error)})"
                 ) from None
         return found
+
+
+def _kill() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _begin(corpus: str, device: str, steps: Any, deadline: Any, kept: Path, parent: int) -> None:

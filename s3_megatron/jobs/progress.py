@@ -120,10 +120,10 @@ def run_line(console: Console, title: str, total: int) -> Iterator[RunLine]:
 
 
 def _progress(console: Console) -> Progress:
-    title = TextColumn("{task.description:<19}")
+    title = TextColumn("{task.description:<19}", markup=False)
     left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
     columns: list[ProgressColumn] = [title, TaskProgressColumn(), left]
     if console.width >= WIDE:
-        about = TextColumn("{task.fields[figures]}"), TextColumn("[dim]{task.fields[status]}")
+        about = TextColumn("{task.fields[figures]}", markup=False), TextColumn("[dim]{task.fields[status]}")
         columns = [title, BarColumn(bar_width=10), *columns[1:], *about]
     return Progress(*columns, console=console, disable=not is_live(console))

@@ -4,6 +4,7 @@ import lzma
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,13 @@ class TestRecords:
         (tmp_path / "2026-12-01-table2-small" / "cells.jsonl.xz").write_bytes(b"no xz")
         with pytest.raises(S3Error, match=r"cells.jsonl.xz cannot be read: .*; take it from the history again"):
             claims.page(tmp_path)
+
+    def test_no_folder_is_one_line(self, tmp_path, monkeypatch, capsys):
+        """An installation has no records: all claims were "not run yet", as if nothing had been run anywhere."""
+        monkeypatch.setattr(sys, "argv", ["claims", str(tmp_path / "none")])
+        with pytest.raises(SystemExit, match="2"):
+            claims.main()
+        assert re.fullmatch(r"error: .*none is no folder: give that of the records.*\n", capsys.readouterr().err)
 
     def test_one_of_other_rules_is_refused(self, tmp_path):
         self.put(tmp_path, "2026-12-01", 0.1)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,13 +12,16 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
 
-from s3_megatron.evidence import compare, experiments, text, training, workers
+import s3_megatron
+from s3_megatron.evidence import cells, compare, experiments, text, training, workers
 from tests.evidence import simulated
 from tests.evidence.comparison import Clock, run
+from tests.terminal import lives
 
 # What may differ between two runs of a cell.
 ELSEWHERE = ("seconds", "at", "stack", "commit")
@@ -32,25 +36,33 @@ def losses(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # three starts, and then as many runs as are left: 10 minutes at a load of 20 to 90
 def test_a_killed_comparison_goes_on_as_if_it_had_not_been(quick_file, tmp_path, monkeypatch):
-    """SIGTERM to all its processes, as a cluster sends it; SIGKILL, and half a line, as a dying machine leaves it.
+    """SIGTERM to all its processes, as a cluster sends it; SIGKILL of a worker, as for its memory, whose neighbour
+    keeps what it trains; SIGKILL, and half a line, as a dying machine leaves it.
 
     SIGTERM left five semaphores, by a warning of Python's, and Ctrl-C a traceback of each worker that was beginning.
     """
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     command = [sys.executable, "-m", "s3_megatron.cli", "compare", str(quick_file), "--out", str(stopped)]
     path = stopped / "cells.jsonl"
-    for cells, number in ((2, signal.SIGTERM), (5, signal.SIGKILL)):
+    for count, victim in ((2, "all"), (4, "worker"), (6, "parent")):
         process = subprocess.Popen(
             [*command, "--workers", "2"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         deadline = time.monotonic() + 240
-        while not path.exists() or path.read_bytes().count(b"\n") <= cells:
+        while not path.exists() or path.read_bytes().count(b"\n") <= count:
             assert process.poll() is None and time.monotonic() < deadline, "it ended, or did not begin"
             time.sleep(0.05)
-        if number == signal.SIGTERM:
-            os.killpg(process.pid, number)
+        if victim == "worker":
+            workers_now = [p for p in psutil.Process(process.pid).children() if "spawn_main" in "".join(p.cmdline())]
+            workers_now[0].kill()
+            _, complaints = process.communicate()
+            assert process.returncode == 2 and complaints == f"error: {workers.KILLED}\n", complaints
+            assert not any(map(lives, workers_now)), "a worker was left behind"
+        elif victim == "all":
+            os.killpg(process.pid, signal.SIGTERM)
             printed, complaints = process.communicate()
             assert process.returncode == 143 and complaints == "", complaints
             assert "stopping: what is trained is kept, and the same command goes on" in printed
@@ -139,3 +151,22 @@ def test_minutes_are_used_and_nothing_that_was_trained_is_lost(corpus, setup, tm
     assert len(clipped) == 2 * 14 * 20 and calls == 13, "a step was taken twice"
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 14
     assert not (tmp_path / "parts" / "unfinished").exists()
+
+
+def test_the_commit_is_this_projects(tmp_path, monkeypatch):
+    """An environment lay in another project's checkout, and cells were recorded with that project's commit."""
+    words = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    (tmp_path / ".venv").mkdir()
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "theirs"]):
+        subprocess.run([*words, *command], check=True)
+    monkeypatch.setattr(cells, "__file__", str(tmp_path / ".venv" / "cells.py"))
+    (tmp_path / ".venv" / "cells.py").touch()
+    assert cells.commit() == f"unknown (release {s3_megatron.__version__})"
+    subprocess.run([*words, "add", "-f", ".venv/cells.py"], check=True)
+    subprocess.run([*words, "commit", "-q", "-m", "ours"], check=True)
+    assert re.fullmatch(r"[0-9a-f]{10}", cells.commit())
+    (tmp_path / ".venv" / "cells.py").write_text("changed\n")
+    assert re.fullmatch(r"[0-9a-f]{10}-dirty", cells.commit())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cells.commit().startswith("unknown"), "without git"

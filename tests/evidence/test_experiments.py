@@ -125,6 +125,25 @@ def test_a_later_setting_leaves_older_hashes_and_keys_alone():
     assert all(field.metadata in ({}, LATER) for field in Tuning.__dataclass_fields__.values())
 
 
+def test_a_seed_alone_is_in_the_rules_as_before_and_several_are_other_rules():
+    """`seeds` came after runs with `seed` were recorded."""
+    one, several = (simulated.experiment(tuning=Tuning(**seeds, runs=8)) for seeds in ({"seed": 0}, {"seeds": [0, 9]}))
+    assert experiments.rules(one)["tuning"] == {"seed": 0, "runs": 8}
+    assert experiments.rules(several)["tuning"] == {"seed": None, "runs": 8, "seeds": [0, 9]}
+    assert Plan(one, "t").ready({})[0].key == Plan(several, "t").ready({})[0].key, "a run is a run, whatever for"
+
+
+def test_a_mapping_may_overrule_what_it_merges(tmp_path):
+    """`<<: *base` and another value of a key is how setups are written; only a key given twice is refused."""
+    (tmp_path / "x.yaml").write_text(
+        "{title: t, reference: a, text: none, seeds: [1],\n"
+        " setups: {one: &base {steps: 5, clip: 2.0}, two: &two {<<: *base, clip: 0}, three: {<<: *two, steps: 6}},\n"
+        " contenders: {a: {optimizer: s3, rates: [1e-3]}}}\n"
+    )
+    setups = experiments.load(str(tmp_path / "x.yaml")).setups.values()
+    assert [(setup.steps, setup.clip) for setup in setups] == [(5, 2), (5, 0), (6, 0)]
+
+
 def test_cells_of_an_older_commit_are_read_and_reported_as_what_they_are():
     """Three lines that 3b7642f wrote: its first line, and two tuning runs of table2-small, curves cut short."""
     asked = experiments.load("table2-small")

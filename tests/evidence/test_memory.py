@@ -42,17 +42,30 @@ class TestMemory:
         [
             (
                 torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
-                "a stack of 2 does not fit into the GPU's memory",
+                r"a stack of 2 does not fit into the memory: .* \(CUDA out of memory. Tried\)",
             ),
+            (  # under ulimit -v, as torch 2.13 says it
+                RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. CPU: can't allocate memory: you tried\nx"),
+                "a stack of 2 does not fit into the memory: end what else is in it, or give fewer --workers",
+            ),
+            (MemoryError(), r"a stack of 2 does not fit into the memory: .* \(MemoryError\)"),
             (BrokenProcessPool("gone"), "a worker was killed, perhaps for its memory; what is finished is kept"),
         ],
     )
     def test_what_ends_a_worker_is_one_line(self, error, message):
+        with pytest.raises(S3Error, match=message) as caught:
+            self.finished(error)
+        assert "\n" not in str(caught.value)
+
+    def test_another_error_of_a_worker_is_raised_as_it_is(self):
+        with pytest.raises(RuntimeError, match=r"^shapes differ$") as caught:
+            self.finished(RuntimeError("shapes differ"))
+        assert type(caught.value) is RuntimeError
+
+    def finished(self, error):
         """A pool is not started: a future with the error stands in for a worker that ran out of memory."""
         pool, future = Workers.__new__(Workers), Future()
         future.set_exception(error)
         pool._deadline = SimpleNamespace(value=math.inf)
         pool._free, pool._running = [], {future: (0, Plan(simulated.experiment(), "").ready({})[:2])}
-        with pytest.raises(S3Error, match=message) as caught:
-            pool.finished(1.0)
-        assert "\n" not in str(caught.value) and pool.free == 1
+        pool.finished(1.0)

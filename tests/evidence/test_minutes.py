@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from s3_megatron import cli
-from s3_megatron.evidence import compare, experiments
+from s3_megatron.evidence import compare, experiments, workers
 from s3_megatron.evidence.cells import CellsFile
 from s3_megatron.evidence.experiments import Setup
 from s3_megatron.evidence.plan import Plan
@@ -107,6 +107,22 @@ def test_the_cost_of_a_stack_is_read_between_the_sizes_measured():
     assert compare.Costs(1).of(cells[:1]) == 0.0
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_budget_of_odd_names_on_a_narrow_terminal(width):
+    """A title with [/x] was a MarkupError, one with [small] lost it; at 40 columns figures ended in an ellipsis."""
+    setups = {"[bold]": Setup(steps=12345), "qk-norm-unclipped": Setup(steps=12345)}
+    asked = simulated.experiment(setups=setups, title="Table 2, [small] [/x]")
+    costs = compare.Costs(1, {(name, "s3"): {1: 0.1234} for name in setups})
+    console = Console(file=io.StringIO(), width=width)
+    console.print(compare.budget(Plan(asked, simulated.TEXT), costs, 2))
+    printed = console.file.getvalue()
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= width
+    letters = "".join(printed.split())
+    assert "Table2,[small][/x]" in letters and "[bold]" in letters
+    if width == 80:
+        assert "qk-norm-unclipped 64 9.3e+15 123.4 812.5" in " ".join(printed.split())
+
+
 class TestDeadline:
     """A step of the ladder's largest model is 20 s of a core: it was waited for, and so were all probes of its kind."""
 
@@ -128,6 +144,24 @@ class TestDeadline:
         console = Console(file=io.StringIO(), width=120)
         console.print(compare.budget(plan, costs, 1))
         assert "x10m 45 - - -" in " ".join(console.file.getvalue().split())
+
+    def test_a_worker_that_has_not_begun_by_then_is_not_waited_for(self, monkeypatch):
+        """With a load of nine --minutes 1.5 took 2:35: one of two workers was importing torch until then."""
+        clock, killed, future = Clock(), [], Future()
+        monkeypatch.setattr(workers, "time", clock)
+        pool = Workers.__new__(Workers)
+        cells = Plan(simulated.experiment(), "").ready({})[:1]
+        pool._deadline, pool._free, pool._running = SimpleNamespace(value=clock.now), [], {future: (0, cells)}
+
+        def kill():
+            killed.append(clock.now)
+            future.set_exception(BrokenProcessPool("gone"))
+
+        monkeypatch.setattr(workers.multiprocessing, "active_children", lambda: [SimpleNamespace(kill=kill)])
+        clock.now += workers.GRACE_SECONDS
+        assert pool.finished(0.0) == [] and not killed, "what is being kept has its time"
+        clock.now += 1
+        assert pool.finished(1.0) == [(cells, None)] and len(killed) == 1
 
     def test_what_is_cut_off_at_it_is_no_fault(self):
         """The worker ends itself in mid-step, which breaks the pool; a kill before the deadline is one still."""

@@ -3,17 +3,19 @@
 import errno
 import json
 import os
+import resource
 import sys
 
 import pytest
 import yaml
 
-from s3_megatron import cli, evidence
+from s3_megatron import cli, evidence, machine
 from s3_megatron.errors import S3Error
 from s3_megatron.evidence import analysis, compare, experiments
 from s3_megatron.evidence.cells import CellsFile
 from tests.evidence import simulated
 from tests.evidence.comparison import run
+from tests.terminal import run_main
 
 
 class TestRefusals:
@@ -43,6 +45,15 @@ class TestRefusals:
             ({"reference": "s4"}, "reference s4: must be one of s3, adamw"),
             ({"paper": {"s4": "1"}}, "paper.s4: must be one of s3"),
             ({"tuning": {"seed": 0, "runs": 2}}, "contenders.s3 has 3 rates: must be at most tuning.runs"),
+            ({"tuning": {"seeds": [0, 1], "runs": 6}}, "seed 1 is for tuning and among seeds"),
+            ({"tuning": {"seed": 0, "seeds": [5], "runs": 4}}, "tuning: seed and seeds: must be one of the two"),
+            ({"tuning": {"runs": 4}}, "tuning: seed and seeds: must be one of the two"),
+            ({"tuning": {"seeds": [5, 5], "runs": 6}}, r"tuning: seeds \[5, 5\]: must be distinct"),
+            ({"tuning": {"seeds": [5, 6], "runs": 7}}, "tuning: runs 7: must be a multiple of 2: each"),
+            ({"tuning": {"seeds": [5, 6], "runs": 4}}, r"s3 has 3 rates by 2 seeds: must be at most tuning.runs \(4\)"),
+            ({"tuning": {"seed": 10**30, "runs": 4}}, r"tuning seed 10+: must be from 0 to 2147483647"),
+            ({"tuning": {"seed": 0, "runs": 0}}, "tuning: runs 0: must be > 0"),
+            ({"contenders": {1: {"optimizer": "s3", "rates": [1e-3]}}}, "contenders has the key 1: it must be a text"),
             ({"sedes": [1]}, "there is no setting 'sedes'"),
             ({"neighbours": "1"}, "neighbours is '1': it must be a int"),
         ],
@@ -53,6 +64,48 @@ class TestRefusals:
         with pytest.raises(S3Error, match=message) as caught:
             experiments.load(str(path))
         assert str(caught.value).startswith("bad.yaml: ") and "\n" not in str(caught.value)
+
+    def test_a_key_given_twice(self, quick_file, tmp_path):
+        """YAML keeps the last one: a contender that was copied and not renamed was left out in silence."""
+        path = tmp_path / "twice.yaml"
+        path.write_text(quick_file.read_text() + "seeds: [7]\n")
+        with pytest.raises(S3Error, match=r"twice.yaml cannot be read: seeds is given twice .* line ") as caught:
+            experiments.load(str(path))
+        assert "\n" not in str(caught.value)
+
+    def test_a_rate_without_a_point_is_a_number(self, quick_file, tmp_path):
+        """It was refused as a text: "rates[0] is '8e-3': it must be a float". So YAML 1.1 reads it."""
+        path = tmp_path / "rates.yaml"
+        path.write_text(quick_file.read_text().replace("0.008", "8e-3").replace("0.016", "1.6E-2"))
+        assert "8e-3" in path.read_text() and "1.6E-2" in path.read_text()
+        assert experiments.load(str(path)).contenders == experiments.load(str(quick_file)).contenders
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            {"optimizer": "adamw", "settings": {"betas": [0.9, 1.5]}},
+            {"optimizer": "adamw", "sweep": {"betas": [[0.9, 0.99], 0.9]}},
+            {"optimizer": "s3", "settings": {"p": 0.5}},
+            {"optimizer": "s3", "settings": {"state_dtype": "bfloat17"}},
+            {"optimizer": "softsignum", "settings": {"beta": 0.9, "soft_start": 2}},
+        ],
+    )
+    def test_a_setting_that_an_optimizer_does_not_take(self, entry, quick_file, tmp_path, monkeypatch):
+        """It was a traceback out of a worker, of a swept value after hours of tuning; now nothing is begun."""
+        monkeypatch.setattr(compare, "Workers", _NoWorkers)
+        content = yaml.safe_load(quick_file.read_text())
+        content["contenders"]["adamw"] = {"rates": [1e-3], **entry}
+        (tmp_path / "bad.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        with pytest.raises(S3Error, match=rf"contenders.adamw: with .* {entry['optimizer']} says: ") as caught:
+            run(experiments.load(str(tmp_path / "bad.yaml")), tmp_path / "out")
+        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+    def test_more_workers_than_cores(self, quick_file, tmp_path, monkeypatch):
+        """--workers 100 on two cores: a hundred imports of torch, which a machine's memory does not have."""
+        monkeypatch.setattr(machine, "cores", lambda: 2)
+        with pytest.raises(S3Error, match=r"--workers is 100: each .*, and this process may use 2"):
+            run(experiments.load(str(quick_file)), tmp_path / "out", workers=100)
+        assert run_main(monkeypatch, "compare", "quick", "--workers", "0") == 2
 
     def test_an_unknown_experiment_names_those_there_are(self):
         with pytest.raises(S3Error, match=r"there is no experiment 'tabel2': .*one of .*table2-small"):
@@ -77,6 +130,20 @@ class TestRefusals:
             file.write(f'{good}\n{{"key": \n{good}\n')
         with pytest.raises(S3Error, match=r"line 3: .*remove the line, and its cell is run again"):
             CellsFile(path, asked, simulated.TEXT)
+
+    def test_a_cell_that_is_there_twice(self, tmp_path):
+        """As after joining the files of two machines: of two results the last counted, in silence."""
+        asked, path = simulated.experiment(), tmp_path / "cells.jsonl"
+        CellsFile(path, asked, simulated.TEXT)
+        first, second = (json.dumps(cell) for cell in simulated.run(asked, simulated.losses(0.01), 2))
+        head = path.read_text()
+        path.write_text(f"{head}{first}\n{second}\n{first}\n")
+        assert len(CellsFile(path, asked, simulated.TEXT).results) == 2, "the same line says nothing else"
+        other = json.dumps({**json.loads(first), "validation": 1.25})
+        path.write_text(f"{head}{first}\n{second}\n{other}\n")
+        for read in (lambda: CellsFile(path, asked, simulated.TEXT), lambda: analysis.read(path, asked)):
+            with pytest.raises(S3Error, match=r"cells.jsonl, line 4: it is line 2's cell once more, and differs"):
+                read()
 
     @pytest.mark.parametrize(
         "change, message",
@@ -135,6 +202,23 @@ class TestRefusals:
             file.add([second])
         assert path.read_bytes() == before and second["key"] not in file.results
         monkeypatch.undo()
+        file.add([second])
+        assert len(CellsFile(path, asked, simulated.TEXT).results) == 2
+
+    def test_a_disk_that_takes_a_part_of_a_line(self, tmp_path):
+        """A limit of the kernel's in the place of a full disk: the bytes that it took are taken back, and no more."""
+        asked, path = simulated.experiment(), tmp_path / "cells.jsonl"
+        file = CellsFile(path, asked, simulated.TEXT)
+        first, second = simulated.run(asked, simulated.losses(0.01), 2)
+        file.add([first])
+        before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, hard))
+        try:
+            with pytest.raises(S3Error, match=r"cannot be written: File too large; what it has is whole"):
+                file.add([second])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.read_bytes() == before
         file.add([second])
         assert len(CellsFile(path, asked, simulated.TEXT).results) == 2
 

@@ -11,7 +11,7 @@ from scipy import stats
 
 from s3_megatron.errors import S3Error
 from s3_megatron.evidence import analysis, report
-from s3_megatron.evidence.experiments import Entry, Setup
+from s3_megatron.evidence.experiments import Entry, Setup, Tuning
 from s3_megatron.evidence.plan import Plan
 from tests.evidence import simulated
 from tests.evidence.comparison import tables
@@ -159,6 +159,37 @@ def test_an_experiment_without_tuning_ranks_nothing():
     assert "128 of 128 cells. Nothing is ranked here" in text and "Differences" not in text
     assert len(tables(text)["By rate"]) == 16 and tables(text)["The paper's figures"][0]["the paper"] == "4.78 at 3e-4"
     assert "arXiv 2507.06464's, not ours" in text
+
+
+def test_a_report_of_tuning_by_several_seeds_says_so_and_its_means_follow_from_the_cells():
+    tuning = Tuning(seeds=[0, 20, 30], runs=18)
+    asked = simulated.experiment(tuning=tuning)
+    cells = simulated.run(asked, simulated.losses(0.02, {"s3": -0.05}))
+    text = report.render({}, analysis.Analysis(asked, cells))
+    chosen = "Chosen by the mean over 3 tuning seeds (0, 20, 30), of 6 configurations a contender."
+    assert chosen in text and "at the best settings, by the mean over 3 tuning seeds." in text
+    assert f"{4 * 26} of {4 * 26} cells. 3 of 3 pairs are ranked" in text and "Not run yet" not in text
+    found = tables(text)
+    tuned = [row for row in found["By rate"] if row["runs"] == "tuning"]
+    means = {}
+    for row in tuned:
+        its = (row["contender"], row["rate"], row["settings"])
+        losses = [
+            c["validation"]
+            for c in cells
+            if (c["contender"], f"{c['rate']:g}", f"beta {c['settings']['beta']}") == its and c["seed"] in tuning.seeds
+        ]
+        assert len(losses) == 3 and row["mean"] == f"{np.mean(losses):.4f}"
+        assert row["std"] == f"{np.std(losses, ddof=1):.4f}"
+        means[its] = np.mean(losses)
+    assert len(tuned) == 4 * 6
+    for row in found["Best configurations"]:
+        best = min((its for its in means if its[0] == row["contender"]), key=means.__getitem__)
+        assert (row["contender"], row["rate"].split()[0], row["settings"]) == best and row["seeds"] == "8 of 8"
+    part = report.render({}, analysis.Analysis(asked, cells[:10]))
+    assert "- s3: 10 of 18 tuning runs are finished, no final run can start before" in part
+    one = simulated.experiment()
+    assert "Chosen by" not in report.render({}, analysis.Analysis(one, []))
 
 
 def kicked(asked, setup, seed, gap, moves, largest):
