@@ -144,7 +144,8 @@ def _ranks(args: argparse.Namespace) -> Iterator[str]:
         return
     micro, batch = args.micro_batch_size, args.global_batch_size
     data = args.world_size // model
-    if micro and batch and args.rampup_batch_size is None and batch % (micro * data):
+    is_fixed = args.rampup_batch_size is None and not args.decrease_batch_size_if_needed
+    if micro and batch and is_fixed and batch % (micro * data):
         yield (
             f"--global-batch-size {batch} is not a multiple of --micro-batch-size {micro} x {data} data-parallel ranks "
             f"= {micro * data}: make it {-(-batch // (micro * data)) * micro * data}, or --micro-batch-size smaller"

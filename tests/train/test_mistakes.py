@@ -12,7 +12,7 @@ import sentencepiece
 from s3_megatron import rehearsal
 from s3_megatron.checkpoints.lease import held
 from s3_megatron.errors import S3Error
-from s3_megatron.train import entry, mistakes
+from s3_megatron.train import entry, mistakes, numbers
 from tests.launcher import torchrun
 from tests.train import refusals
 from tests.train.tiny import FLAGS, MOCK
@@ -168,6 +168,30 @@ def test_numbers_that_do_not_go_together_are_named(
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     monkeypatch.setattr(mistakes, "find_spec", lambda _: None)  # wget, with which Megatron fetches GPT-2's files
     assert line in refusal(gpt, monkeypatch, *MOCK, *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        ("--decrease-batch-size-if-needed --global-batch-size 5", 2),
+        ("--global-batch-size 9 --rampup-batch-size 4 4 8", 2),
+        ("--num-layers 3 --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1", 2),
+        ("--hidden-size 66 --kv-channels 16", 1),
+        ("--use-checkpoint-args --hidden-size 66 --load old", 3),
+        ("--lr-warmup-iters 4 --lr-decay-iters 5 --train-iters 3", 1),
+        ("--min-lr 1e-3", 1),
+        ("--clip-grad 0 --eval-iters 0 --weight-decay 0 --hidden-dropout 0", 1),
+        ("--skip-train --train-samples 8", 1),
+    ],
+)
+def test_numbers_that_megatron_takes_are_not_refused(
+    gpt: ModuleType, monkeypatch: pytest.MonkeyPatch, flags: str, ranks: int
+) -> None:
+    """Where Megatron rounds a batch, splits unevenly or takes a checkpoint's shape, nothing has to divide."""
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    given = [*FLAGS, "--global-batch-size", "4", "--train-iters", "5", *MOCK, *flags.split()]
+    monkeypatch.setattr("sys.argv", ["entry", *given])
+    numbers.check(gpt.parse_args())
 
 
 def test_what_megatron_refuses_with_the_model_is_one_line(gpt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
