@@ -70,6 +70,22 @@ def check_softsignum_trains_and_resumes() -> None:
             torch.testing.assert_close(weight, copies[name].data, rtol=1e-6, atol=1e-6 * on.LR)
 
 
+def check_softsignum_under_context_parallelism_equals_the_unsharded_run() -> None:
+    """Context-parallel ranks have the same weights, as data-parallel ones have: shards are of both, or all have all and
+    one counts."""
+    with on.parallel(context=2):
+        for sharded in on.WRAPPERS:
+            run = started(sharded=sharded)
+            reference, copies = on.unsharded(run, SoftSignum, **LENGTH)
+            for step in range(STEPS):
+                assert run.step(on.gradients(run.net, step))
+                on.step_reference(reference, copies, on.gradients(run.net, step))
+                assert inner(run).tau == reference.tau, step
+            assert inner(run).schedule == reference.schedule and reference.schedule.first == HARD
+            for name, weight in run.weights().items():
+                torch.testing.assert_close(weight, copies[name].data, rtol=1e-6, atol=1e-6 * on.LR)
+
+
 def check_softsignum_goes_by_the_length_that_the_run_has_now() -> None:
     """Saved at step 2 of 8, resumed as one of 12: soft from step 6. In the soft phase the schedule goes on; other
     hyperparameters of the state are refused."""
