@@ -173,10 +173,11 @@ def by_flags(
     """A run of the configuration that Megatron makes of its own command line."""
     given = ("--lr", f"{LR}", "--weight-decay", f"{DECAY}", "--clip-grad", "0", *extra)
     line = flags(iterations=iterations, optimizer=optimizer, precision=precision, extra=given)
+    if not sharded:
+        line.remove("--use-distributed-optimizer")
     with patch.object(sys, "argv", rehearsal.add_flags([optimizer, *line])):
         arguments.validate_args(args := arguments.parse_args())
     config, _ = training.get_megatron_optimizer_config(args)
-    config.use_distributed_optimizer = sharded
     made = Run(make=lambda _, *rest: get_megatron_optimizer(config, *rest), sharded=sharded, **run)
     set_decay(made)
     return made

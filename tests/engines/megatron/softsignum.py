@@ -1,6 +1,7 @@
 """Runs on ranks, from worker.py: SoftSignum on Megatron's optimizers, in both phases."""
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -209,12 +210,17 @@ def check_softsignum_counts_what_tensor_parallel_ranks_share_once() -> None:
 
 
 def check_softsignum_needs_a_distributed_optimizer_that_takes_one_state() -> None:
-    """0.17's and 0.18's save both of Adam's states of every optimizer; here 0.19 with that part of it taken away."""
+    """0.17's and 0.18's save both of Adam's states of every optimizer; here 0.19 with that part of it taken away. By its
+    flags it is refused before the model is built: it was behind it."""
     keys = vars(DistributedOptimizer).get("optimizer_state_keys")
     try:
         if keys is not None:
             del DistributedOptimizer.optimizer_state_keys
-        refuses(lambda: started(sharded=True), "install 0.19", "without --use-distributed-optimizer")
+        message = "install 0.19", "without --use-distributed-optimizer"
+        with patch.object(on, "Run", side_effect=AssertionError("a model is built")):
+            refuses(lambda: started(sharded=True), *message)
+        length = {f"softsignum_{name}": value for name, value in LENGTH.items()}
+        refuses(lambda: on.Run(optimizer="softsignum", **length), *message)
     finally:
         if keys is not None:
             DistributedOptimizer.optimizer_state_keys = keys
