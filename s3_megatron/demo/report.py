@@ -42,7 +42,7 @@ class Outcome:
 
     @classmethod
     def read(cls, folder: Path, names: tuple[str, str], interruption: Interruption) -> "Outcome":
-        """Read the runs of ``names`` under ``folder``, and the first's "-killed"; raises S3Error for an incomplete one."""
+        """Read the runs of ``names`` under ``folder``, and the first's "-killed"; raises S3Error if one did not end."""
         first, second = names
         ours, resumed, theirs = (_complete(folder / name) for name in (first, f"{first}-killed", second))
         return cls(ours, resumed, theirs, interruption)

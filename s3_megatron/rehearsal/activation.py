@@ -103,8 +103,8 @@ def _keep_rng(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _of_any_sizes(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap torch.distributed.all_gather, by which NCCL gathers tensors of several sizes, too; gloo cannot.
 
-    It ends with the gathering: Megatron's ``_LayerwiseAllGatherHandle`` (0.17.1 to 0.19.2) waits for the last of several
-    alone, since NCCL keeps their order, and gloo does not.
+    It returns when all is there: Megatron's ``_LayerwiseAllGatherHandle`` (0.17.1 to 0.19.2) waits for the last of
+    several alone, since NCCL keeps their order, and gloo does not.
     """
 
     @functools.wraps(original)

@@ -210,8 +210,8 @@ def check_softsignum_counts_what_tensor_parallel_ranks_share_once() -> None:
 
 
 def check_softsignum_needs_a_distributed_optimizer_that_takes_one_state() -> None:
-    """0.17's and 0.18's save both of Adam's states of every optimizer; here 0.19 with that part of it taken away. By its
-    flags it is refused before the model is built: it was behind it."""
+    """0.17's and 0.18's save both of Adam's states of every optimizer; here 0.19 with that part of it taken away. By
+    flags it is refused before a model is built: it was after that."""
     keys = vars(DistributedOptimizer).get("optimizer_state_keys")
     try:
         if keys is not None:
