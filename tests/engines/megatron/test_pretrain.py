@@ -204,6 +204,14 @@ def test_a_soft_run_goes_on_in_every_layout(folder: Path, optimizer: str, layout
     assert sizes <= (0.0 if layout == "dp2" else 1e-7) or layout in ("tp2-dp2", "pp2-dp2", "vpp2-dp2")
 
 
+@pytest.mark.skipif(not HAS_ENTRY, reason="the distributed optimizer takes one state tensor with megatron-core 0.19")
+def test_softsignum_has_one_state_tensor_in_shards(folder: Path) -> None:
+    """4 bytes of each of a rank's elements, of which two ranks have half each, but for what does not divide evenly."""
+    event = read_metrics(folder / "softsignum-dp2-0").optimizer
+    assert event is not None and sum(event.shard_elements) == event.parameters
+    assert event.state_bytes_per_param_rank == 4 * max(event.shard_elements) / event.parameters < 2.1
+
+
 @pytest.mark.parametrize(("optimizer", "layout", "start"), MOVED)
 def test_experts_go_on_under_another_expert_parallelism(folder: Path, optimizer: str, layout: str, start: int) -> None:
     """From 4 on m is measured there: a weight that counted once a rank would make another temperature, and other
