@@ -34,14 +34,14 @@ ifneq ($(filter demo,$(MAKECMDGOALS)),)
 # A value's spaces have a backslash before them there.
 SPACE := $(subst ,, )
 GIVEN := $(subst \$(SPACE),,$(MAKEOVERRIDES))
-UNKNOWN := $(filter-out ENGINE PYTHON VENV,$(foreach given,$(GIVEN),$(firstword $(subst =, ,$(given)))))
+UNKNOWN := $(filter-out ENGINE OPTIMIZER PYTHON VENV,$(foreach given,$(GIVEN),$(firstword $(subst =, ,$(given)))))
 ifneq ($(UNKNOWN),)
-$(error make demo has no variable $(UNKNOWN): there are ENGINE (megatron or deepspeed), PYTHON and VENV)
+$(error make demo has no variable $(UNKNOWN): there are ENGINE (megatron or deepspeed), OPTIMIZER (s3 or softsignum), PYTHON and VENV)
 endif
 endif
 
-demo: $(STAMP) ## train GPT-2 with S3, kill it, resume it, compare with AdamW: 5 minutes on 2 cores (ENGINE=deepspeed)
-	@exec $(BIN)/python -m s3_megatron.demo $${ENGINE:+--engine "$$ENGINE"}
+demo: $(STAMP) ## train GPT-2 with S3, kill it, resume it, compare with AdamW: 5 minutes on 2 cores (ENGINE=deepspeed, OPTIMIZER=softsignum)
+	@exec $(BIN)/python -m s3_megatron.demo $${ENGINE:+--engine "$$ENGINE"} $${OPTIMIZER:+--optimizer "$$OPTIMIZER"}
 
 # On a machine without a network, whose Python has torch: no .venv, and what else is wanted lies in .whl.
 gpu: ## prove kernel and engines on this machine's GPU: 6 minutes (MINUTES=6 OUT=runs/gpu; DRY=1: on the CPU)

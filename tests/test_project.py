@@ -170,7 +170,9 @@ def make(tree: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess
     python.chmod(0o755)
     os.utime(tree / "setup.py", (0, 0))
     (tree / ".venv/.complete").touch()
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "ENGINE"))}
+    clean = {
+        key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "ENGINE", "OPTIMIZER"))
+    }
     return subprocess.run(["make", *arguments], cwd=tree, env={**clean, **env}, capture_output=True, text=True)
 
 
@@ -182,9 +184,12 @@ def make(tree: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess
         (["ENGINE=deepspeed"], {}, "<--engine><deepspeed>"),
         ([], {"ENGINE": "deepspeed"}, "<--engine><deepspeed>"),
         (["ENGINE=a 'b c; echo x=y"], {}, "<--engine><a 'b c; echo x=y>"),
+        (["OPTIMIZER=a b", "ENGINE=c"], {}, "<--engine><c><--optimizer><a b>"),
     ],
 )
-def test_make_demo_hands_its_engine_on_as_it_is(tree: Path, arguments: list[str], env: dict[str, str], asked: str):
+def test_make_demo_hands_its_variables_on_as_they_are(
+    tree: Path, arguments: list[str], env: dict[str, str], asked: str
+):
     """Two words were two arguments, and a quote broke the shell's line."""
     assert make(tree, "demo", *arguments, **env).stdout == f"<-m><s3_megatron.demo>{asked}"
 
@@ -193,7 +198,7 @@ def test_make_demo_refuses_a_variable_it_does_not_have(tree: Path):
     """``make demo ENGIN=deepspeed`` trained with Megatron for minutes."""
     refused = make(tree, "demo", "ENGIN=deepspeed", "VENV=.venv")
     assert refused.returncode == 2 and refused.stdout == ""
-    assert "make demo has no variable ENGIN: there are ENGINE (megatron or deepspeed), PYTHON" in refused.stderr
+    assert "make demo has no variable ENGIN: there are ENGINE (megatron or deepspeed), OPTIMIZER (" in refused.stderr
 
 
 def test_make_help_lists_the_targets_in_columns(tree: Path):

@@ -1,4 +1,4 @@
-"""``python -m s3_megatron.demo [--engine NAME]``: what ``make demo`` runs."""
+"""``python -m s3_megatron.demo [--engine NAME] [--optimizer NAME]``: what ``make demo`` runs."""
 
 import argparse
 import logging
@@ -16,7 +16,7 @@ from rich.console import Console
 from s3_megatron import machine
 from s3_megatron.demo import corpus, preflight, report
 from s3_megatron.demo.engines import ENGINES
-from s3_megatron.demo.runs import RECIPE, iterations_in_all, kill_at, load, with_data
+from s3_megatron.demo.runs import RECIPE, RIVALS, iterations_in_all, kill_at, load, rival, with_data
 from s3_megatron.demo.tokens import tokenize
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.forecast import Forecast
@@ -26,7 +26,7 @@ from s3_megatron.jobs.trial import Trial
 
 RUNS = Path("runs")
 _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Of the ranks: S3's run, the killed one and its resume, AdamW's.
+# Of the ranks: the optimizer's run, the killed one and its resume, its rival's.
 _STARTS = 4
 
 
@@ -41,10 +41,13 @@ def main() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(prog="python -m s3_megatron.demo", description=__doc__)
     parser.add_argument("--engine", metavar="NAME", help=f"megatron or deepspeed; default: what {RECIPE}.yaml says")
-    chosen = parser.parse_args().engine
+    parser.add_argument(
+        "--optimizer", metavar="NAME", default="s3", help=f"{' or '.join(RIVALS)}; default: %(default)s"
+    )
+    asked = parser.parse_args()
     console = Console(highlight=False)
     try:
-        demonstrate(console, chosen)
+        demonstrate(console, asked.engine, asked.optimizer)
     except S3Error as error:
         _end(2, f"error: {error}")
     except OSError as error:  # a disk that fills up, a folder that is taken away
@@ -68,40 +71,42 @@ def _end(code: int | str | None, text: str | None) -> NoReturn:
     sys.exit(code)
 
 
-def demonstrate(console: Console, chosen: str | None = None) -> None:
+def demonstrate(console: Console, chosen: str | None = None, optimizer: str = "s3") -> None:
     """Build the corpus, train three times with the ``chosen`` engine or the recipe's, and report under ``runs``."""
-    engine = ENGINES[load("s3", chosen).recipe.engine]  # before anything is built: there may be no such engine
+    names = optimizer, rival(optimizer)  # before anything is built: there may be no such optimizer, or engine
+    engine = ENGINES[load(optimizer, chosen).recipe.engine]
     check_folder(RUNS.absolute())
     preflight.check(engine, console)
     with preflight.own_folder(RUNS):
-        _demonstrate(console, chosen, RUNS / engine.results)
+        _demonstrate(console, chosen, names, RUNS / engine.results_of(optimizer))
 
 
-def _demonstrate(console: Console, chosen: str | None, folder: Path) -> None:
+def _demonstrate(console: Console, chosen: str | None, names: tuple[str, str], folder: Path) -> None:
     started = time.monotonic()
     with stage_line(console, "looking for GPUs", None):
         import torch
 
         gpus = torch.cuda.device_count()
-    s3, adamw = (load(optimizer, chosen, gpus) for optimizer in ("s3", "adamw"))
-    forecast = Forecast(partial(print_line, console), _STARTS, iterations_in_all(s3.recipe))
+    ours, theirs = (load(optimizer, chosen, gpus) for optimizer in names)
+    forecast = Forecast(partial(print_line, console), _STARTS, iterations_in_all(ours.recipe))
     text = corpus.build(RUNS / "corpus", console)
-    tokens = tokenize(text, s3.recipe.model.vocab_size, console)
-    s3, adamw = with_data(s3, tokens.data), with_data(adamw, tokens.data)
+    tokens = tokenize(text, ours.recipe.model.vocab_size, console)
+    ours, theirs = with_data(ours, tokens.data), with_data(theirs, tokens.data)
     preflight.set_aside(folder, console)
     kind = "GPUs" if gpus else "processes without a GPU (rehearsal)"
-    print_line(console, f"training on {s3.ranks} {kind}; runs under {folder}: s3-megatron status {folder}/s3")
-    Trial.of(s3, folder / "s3", "S3", forecast).train(console)
-    killed = Trial.of(s3, folder / "s3-killed", "S3, one rank killed", forecast)
-    interruption = killed.train_through_a_kill(kill_at(s3.recipe), console)
-    Trial.of(adamw, folder / "adamw", "AdamW", forecast).train(console)
+    name, title = names[0], report.title(names[0])
+    print_line(console, f"training on {ours.ranks} {kind}; runs under {folder}: s3-megatron status {folder}/{name}")
+    Trial.of(ours, folder / name, title, forecast).train(console)
+    killed = Trial.of(ours, folder / f"{name}-killed", f"{title}, one rank killed", forecast)
+    interruption = killed.train_through_a_kill(kill_at(ours.recipe), console)
+    Trial.of(theirs, folder / names[1], report.title(names[1]), forecast).train(console)
     with stage_line(console, "report", None):
         from s3_megatron.demo import figure  # matplotlib takes a second
 
-        outcome = report.Outcome.read(folder, interruption)
+        outcome = report.Outcome.read(folder, names, interruption)
         figures = {"python": text.python, "documents": text.documents, "bytes": text.bytes}
         figures |= {"train_tokens": tokens.train, "validation_tokens": tokens.validation}
-        found = report.summarize(outcome, s3.recipe, adamw.recipe, gpus=gpus, corpus=figures)
+        found = report.summarize(outcome, ours.recipe, theirs.recipe, gpus=gpus, corpus=figures)
         report.write_json(folder / "report.json", found)
         figure.draw(folder / "report.png", outcome, found)
     console.print(report.table(found))

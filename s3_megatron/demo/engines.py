@@ -11,6 +11,10 @@ class Engine:
     packages: tuple[str, ...]
     results: str  # folder under runs/
 
+    def results_of(self, optimizer: str) -> str:
+        """The folder of a demonstration of ``optimizer``: S3's has no more to its name."""
+        return self.results if optimizer == "s3" else f"{self.results}-{optimizer}"
+
 
 ENGINES = {
     "megatron": Engine(

@@ -11,10 +11,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from s3_megatron.demo.engines import ENGINES
-from s3_megatron.demo.report import NOTE, Outcome
+from s3_megatron.demo.report import NOTE, Outcome, title
 from s3_megatron.watch.events import Evaluation, Train
 
-S3_COLOR, ADAMW_COLOR, MARK_COLOR = "#0b6e99", "#d1670a", "#b3262b"
+OUR_COLOR, THEIR_COLOR, MARK_COLOR = "#0b6e99", "#d1670a", "#b3262b"
 
 
 def draw(path: Path, outcome: Outcome, report: Mapping[str, Any]) -> None:
@@ -23,16 +23,17 @@ def draw(path: Path, outcome: Outcome, report: Mapping[str, Any]) -> None:
     FigureCanvasAgg(figure)
     losses, updates = figure.subplots(1, 2)
     _losses(losses, outcome, report)
-    _updates(updates, outcome)
+    _updates(updates, outcome, report)
     for axes in (losses, updates):
         axes.set_xlabel("iteration")
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(0, max(outcome.s3.train) * 1.01)
-    model = report["s3"]
+        axes.set_xlim(0, max(outcome.ours.train) * 1.01)
+    ours, theirs = report["optimizers"]
+    model = report[ours]
     figure.suptitle(
         f"GPT-2 with {model['parameters'] / 1e6:.1f}M weights in {ENGINES[report['engine']].title}, "
-        f"{model['world_size']} ranks: S3 and AdamW",
+        f"{model['world_size']} ranks: {title(ours)} and {title(theirs)}",
         fontsize=12,
     )
     figure.supxlabel(NOTE, fontsize=8, color="#555555")
@@ -43,17 +44,16 @@ def draw(path: Path, outcome: Outcome, report: Mapping[str, Any]) -> None:
 
 def _losses(axes: Axes, outcome: Outcome, report: Mapping[str, Any]) -> None:
     resume = report["resume"]
-    for metrics, color, name in (
-        (outcome.adamw, ADAMW_COLOR, f"AdamW, validation {report['adamw']['val_loss']:.3f} at the end"),
-        (outcome.s3, S3_COLOR, f"S3, validation {report['s3']['val_loss']:.3f} at the end"),
-    ):
+    ours, theirs = report["optimizers"]
+    for metrics, color, name in ((outcome.theirs, THEIR_COLOR, theirs), (outcome.ours, OUR_COLOR, ours)):
+        label = f"{title(name)}, validation {report[name]['val_loss']:.3f} at the end"
         iterations, losses = _losses_of(metrics.train)
         axes.plot(iterations, losses, color=color, linewidth=0.8, alpha=0.3)
-        axes.plot(iterations, _smooth(losses), color=color, linewidth=1.8, label=name)
+        axes.plot(iterations, _smooth(losses), color=color, linewidth=1.8, label=label)
         axes.plot(*_losses_of(metrics.validation), "o", color=color, markersize=6, markeredgecolor="white")
     iterations, losses = _losses_of(outcome.resumed.train)
     again = [(i, loss) for i, loss in zip(iterations, _smooth(losses), strict=True) if i > resume["resumed_from"]]
-    label = f"S3 after kill and resume, largest gap {resume['loss_gap']:g}"
+    label = f"{title(ours)} after kill and resume, largest gap {resume['loss_gap']:g}"
     axes.plot(*zip(*again, strict=True), color="black", linewidth=1.2, linestyle=(0, (1, 2)), label=label)
     axes.axvspan(resume["resumed_from"], resume["killed_at"], color=MARK_COLOR, alpha=0.10, linewidth=0)
     axes.axvline(resume["killed_at"], color=MARK_COLOR, linewidth=1)
@@ -71,8 +71,9 @@ def _losses(axes: Axes, outcome: Outcome, report: Mapping[str, Any]) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-def _updates(axes: Axes, outcome: Outcome) -> None:
-    for metrics, color, name in ((outcome.adamw, ADAMW_COLOR, "AdamW"), (outcome.s3, S3_COLOR, "S3")):
+def _updates(axes: Axes, outcome: Outcome, report: Mapping[str, Any]) -> None:
+    ours, theirs = map(title, report["optimizers"])
+    for metrics, color, name in ((outcome.theirs, THEIR_COLOR, theirs), (outcome.ours, OUR_COLOR, ours)):
         for key, style in (("largest", "-"), ("mean", "--")):
             sizes = {
                 i: each.updates.max if key == "largest" else each.updates.mean for i, each in metrics.train.items()
@@ -82,7 +83,7 @@ def _updates(axes: Axes, outcome: Outcome) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.axhline(1, color="black", linewidth=1)
-    axes.text(0.99, 1.04, "S3's bound: 1", transform=axes.get_yaxis_transform(), ha="right", fontsize=9)
+    axes.text(0.99, 1.04, f"{ours}'s bound: 1", transform=axes.get_yaxis_transform(), ha="right", fontsize=9)
     axes.set_title("|update| of the weights, in units of the learning rate", fontsize=10, loc="left")
     axes.legend(frameon=False, fontsize=9, ncols=2)
 

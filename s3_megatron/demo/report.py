@@ -18,27 +18,34 @@ from s3_megatron.demo.engines import ENGINES
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.recipe import AdamW, OwnOptimizer, Recipe
 from s3_megatron.jobs.trial import Interruption
+from s3_megatron.optim import registry
 from s3_megatron.run_folder import RunFolder
 from s3_megatron.watch.events import Evaluation, Train
 from s3_megatron.watch.file import Metrics, read_metrics
 
-NOTE = "One seed, one rate each, a tiny model: a demonstration that it works, not evidence that S3 is better."
+NOTE = "One seed, one rate each, a tiny model: a demonstration that it works, not evidence that either is better."
+
+
+def title(optimizer: str) -> str:
+    """What a person calls an optimizer of the demonstration."""
+    return "AdamW" if optimizer == "adamw" else registry.title(optimizer)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The metrics of the three runs, and the interruption of the second."""
+    """The metrics of the three runs, the optimizer's, once more with a kill, its rival's; and the interruption."""
 
-    s3: Metrics
+    ours: Metrics
     resumed: Metrics
-    adamw: Metrics
+    theirs: Metrics
     interruption: Interruption
 
     @classmethod
-    def read(cls, folder: Path, interruption: Interruption) -> "Outcome":
-        """Read the runs "s3", "s3-killed" and "adamw" under ``folder``; raises S3Error where one is incomplete."""
-        s3, resumed, adamw = (_complete(folder / name) for name in ("s3", "s3-killed", "adamw"))
-        return cls(s3, resumed, adamw, interruption)
+    def read(cls, folder: Path, names: tuple[str, str], interruption: Interruption) -> "Outcome":
+        """Read the runs of ``names`` under ``folder``, and the first's "-killed"; raises S3Error if one did not end."""
+        first, second = names
+        ours, resumed, theirs = (_complete(folder / name) for name in (first, f"{first}-killed", second))
+        return cls(ours, resumed, theirs, interruption)
 
 
 def _complete(folder: Path) -> Metrics:
@@ -49,48 +56,48 @@ def _complete(folder: Path) -> Metrics:
     return metrics
 
 
-def summarize(outcome: Outcome, s3: Recipe, adamw: Recipe, *, gpus: int, corpus: Mapping[str, Any]) -> dict[str, Any]:
+def summarize(
+    outcome: Outcome, ours: Recipe, theirs: Recipe, *, gpus: int, corpus: Mapping[str, Any]
+) -> dict[str, Any]:
     """Build what report.json holds; the recipes differ in their optimizers alone."""
-    ours, theirs, interruption = s3.optimizer, adamw.optimizer, outcome.interruption
-    assert isinstance(ours, OwnOptimizer) and isinstance(theirs, AdamW)
+    interruption = outcome.interruption
     return {
         "note": NOTE,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
             "s3-megatron": s3_megatron.__version__,
             "python": platform.python_version(),
-            **{package: version(package) for package in ENGINES[s3.engine].packages},
+            **{package: version(package) for package in ENGINES[ours.engine].packages},
         },
-        "engine": s3.engine,
+        "engine": ours.engine,
         "machine": {
             "cores": machine.cores(),
             "gpus": gpus,
             "backend": "nccl" if gpus else "gloo, rehearsal",
         },
         "corpus": dict(corpus),
-        "seed": s3.schedule.seed,
-        "model": s3.model.model_dump(),
-        "schedule": s3.schedule.model_dump(),
-        "s3": {
-            "lr": ours.lr,
-            "weight_decay": ours.decay,
-            **ours.model_dump(include={"beta", "p"}),
-            **_figures(outcome.s3),
-        },
-        "adamw": {
-            "lr": theirs.lr,
-            "weight_decay": theirs.decay,
-            "betas": [theirs.beta1, theirs.beta2],
-            **_figures(outcome.adamw),
-        },
+        "seed": ours.schedule.seed,
+        "model": ours.model.model_dump(),
+        "schedule": ours.schedule.model_dump(),
+        "optimizers": [ours.optimizer.name, theirs.optimizer.name],
+        ours.optimizer.name: {**_numbers(ours.optimizer), **_figures(outcome.ours)},
+        theirs.optimizer.name: {**_numbers(theirs.optimizer), **_figures(outcome.theirs)},
         "resume": {
             "killed_at": interruption.killed_at,
             "resumed_from": interruption.resumed_from,
             "iterations_lost": interruption.iterations_lost,
-            "loss_gap": interruption.loss_gap(outcome.s3, outcome.resumed),
+            "loss_gap": interruption.loss_gap(outcome.ours, outcome.resumed),
             "val_loss": _last(outcome.resumed.validation).losses["lm_loss"],
         },
     }
+
+
+def _numbers(optimizer: OwnOptimizer | AdamW) -> dict[str, Any]:
+    if isinstance(optimizer, AdamW):
+        own: dict[str, Any] = {"betas": [optimizer.beta1, optimizer.beta2]}
+    else:
+        own = optimizer.model_dump(include={"beta", "p", "soft_start"})
+    return {"lr": optimizer.lr, "weight_decay": optimizer.decay, **own}
 
 
 def _figures(metrics: Metrics) -> dict[str, Any]:
@@ -121,17 +128,18 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
 
 def table(report: Mapping[str, Any]) -> Table:
     """The comparison a person reads."""
-    s3, adamw, resume = report["s3"], report["adamw"], report["resume"]
+    both = [report[name] for name in report["optimizers"]]
+    resume = report["resume"]
     rows = Table(
-        title=f"GPT-2, {s3['parameters']:,} weights on {s3['world_size']} ranks, "
+        title=f"GPT-2, {both[0]['parameters']:,} weights on {both[0]['world_size']} ranks, "
         f"{report['schedule']['train_iters']} iterations",
         caption=NOTE,
         title_justify="left",
         caption_justify="left",
     )
     rows.add_column("")
-    rows.add_column("S3", justify="right")
-    rows.add_column("AdamW", justify="right")
+    for name in report["optimizers"]:
+        rows.add_column(title(name), justify="right")
     for label, key, form in (
         ("peak learning rate", "lr", "{:g}"),
         ("weight decay", "weight_decay", "{:g}"),
@@ -140,10 +148,8 @@ def table(report: Mapping[str, Any]) -> Table:
         ("optimizer state, bytes per parameter per rank", "state_bytes_per_param_rank", "{:.2f}"),
         ("float32 masters, bytes per parameter per rank", "master_bytes_per_param_rank", "{:.2f}"),
     ):
-        rows.add_row(label, *("-" if x[key] is None else form.format(x[key]) for x in (s3, adamw)))
-    rows.add_row(
-        "shard of each rank, elements", *("\n".join(f"{n:,}" for n in x["shard_elements"]) for x in (s3, adamw))
-    )
+        rows.add_row(label, *("-" if x[key] is None else form.format(x[key]) for x in both))
+    rows.add_row("shard of each rank, elements", *("\n".join(f"{n:,}" for n in x["shard_elements"]) for x in both))
     rows.add_section()
     rows.add_row("one rank killed at iteration", str(resume["killed_at"]), "")
     rows.add_row(

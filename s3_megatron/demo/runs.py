@@ -1,6 +1,7 @@
 """The training runs of the demonstration: jobs as of ``s3-megatron launch``."""
 
 from s3_megatron import machine
+from s3_megatron.errors import S3Error
 from s3_megatron.jobs import compose
 from s3_megatron.jobs.forecast import work
 from s3_megatron.jobs.job import Job
@@ -9,6 +10,17 @@ from s3_megatron.jobs.recipe import Data, Recipe
 from s3_megatron.jobs.submit import here
 
 RECIPE = "gpt2_tiny"
+# What can be demonstrated, and what it is compared with.
+RIVALS = {"s3": "adamw", "softsignum": "s3"}
+# Soft from the middle on: the picture shows it, and the kill falls behind the switch.
+_SETTINGS = {"softsignum": ["optimizer.soft_start=0.5"]}
+
+
+def rival(optimizer: str) -> str:
+    """What ``optimizer`` is compared with; raises S3Error where it is none that is demonstrated."""
+    if optimizer not in RIVALS:
+        raise S3Error(f"optimizer {optimizer!r} is not demonstrated: take {' or '.join(RIVALS)}")
+    return RIVALS[optimizer]
 
 
 def load(optimizer: str, engine: str | None, gpus: int = 0) -> Job:
@@ -18,6 +30,7 @@ def load(optimizer: str, engine: str | None, gpus: int = 0) -> Job:
     where there is no such engine.
     """
     chosen = [f"optimizer={optimizer}", f"cluster.accelerator={'gpu' if gpus else 'cpu'}"]
+    chosen += _SETTINGS.get(optimizer, [])
     job = here(compose.load(RECIPE, "local", [*chosen, *([] if engine is None else [f"engine={engine}"])]))
     batch = job.recipe.schedule.global_batch_size
     ranks = max(n for n in range(1, gpus + 1) if batch % n == 0) if gpus else job.ranks

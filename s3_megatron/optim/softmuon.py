@@ -210,7 +210,7 @@ class SoftMuon(RelaxedOptimizer):
             return
         found = statistics.zeros(device=updates[0].device)
         accumulate_(found, [update.nan_to_num(0.0) for update in updates], grads)
-        found[statistics.SATURATED] = torch.nan
+        found[statistics.SATURATED].fill_(torch.nan)  # an assignment copies from the host, and waits
         statistics.merge_(self.update_statistics, found.to(self.update_statistics.device))
 
     def _qkv(self, param: Tensor, group: dict[str, Any]) -> Sequence[int] | None:

@@ -52,6 +52,7 @@ def activate() -> None:
         _put(swap, torch.accelerator, "is_available", lambda: False)
         _put(swap, torch, "compile", _no_compile)
         swap.replace(torch.utils.data.DataLoader, "__iter__", _keep_rng)
+        swap.replace(torch.distributed, "all_gather", _of_any_sizes)
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # for what is compiled already
         stack.enter_context(CudaIsCpu())
         if dtypes:
@@ -97,6 +98,29 @@ def _keep_rng(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return original(self)
 
     return __iter__
+
+
+def _of_any_sizes(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap torch.distributed.all_gather, by which NCCL gathers tensors of several sizes, too; gloo cannot.
+
+    It returns when all is there: Megatron's ``_LayerwiseAllGatherHandle`` (0.17.1 to 0.19.2) waits for the last of
+    several alone, since NCCL keeps their order, and gloo does not.
+    """
+
+    @functools.wraps(original)
+    def all_gather(tensor_list: list[Any], tensor: Any, group: Any = None, async_op: bool = False) -> Any:
+        if len({each.shape for each in tensor_list}) > 1:
+            tensor_list[torch.distributed.get_rank(group)].copy_(tensor)
+            for rank, each in enumerate(tensor_list):
+                if each.numel():
+                    torch.distributed.broadcast(each, group=group, group_src=rank)
+            return None
+        work = original(tensor_list, tensor, group=group, async_op=async_op)
+        if work is not None:
+            work.wait()
+        return work
+
+    return all_gather
 
 
 def _prepare_megatron(stack: contextlib.ExitStack) -> None:

@@ -1,6 +1,7 @@
 """The report, from small metrics files written by the same writer that training uses."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from s3_megatron.demo import figure, report
-from s3_megatron.demo.runs import load
+from s3_megatron.demo.runs import load, rival
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.trial import Interruption
 from s3_megatron.watch.events import Evaluation, Event, Optimizer, Train, Updates
@@ -47,10 +48,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def summary(folder: Path, engine: str = "megatron") -> tuple[report.Outcome, dict[str, Any]]:
-    outcome = report.Outcome.read(folder, INTERRUPTION)
-    s3, adamw = (load(optimizer, engine).recipe for optimizer in ("s3", "adamw"))
-    return outcome, report.summarize(outcome, s3, adamw, gpus=0, corpus=CORPUS)
+def summary(folder: Path, engine: str = "megatron", optimizer: str = "s3") -> tuple[report.Outcome, dict[str, Any]]:
+    names = optimizer, rival(optimizer)
+    outcome = report.Outcome.read(folder, names, INTERRUPTION)
+    ours, theirs = (load(name, engine).recipe for name in names)
+    return outcome, report.summarize(outcome, ours, theirs, gpus=0, corpus=CORPUS)
 
 
 def test_what_report_json_holds(folder: Path):
@@ -138,6 +140,23 @@ def shown(found: dict[str, Any]) -> str:
     console = Console(width=90, record=True, quiet=False, file=open("/dev/null", "w"))
     console.print(report.table(found))
     return console.export_text()
+
+
+def test_softsignum_is_shown_beside_s3(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """In its own run, in the killed one and its resume; S3's numbers are in AdamW's place."""
+    for ours, name in (("s3-killed", "softsignum-killed"), ("s3", "softsignum"), ("adamw", "s3")):
+        (folder / ours).rename(folder / name)
+    drawn: list[str] = []
+    monkeypatch.setattr(figure.Figure, "suptitle", lambda self, text, **_: drawn.append(text))
+    monkeypatch.setattr(figure.Axes, "legend", lambda self, **_: drawn.extend(self.get_legend_handles_labels()[1]))
+    outcome, found = summary(folder, optimizer="softsignum")
+    figure.draw(folder / "report.png", outcome, found)
+    assert found["optimizers"] == ["softsignum", "s3"] and "adamw" not in found
+    assert (found["softsignum"]["soft_start"], found["softsignum"]["lr"]) == (0.5, 1e-4)
+    assert (found["s3"]["p"], found["s3"]["largest_update"]) == (3, 3.0)
+    assert re.search("SoftSignum .+ S3 ", shown(found).splitlines()[2])
+    for part in ("SoftSignum and S3", "S3, validation 6.700", "SoftSignum after kill", "SoftSignum, largest"):
+        assert sum(part in text for text in drawn) == 1, (part, drawn)
 
 
 def test_the_table_and_the_picture(folder: Path):

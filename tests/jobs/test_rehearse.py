@@ -36,7 +36,16 @@ def test_phases_of_a_long_run_are_not_the_rehearsals(phases: dict[str, float]):
     job = compose.load("gpt2_345m", "slurm", ["optimizer=softsignum", "optimizer.beta=0.8", *settings])
     optimizer = scaled_down(job).recipe.optimizer
     assert optimizer.complete(rehearse.ITERATIONS)["total_steps"] == rehearse.ITERATIONS
-    assert (optimizer.beta, optimizer.soft_start, optimizer.sign_iters) == (0.8, 0.9, None)
+    assert (optimizer.beta, optimizer.soft_start, optimizer.sign_iters) == (0.8, rehearse.SOFT_START, None)
+
+
+@pytest.mark.parametrize(("given", "rehearsed"), [(0.9, 0.25), (0.1, 0.1), (0.0, 0.0), (1.0, 1.0)])
+def test_what_softens_is_killed_and_resumed_in_its_soft_phase(given: float, rehearsed: float):
+    """With .9 of 12 iterations hard, none was soft: the first one has the highest temperature. 1 has no soft one."""
+    for name in ("softsignum", "softmuon"):
+        settings = [f"optimizer={name}", f"optimizer.soft_start={given}"]
+        assert scaled_down(compose.load("gpt2_345m", "slurm", settings)).recipe.optimizer.soft_start == rehearsed
+    assert rehearse.SOFT_START * rehearse.ITERATIONS < rehearse.SAVE_INTERVAL
 
 
 def test_the_maps_steps_are_the_rehearsals_too():
@@ -67,14 +76,23 @@ def test_the_kill_falls_between_two_checkpoints_of_an_unfinished_run():
     assert rehearse.SAVE_INTERVAL < rehearse.KILL_AT < 2 * rehearse.SAVE_INTERVAL < rehearse.ITERATIONS
 
 
+# S3 on two pipeline stages. SoftMuon on two data-parallel ranks, killed and resumed in its soft phase; beside it
+# SoftSignum, in its hard one: by its own flags it is hard for .9 of the run.
+REHEARSED = {
+    "s3": ["layout.pipeline=2", "cluster.ranks_per_node=1"],
+    "softmuon": ["optimizer=softmuon", "optimizer.scalar_optimizer=softsignum"],
+}
+
+
 @pytest.mark.distributed
-def test_a_rehearsal_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Two pipeline stages with dropout: the job's own script, its agent, a kill, the script again, equal losses.
+@pytest.mark.parametrize("settings", REHEARSED.values(), ids=REHEARSED)
+def test_a_rehearsal_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str]):
+    """With dropout: the job's own script, its agent, a kill, the script again, equal losses.
 
     A difference would be an error: see the next test.
     """
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    settings = ["layout.pipeline=2", "cluster.ranks_per_node=1", "cluster.environment.NCCL_DEBUG=INFO"]
+    settings = [*settings, "cluster.environment.NCCL_DEBUG=INFO"]
     console = Console(width=100, record=True, file=open("/dev/null", "w"))
     found = rehearse.rehearse(compose.load("gpt2_345m", "slurm", settings), tmp_path / "runs", console)
     assert (found.ranks, found.loss_gap) == (2, 0)
@@ -94,7 +112,10 @@ def test_a_rehearsal_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     verdicts = [json.loads(path.read_text())["verdict"] for path in killed.path.glob("attempts/*/*.json")
                 if "failures" not in path.name]  # fmt: skip
     assert sorted(verdicts) == ["failed", "finished"]
-    assert 'environment: CUDA_VISIBLE_DEVICES=""' in (killed.path / "logs/job.log").read_text()
+    log = (killed.path / "logs/job.log").read_text()
+    assert 'environment: CUDA_VISIBLE_DEVICES=""' in log
+    # Of the killed run, once; it goes on where it was. Megatron hides the optimizer's own line.
+    assert log.count("SoftMuon is soft from step 4 on, for 9 steps") == ("optimizer=softmuon" in settings)
 
 
 @pytest.mark.parametrize(

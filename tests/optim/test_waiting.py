@@ -8,7 +8,7 @@ import torch
 
 from s3_megatron.kernels import op, triton
 from s3_megatron.kernels.call import Step
-from s3_megatron.optim import S3, SoftSignum
+from s3_megatron.optim import S3, SoftMuon, SoftSignum
 from s3_megatron.watch.updates import adam_statistics
 from tests.fake_gpu import fake_gpu, never_waiting
 
@@ -80,6 +80,26 @@ def test_softsignum_does_not_wait(launched: list[Step], settings: dict[str, Any]
     for step in launched:
         assert step.factor is not None and step.statistics is optimizer.update_statistics
         assert (step.seed is None) == ("rounding_seed" not in settings)
+
+
+@pytest.mark.parametrize("precision", ["medium", "highest"])
+def test_softmuon_does_not_wait(precision: str) -> None:
+    """In both phases, with a split weight and statistics: the map's steps and precision are chosen by numbers of the
+    host. The step that takes singular values is left out."""
+    with fake_gpu():
+        params = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in ((8, 4), (4, 6))]
+        groups = [{"params": params[:1], "qkv_split_shapes": (2, 1, 1)}, {"params": params[1:]}]
+        run = {"total_steps": 8, "soft_start": 0.5, "fp32_matmul_prec": precision}
+        optimizer = SoftMuon(groups, lr=0.1, weight_decay=0.1, **run)
+        optimizer.update_statistics = torch.zeros(5, dtype=torch.float64, device="cuda")
+        for param in params:
+            param.grad = torch.randn_like(param)
+        with never_waiting():
+            for taken in (0, 5, 7):
+                soft = {"soft_mu": 1e-4, "soft_sigma": 1e-4, "soft_first": 4, "soft_length": 4} if taken else {}
+                optimizer.write_to_groups(steps_taken=taken, soft_norm=2e-4, soft_largest=1e-4, **soft)
+                optimizer.step()
+                assert optimizer.param_groups[0]["steps_taken"] == taken + 1
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ",".join(settings) or "defaults")

@@ -321,21 +321,25 @@ def convert(source: Path, target: Path) -> None:
 def test_kill_and_resume_through_the_real_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank of a real torchrun dies; the same command goes on from the last checkpoint.
 
-    It does again what the killed run had done since, and every loss must be the same, bit by bit.
+    It does again what the killed run had done since, and every loss must be the same, bit by bit. It trains with
+    SoftSignum, which is soft from iteration 7 on: its schedule is in the checkpoint, and its update goes on falling.
     """
     small = ["model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=2", "model.seq_length=32"]
     short = ["schedule.train_iters=24", "schedule.lr_warmup_iters=2", "schedule.eval_interval=24"]
     others = ["engine=deepspeed", "model.vocab_size=256", "checkpoint.save_interval=8", "cluster.accelerator=cpu"]
+    others += ["optimizer=softsignum", "optimizer.soft_start=0.25"]
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     job = here(compose.load("gpt2_tiny", "local", [*small, *short, *others]))
-    trial = Trial.of(job, tmp_path / "run", "S3", Forecast(print, starts=2, work=24))
+    trial = Trial.of(job, tmp_path / "run", "SoftSignum", Forecast(print, starts=2, work=24))
     interruption = trial.train_through_a_kill(12, Console(quiet=True))
     assert 12 <= interruption.killed_at and interruption.resumed_from in (8, 16)
-    seen: dict[int, list[float]] = {}
+    seen: dict[int, list[tuple[float, float | None]]] = {}
     for event in Tail(tmp_path / "run/watch", from_start=True).events():
         if isinstance(event, Train):
-            seen.setdefault(event.iteration, []).append(event.losses["lm_loss"])
+            seen.setdefault(event.iteration, []).append((event.losses["lm_loss"], event.updates.mean))
     again = range(interruption.resumed_from + 1, interruption.killed_at + 1)
     assert sorted(seen) == list(range(1, 25)) and len(again) >= 1
     assert all(seen[i][0] == seen[i][1] for i in again)
+    means = [seen[i][-1][1] for i in (6, interruption.resumed_from, 24)]
+    assert means == sorted(means, reverse=True) and len({*means}) == 3, means
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.is_dir()] == ["iter_0000024"]

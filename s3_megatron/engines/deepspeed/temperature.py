@@ -12,6 +12,7 @@ from torch import Tensor
 
 from s3_megatron.engines.deepspeed.layout import flat_partitions, has_gradscaler, inside, is_sharded, is_stage3
 from s3_megatron.engines.deepspeed.softmuon import ZeroMatrices, lay_out
+from s3_megatron.engines.soft_phase import announce
 from s3_megatron.errors import S3Error
 from s3_megatron.optim.relaxed import RelaxedOptimizer
 
@@ -48,11 +49,11 @@ def end_step(engine: Any) -> None:
     """Count a step that ``engine`` has applied; ZeRO-3's groups hold their tensors meanwhile."""
     optimizer: RelaxedOptimizer = engine.basic_optimizer
     if not is_stage3(engine.optimizer):
-        optimizer.end_step()
+        announce(optimizer, optimizer.end_step)
         return
     engine.optimizer._set_fp32_optimizer_param_groups()
     try:
-        optimizer.end_step()
+        announce(optimizer, optimizer.end_step)
     finally:
         engine.optimizer._clear_fp32_optimizer_param_groups()
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
-from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer import DistributedOptimizer, OptimizerConfig
+from megatron.core.package_info import __version__
 
 from s3_megatron.engines.megatron import layer_wise
 from s3_megatron.errors import S3Error
 from s3_megatron.machine import is_first_rank
 from s3_megatron.optim import registry
-from s3_megatron.optim.spec import FROM_ADAM, OVERRIDE, Spec
+from s3_megatron.optim.spec import FROM_ADAM, NAMES, OVERRIDE, Spec
 
 logger = logging.getLogger(__name__)
 
@@ -221,6 +222,15 @@ def refuse_unsupported(settings: argparse.Namespace | OptimizerConfig) -> None:
         each.check(getattr(settings, spec.field(each.name)), spec.flag(each.name))
     if spec.beside:
         layer_wise.refuse(settings)
+    elif (
+        settings.use_distributed_optimizer
+        and spec.state_names != NAMES
+        and not hasattr(DistributedOptimizer, "optimizer_state_keys")  # 0.19's
+    ):
+        raise S3Error(
+            f"megatron-core {__version__} saves {' and '.join(NAMES)} of every optimizer, and {spec.title} has "
+            f"{' and '.join(spec.state_names)} alone: install 0.19, or go without --use-distributed-optimizer"
+        )
 
 
 def make_config(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ from s3_megatron.engines.megatron.temperature import take_over_all_ranks
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import EngineOptimizer, registry
 from s3_megatron.optim.relaxed import RelaxedOptimizer
-from s3_megatron.optim.spec import NAMES, Spec
+from s3_megatron.optim.spec import Spec
 from s3_megatron.swap import SymbolSwap
 
 logger = logging.getLogger(__name__)
@@ -150,11 +150,6 @@ def _finish(part: MegatronOptimizer, config: SpecOptimizerConfig, spec: Spec) ->
     inner = part.optimizer
     init_state(inner)
     if isinstance(part, DistributedOptimizer):
-        if spec.state_names != NAMES and not hasattr(DistributedOptimizer, "optimizer_state_keys"):
-            raise S3Error(
-                f"this megatron-core saves {' and '.join(NAMES)} of every optimizer, and {spec.title} has "
-                f"{' and '.join(spec.state_names)} alone: install 0.19, or go without --use-distributed-optimizer"
-            )
         save_without_state(part)
         if not distrib_optimizer.HAVE_APEX_OR_TE:
             _put_steps(inner)

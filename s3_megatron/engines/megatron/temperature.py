@@ -1,6 +1,7 @@
 """What relaxed optimizers take their temperature over in Megatron: every rank of the model, each coordinate once."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
+from s3_megatron.engines.soft_phase import announce
 from s3_megatron.optim.relaxed import RelaxedOptimizer
 
 
@@ -35,7 +37,7 @@ def take_over_all_ranks(optimizer: MegatronOptimizer, parts: list[MegatronOptimi
 
     def step_with_ready_grads() -> bool:
         success = step()
-        inner[0].end_step(*inner[1:])
+        announce(inner[0], partial(inner[0].end_step, *inner[1:]))
         return success
 
     optimizer.step_with_ready_grads = step_with_ready_grads

@@ -24,18 +24,23 @@ DENSE = {"embedding_weight": (11, 8), "norm_weight": (8,), "router_weight": (EXP
 EXPERT = {"fc1_weight": (6, 8), "fc2_weight": (8, 6), "fc2_bias": (8,)}
 SHAPES = DENSE | {f"experts{i}_{name}": shape for i in range(EXPERTS) for name, shape in EXPERT.items()}
 CUT = {"linear_weight": 0, "fc1_weight": 0, "fc2_weight": 1}  # by tensor-parallel ranks; the rest is on all
-# Sizes of tensor-, expert- and expert-tensor-parallel groups, by the number of ranks.
-LAYOUTS = {2: [(1, 2, 1), (2, 2, 1), (2, 1, 1)], 4: [(1, 2, 1), (1, 4, 1), (2, 2, 1), (2, 2, 2), (2, 4, 1)]}
+# Sizes of tensor-, expert-, expert-tensor- and context-parallel groups, by the number of ranks.
+LAYOUTS = {
+    2: [(1, 2, 1), (2, 2, 1), (2, 1, 1), (1, 2, 1, 2)],
+    4: [(1, 2, 1), (1, 4, 1), (2, 2, 1), (2, 2, 2), (2, 4, 1), (1, 2, 1, 2)],
+}
+# Context-parallel ranks have the same dense weights as data-parallel ones, and experts' groups know no others.
+WITH_CONTEXT = {"data_parallel": {"with_context_parallel": True}}
 SOFT = ("--softsignum-soft-start", "0.5")
 Change = Callable[[dict[str, Tensor]], None]
 
 
 def rank_in(kind: str) -> int:
-    return getattr(parallel_state, f"get_{kind}_rank")()
+    return getattr(parallel_state, f"get_{kind}_rank")(**WITH_CONTEXT.get(kind, {}))
 
 
 def size_of(kind: str) -> int:
-    return getattr(parallel_state, f"get_{kind}_world_size")()
+    return getattr(parallel_state, f"get_{kind}_world_size")(**WITH_CONTEXT.get(kind, {}))
 
 
 def cut_of(name: str) -> tuple[int, int, int] | None:

@@ -68,7 +68,7 @@ class Net(MegatronModule):
             name: dist_checkpointing.ShardedTensor.from_rank_offsets(
                 prefix + name,
                 tensor,
-                replica_id=(0, 0, parallel_state.get_data_parallel_rank()),
+                replica_id=(0, 0, parallel_state.get_data_parallel_rank(with_context_parallel=True)),
                 allow_shape_mismatch=False,
             )
             for name, tensor in self.state_dict(prefix="", keep_vars=True).items()
@@ -173,10 +173,11 @@ def by_flags(
     """A run of the configuration that Megatron makes of its own command line."""
     given = ("--lr", f"{LR}", "--weight-decay", f"{DECAY}", "--clip-grad", "0", *extra)
     line = flags(iterations=iterations, optimizer=optimizer, precision=precision, extra=given)
+    if not sharded:
+        line.remove("--use-distributed-optimizer")
     with patch.object(sys, "argv", rehearsal.add_flags([optimizer, *line])):
         arguments.validate_args(args := arguments.parse_args())
     config, _ = training.get_megatron_optimizer_config(args)
-    config.use_distributed_optimizer = sharded
     made = Run(make=lambda _, *rest: get_megatron_optimizer(config, *rest), sharded=sharded, **run)
     set_decay(made)
     return made
@@ -267,24 +268,28 @@ _LAYOUTS: dict[tuple[int, ...], dict[str, Any]] = {}  # the host's variables, by
 
 
 @contextmanager
-def parallel(tensor: int = 1, expert: int = 1, expert_tensor: int | None = None) -> Iterator[None]:
-    """All ranks in tensor-, expert- and expert-tensor-parallel groups of these sizes; data-parallel ones across them.
+def parallel(tensor: int = 1, expert: int = 1, expert_tensor: int | None = None, context: int = 1) -> Iterator[None]:
+    """All ranks in tensor-, expert-, expert-tensor- and context-parallel groups of these sizes; data-parallel ones
+    across them.
 
     The groups of a layout are made once: the host's destroy_model_parallel ends none of gloo's threads (0.19.2), and a
     launch of 4 ranks had 2,400 in each.
     """
-    host, sizes = vars(parallel_state), (tensor, expert, tensor if expert_tensor is None else expert_tensor)
+    host, sizes = vars(parallel_state), (tensor, expert, tensor if expert_tensor is None else expert_tensor, context)
 
     def variables() -> dict[str, Any]:
         return {name: value for name, value in host.items() if name.startswith("_") and name.isupper()}
 
     before = variables()
-    _LAYOUTS.setdefault((1, 1, 1), before)  # the worker's own
+    _LAYOUTS.setdefault((1, 1, 1, 1), before)  # the worker's own
     if sizes not in _LAYOUTS:
         with patch.object(dist, "destroy_process_group"):  # it would end some of the groups, which come back
             parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor, expert_model_parallel_size=expert, expert_tensor_parallel_size=sizes[2]
+            tensor_model_parallel_size=tensor,
+            context_parallel_size=context,
+            expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=sizes[2],
         )
         _LAYOUTS[sizes] = variables()
     host.update(_LAYOUTS[sizes])

@@ -133,6 +133,20 @@ def check_softmuon_under_tensor_parallelism_equals_the_unsharded_run() -> None:
             compare(run, *trained(run), 1e-6)
 
 
+def check_softmuon_under_context_parallelism_equals_the_unsharded_run() -> None:
+    """Context-parallel ranks have the same weights, as data-parallel ones have: matrices are shared out over both, and
+    counted once. On 4 ranks beside data- and beside tensor-parallel ones."""
+    on.since(19, "road for whole matrices")
+    for tensor in sorted({1, dist.get_world_size() // 2}):
+        with on.parallel(tensor, context=2):
+            for layer_wise, layout in ((True, True), (True, False), (False, False)):
+                run = Run(layer_wise=layer_wise, layout=layout)
+                compare(run, *trained(run), 1e-6)
+                counts: list[int] = [0] * dist.get_world_size()
+                dist.all_gather_object(counts, len(run.masters()))
+                assert sum(counts) == len(SHAPES) * (tensor if layer_wise else len(counts)), counts
+
+
 def check_softmuon_blockwise_maps_each_ranks_part() -> None:
     on.since(19, "road for whole matrices")
     with on.parallel(2):

@@ -14,12 +14,10 @@ from s3_megatron.engines.megatron.factory import parts_of
 from s3_megatron.optim import S3, SoftMuon
 from tests.engines.megatron import experts, softmuon_harness
 from tests.engines.megatron import harness as on
-from tests.engines.megatron.experts import HARD, STEPS, compare, step, whole_gradients, whole_weights
+from tests.engines.megatron.experts import HARD, LAYOUTS, STEPS, compare, step, whole_gradients, whole_weights
 from tests.engines.megatron.softmuon_harness import alone
 from tests.rank_checks import refuses, shared_folder
 
-# Sizes of tensor-, expert- and expert-tensor-parallel groups, by the number of ranks.
-LAYOUTS = {2: [(1, 2, 1), (2, 2, 1), (2, 1, 1)], 4: [(1, 2, 1), (1, 4, 1), (2, 2, 1), (2, 2, 2), (2, 4, 1)]}
 WITHOUT_BIASES = {name: shape for name, shape in experts.SHAPES.items() if not name.endswith("bias")}
 # Precision, the layer-wise optimizer, and whether buffers are laid out for it.
 ROADS = (("bf16", True, True), ("bf16", True, False), (None, False, False), ("bf16", False, False))

@@ -55,7 +55,11 @@ class Net(MegatronModule):
                 prefix + name,
                 tensor,
                 *([(CUT[name], rank, ranks)] if name in CUT else []),
-                replica_id=(0, 0 if name in CUT else rank, parallel_state.get_data_parallel_rank()),
+                replica_id=(
+                    0,
+                    0 if name in CUT else rank,
+                    parallel_state.get_data_parallel_rank(with_context_parallel=True),
+                ),
             )
             for name, tensor in self.state_dict(prefix="", keep_vars=True).items()
         }
@@ -101,6 +105,7 @@ class Run:
     ):
         own = ("--softmuon-soft-start", "0.5") if optimizer == "softmuon" else ()
         given = ("--lr", f"{on.LR}", "--weight-decay", f"{on.DECAY}", "--clip-grad", "0", *own, *extra)
+        given += ("--context-parallel-size", f"{parallel_state.get_context_parallel_world_size()}")
         line = flags(iterations=STEPS, optimizer=optimizer, precision=precision, tensor_parallel=size(), extra=given)
         if not layer_wise:
             line.remove("--use-distributed-optimizer")

@@ -1,6 +1,7 @@
 """Runs on ranks, from worker.py: SoftSignum on Megatron's optimizers, in both phases."""
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -68,6 +69,22 @@ def check_softsignum_trains_and_resumes() -> None:
             assert all(torch.equal(a, b) for a, b in zip(tensors, theirs, strict=True)), kind
         for name, weight in run.weights().items():  # 8 ULP of float32, of the weight or of the longest step
             torch.testing.assert_close(weight, copies[name].data, rtol=1e-6, atol=1e-6 * on.LR)
+
+
+def check_softsignum_under_context_parallelism_equals_the_unsharded_run() -> None:
+    """Context-parallel ranks have the same weights, as data-parallel ones have: shards are of both, or all have all and
+    one counts."""
+    with on.parallel(context=2):
+        for sharded in on.WRAPPERS:
+            run = started(sharded=sharded)
+            reference, copies = on.unsharded(run, SoftSignum, **LENGTH)
+            for step in range(STEPS):
+                assert run.step(on.gradients(run.net, step))
+                on.step_reference(reference, copies, on.gradients(run.net, step))
+                assert inner(run).tau == reference.tau, step
+            assert inner(run).schedule == reference.schedule and reference.schedule.first == HARD
+            for name, weight in run.weights().items():
+                torch.testing.assert_close(weight, copies[name].data, rtol=1e-6, atol=1e-6 * on.LR)
 
 
 def check_softsignum_goes_by_the_length_that_the_run_has_now() -> None:
@@ -193,12 +210,17 @@ def check_softsignum_counts_what_tensor_parallel_ranks_share_once() -> None:
 
 
 def check_softsignum_needs_a_distributed_optimizer_that_takes_one_state() -> None:
-    """0.17's and 0.18's save both of Adam's states of every optimizer; here 0.19 with that part of it taken away."""
+    """0.17's and 0.18's save both of Adam's states of every optimizer; here 0.19 with that part of it taken away. By
+    flags it is refused before a model is built: it was after that."""
     keys = vars(DistributedOptimizer).get("optimizer_state_keys")
     try:
         if keys is not None:
             del DistributedOptimizer.optimizer_state_keys
-        refuses(lambda: started(sharded=True), "install 0.19", "without --use-distributed-optimizer")
+        message = "install 0.19", "without --use-distributed-optimizer"
+        with patch.object(on, "Run", side_effect=AssertionError("a model is built")):
+            refuses(lambda: started(sharded=True), *message)
+        length = {f"softsignum_{name}": value for name, value in LENGTH.items()}
+        refuses(lambda: on.Run(optimizer="softsignum", **length), *message)
     finally:
         if keys is not None:
             DistributedOptimizer.optimizer_state_keys = keys
