@@ -47,7 +47,11 @@ def _phases(hard: str) -> tuple[Hyperparameter, ...]:
     """List what says when a run is soft; ``hard`` is what the optimizer is called in the hard phase."""
     return (
         Hyperparameter(
-            *("total_steps", None, "steps of the run; none: Megatron's --train-iters"),
+            *(
+                "total_steps",
+                None,
+                "steps of the run; none: --train-iters, or in DeepSpeed the scheduler's total_num_steps",
+            ),
             kind=int,
             range=Range(1),
         ),

@@ -59,7 +59,7 @@ def configure_basic_optimizer(original: Callable[..., Any]) -> Callable[..., Any
         spec = registry.find(self.optimizer_name())
         if spec is None:
             return original(self, model_parameters)
-        bf16_states = _has(self, "bf16_optimizer_states")
+        host: dict[str, Any] = {"bf16_states": _has(self, "bf16_optimizer_states"), "steps": _scheduled_steps(self)}
         settings = {**(self.optimizer_params() or {})}
         if spec.beside:
             # The Spec's own is Megatron's, whose models have marks on these weights.
@@ -68,21 +68,34 @@ def configure_basic_optimizer(original: Callable[..., Any]) -> Callable[..., Any
             matrices, rest = softmuon.make_groups(self.module, model_parameters)
             found = softmuon.find_qkv(self.module, matrices, asked)
             build = functools.partial(softmuon.ZeroMatrices, rest=rest, split_qkv=asked, qkv=found)
-            optimizer = make(spec, matrices, settings, bf16_states=bf16_states, build=build)
+            optimizer = make(spec, matrices, settings, **host, build=build)
         else:
-            optimizer = make(spec, model_parameters, settings, bf16_states=bf16_states)
+            optimizer = make(spec, model_parameters, settings, **host)
         _freeze_step_during_init(optimizer)
         return optimizer
 
     return _configure_basic_optimizer
 
 
+def _scheduled_steps(engine: Any) -> int | None:
+    """Give the length of the run in steps by the configuration's WarmupDecayLR or WarmupCosineLR, if it has one."""
+    steps = (engine.scheduler_params() or {}).get("total_num_steps")
+    return steps if isinstance(steps, int) else None  # "auto" where no Trainer has put a number
+
+
 def make(
-    spec: Spec, params: Any, settings: dict[str, Any], *, bf16_states: bool, build: Callable[..., Any] | None = None
+    spec: Spec,
+    params: Any,
+    settings: dict[str, Any],
+    *,
+    bf16_states: bool,
+    steps: int | None = None,
+    build: Callable[..., Any] | None = None,
 ) -> EngineOptimizer:
     """Build an optimizer from the configuration's ``params``; ``bf16_states`` is DeepSpeed's ``bf16_optimizer_states``.
 
-    ``build`` makes it of what the class of ``spec`` takes, in the class's place.
+    ``steps``, the run's length by its scheduler, is for an optimizer that needs a length and is given none. ``build``
+    makes it of what the class of ``spec`` takes, in the class's place.
 
     Raises:
         S3Error: an unknown name, a value that it does not take, or "auto" for what only a Trainer knows.
@@ -110,6 +123,12 @@ def make(
         log_dist(text, ranks=[0], level=logging.WARNING)
     arguments = {name: value for name, value in settings.items() if name not in {*switches, *defaults}}
     spec.check(arguments, lambda name: f"{spec.title}'s {name}")
+    if steps is not None:
+        values = {each.name: arguments.get(each.name, each.default) for each in spec.hyperparameters}
+        found = {name: value for name, value in spec.complete(values, steps).items() if value != values[name]}
+        for name, value in found.items():
+            log_dist(f"{name} of {spec.title} is {value}, by the scheduler's total_num_steps", ranks=[0])
+        arguments |= found
     if "state_dtype" in own:
         arguments["state_dtype"] = _state_dtype(spec, arguments.get("state_dtype"), bf16_states)
     elif bf16_states:

@@ -167,8 +167,18 @@ def check_softsignum_is_watched() -> None:
         assert seen[-1][0] < seen[0][0] and seen[-1][1] <= 1
 
 
+def check_softsignum_takes_its_length_from_the_scheduler() -> None:
+    """Only where the params have none: the Trainer fills in the scheduler's "auto", and knows no param of ours."""
+    scheduler = {"type": "WarmupDecayLR", "params": {"total_num_steps": 10, "warmup_num_steps": 1}}
+    for params, hard, soft in (({"soft_start": 0.5}, 5, 5), (PARAMS, HARD, STEPS - HARD)):
+        groups = started(params=params, scheduler=scheduler).engine.basic_optimizer.param_groups
+        assert {(group["sign_iters"], group["transition_iters"]) for group in groups} == {(hard, soft)}
+
+
 def check_softsignum_refuses_what_has_no_temperature() -> None:
     refuses(lambda: started(params={"soft_start": 0.5}), "the length of the run is not known")
+    scheduler = {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 1}}  # of no Trainer
+    refuses(lambda: started(params={"soft_start": 0.5}, scheduler=scheduler), "the length of the run is not known")
     refuses(lambda: started(params={**PARAMS, "process_group": "all"}), "process_group")
     for name, value, line in (
         ("soft_start", 1.5, "soft_start is 1.5: it must lie in [0, 1]"),
