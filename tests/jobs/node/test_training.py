@@ -74,9 +74,7 @@ def test_a_run_saves_when_asked_to_goes_on_and_saves_when_it_must_end(
 
 def test_flags_that_megatron_refuses_end_the_chain(tmp_path: Path) -> None:
     """Megatron's own answer is an AssertionError, as of a bug, which would be tried again and again."""
-    code, report, printed = end(
-        tmp_path, train(tmp_path, "--train-iters", "2", "--global-batch-size", "7"), timeout=300
-    )
+    code, report, printed = end(tmp_path, train(tmp_path, "--train-iters", "2", "--overlap-param-gather"), timeout=300)
     assert (code, report["verdict"]) == (2, "configuration"), printed[-4000:]
     assert report["error"]["message"].startswith("Megatron refuses the flags: ")
     assert (tmp_path / "ENDED").read_text() == f"configuration error: {report['error']['message']}\n"
