@@ -142,17 +142,17 @@ def bounded_updates(found: Analysis) -> str | None:
     )
 
 
-def a_soft_end_lowers(hard: str) -> Callable[[Analysis], str | None]:
-    """At every share of hard steps, the soft contender is lower than its hard one by a 95% interval above 0."""
+def a_soft_end_lowers(soft: str) -> Callable[[Analysis], str | None]:
+    """At every share of hard steps, the run ends lower than with hard steps alone, by a 95% interval above 0."""
 
     def look(found: Analysis) -> str | None:
-        softs = [name for name in found.experiment.contenders if name.startswith(f"soft{hard}-")]
-        seeds = len(found.experiment.seeds)
+        shares = [n.removeprefix(f"{soft}-") for n in found.experiment.contenders if n.startswith(f"{soft}-")]
         pairs = {
-            f"{soft.removeprefix(f'soft{hard}-')} at {setup}": found.paired(hard, soft, setup)
-            for setup, soft in itertools.product(found.experiment.setups, softs)
+            f"{share} at {setup}": found.paired(f"{soft}-1", f"{soft}-{share}", setup)
+            for setup, share in itertools.product(found.experiment.setups, shares)
+            if share != "1"
         }
-        if any(pair.pairs < seeds for pair in pairs.values()):
+        if any(pair.pairs < len(found.experiment.seeds) for pair in pairs.values()):
             return None
         return gained(pairs, "with a hard share of")
 
@@ -180,14 +180,14 @@ CLAIMS = [
     Claim(
         "Signum ends lower where its last steps are soft, with .3 to .9 of all steps hard",
         "arXiv 2605.31371",
-        ["softsign_small"],
-        a_soft_end_lowers("signum"),
+        ["softsign-pairs"],
+        a_soft_end_lowers("softsignum"),
     ),
     Claim(
         "Muon ends lower where its last steps are soft, with .3 to .9 of all steps hard",
         "arXiv 2605.31371",
-        ["softsign_small"],
-        a_soft_end_lowers("muon"),
+        ["softsign-pairs"],
+        a_soft_end_lowers("softmuon"),
     ),
     Claim("The same at 345M and 7B weights, 50,000 steps", "Tables 2, 3", []),
 ]

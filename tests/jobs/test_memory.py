@@ -175,7 +175,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run.mkdir()
         if job.recipe.engine == "deepspeed":
             shutil.copy(deepspeed_file(job), run / "deepspeed.json")
-        flags = [flag for flag in megatron_flags(job, run) if flag[0] not in ("--save", "--load")]  # as from nothing
+        begun = ("--save", "--load", "--save-interval")  # this is as from nothing
+        flags = [flag for flag in megatron_flags(job, run) if flag[0] not in begun]
         words = [word for flag in flags for word in flag]
         started.append((job.recipe.engine, str(run), words))
     (folder / "jobs.json").write_text(json.dumps(started))
