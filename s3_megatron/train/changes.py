@@ -11,6 +11,7 @@ from megatron.training import get_args
 
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import registry
+from s3_megatron.train.names import flag_of
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def _changed(saved: Mapping[str, Any]) -> dict[str, str]:
     """Give each setting that computes something and is another than in ``saved``: its name, and both values."""
     beside = (*_BESIDE, *(field for spec in registry.specs() for field in spec.switch_fields))
     return {
-        name: f"--{name.replace('_', '-')} {saved[name]}, here {value}"
+        name: f"{flag_of(name)} {saved[name]}, here {value}"
         for name, value in settings(get_args()).items()
         if not name.startswith(("_", *beside)) and name in saved and _text(saved[name]) != _text(value)
     }

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import registry
 from s3_megatron.optim.spec import Spec
+from s3_megatron.train.names import flag_of
 
 Config = dict[str, Any]
 
@@ -119,7 +120,7 @@ class DeepSpeedFlags:
         for name, default in self._defaults.items():
             if getattr(args, name) != default:
                 raise S3Error(
-                    f"--{name.replace('_', '-')} {getattr(args, name)} does nothing under DeepSpeed, which shards "
+                    f"{flag_of(name)} {getattr(args, name)} does nothing under DeepSpeed, which shards "
                     "and saves in its own way over data-parallel ranks only: drop the flag, or use "
                     "s3_megatron.train.pretrain_gpt"
                 )
@@ -140,7 +141,7 @@ class DeepSpeedFlags:
                 _set(config, key, value)
             elif found != value:
                 raise S3Error(
-                    f"{self.path} has {key} = {json.dumps(found)} and --{flag.replace('_', '-')} makes it "
+                    f"{self.path} has {key} = {json.dumps(found)} and {flag_of(flag)} makes it "
                     f'{json.dumps(value)}: make them agree, or write "auto" in the file'
                 )
         spec = registry.find(args.optimizer)

@@ -13,6 +13,7 @@ from megatron.training import training
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from s3_megatron.errors import S3Error
+from s3_megatron.train.names import flag_of
 
 # Other models, and batches that are made otherwise: gpt.py would pass over these flags in silence.
 _OTHER_SCRIPTS = (
@@ -39,7 +40,7 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in _OTHER_SCRIPTS:
         if getattr(args, name):
             raise S3Error(
-                f"--{name.replace('_', '-')} is not for this script: run one that knows it, such as Megatron-LM's "
+                f"{flag_of(name)} is not for this script: run one that knows it, such as Megatron-LM's "
                 "pretrain_gpt.py, with 'python -m s3_megatron.train.run SCRIPT ARGS...'"
             )
     if not args.skip_train:
@@ -97,7 +98,7 @@ def _check_tokenizer(args: argparse.Namespace) -> None:
 def _check_data(args: argparse.Namespace) -> None:
     for flag in ("data_args_path", "per_split_data_args_path"):
         if getattr(args, flag) is not None:
-            _check_file(f"--{flag.replace('_', '-')}", getattr(args, flag))
+            _check_file(flag_of(flag), getattr(args, flag))
     whole, per_split = get_blend_and_blend_per_split(args)
     blends = [blend for blend in (whole, *(per_split or ())) if blend is not None]
     if not blends:

@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from s3_megatron.errors import S3Error
+from s3_megatron.train.names import flag_of
 
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
@@ -68,17 +69,13 @@ def check(args: argparse.Namespace) -> None:
     try:
         Numbers.model_validate(args)
     except ValidationError as error:
-        wrong = (f"{_flag(str(each['loc'][0]))} {each['input']}: {each['msg']}" for each in error.errors())
+        wrong = (f"{flag_of(str(each['loc'][0]))} {each['input']}: {each['msg']}" for each in error.errors())
         raise S3Error("; ".join(wrong)) from error
     contradictions = [*_length(args), *_saving(args)]
     if not args.use_checkpoint_args:  # else the model's shape is the checkpoint's
         contradictions += [*_shape(args), *_ranks(args)]
     if contradictions:
         raise S3Error("; ".join(contradictions))
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _length(args: argparse.Namespace) -> Iterator[str]:
@@ -92,7 +89,7 @@ def _length(args: argparse.Namespace) -> Iterator[str]:
     if args.lr is not None and args.min_lr > args.lr:
         yield f"--min-lr {args.min_lr} is above --lr {args.lr}: make it at most that"
     name = "lr_decay_iters" if args.lr_decay_iters else "train_iters"
-    flag, end = _flag(name), getattr(args, name)
+    flag, end = flag_of(name), getattr(args, name)
     if end and args.lr_warmup_iters >= end:
         yield f"--lr-warmup-iters {args.lr_warmup_iters} is not below {flag} {end}: make it at most {end - 1}"
 
@@ -118,7 +115,7 @@ def _shape(args: argparse.Namespace) -> Iterator[str]:
         pairs.append(("num_attention_heads", "num_query_groups"))
     if not any(getattr(args, name) for name in _UNEVEN_STAGES):
         pairs.append(("num_layers", "pipeline_model_parallel_size"))
-    divisions = [(_flag(name), getattr(args, name), _flag(other), getattr(args, other)) for name, other in pairs]
+    divisions = [(flag_of(name), getattr(args, name), flag_of(other), getattr(args, other)) for name, other in pairs]
     if context > 1:  # each rank has an early and a late piece, as causal attention asks for
         divisions.append(("--seq-length", args.seq_length, "2 x --context-parallel-size", 2 * context))
     if args.sequence_parallel:
@@ -134,7 +131,7 @@ def _shape(args: argparse.Namespace) -> Iterator[str]:
 
 def _ranks(args: argparse.Namespace) -> Iterator[str]:
     sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-    parts = " x ".join(f"{_flag(name)} {getattr(args, name)}" for name in sizes)
+    parts = " x ".join(f"{flag_of(name)} {getattr(args, name)}" for name in sizes)
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     if args.world_size % model:
         yield (
