@@ -135,7 +135,7 @@ def test_minutes_are_used_and_nothing_that_was_trained_is_lost(corpus, setup, tm
     monkeypatch.setattr(compare, "Workers", InTurn)
     monkeypatch.setattr(compare, "time", clock)
     monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=tick))
-    monkeypatch.setattr(text, "load", lambda name: corpus)
+    monkeypatch.setattr(text, "load", lambda *of: corpus)
 
     def call(name, minutes):
         console = Console(file=io.StringIO())
