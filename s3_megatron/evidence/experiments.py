@@ -55,7 +55,8 @@ class Setup:
         _require(self.products in ("float32", "bfloat16"), f"products {self.products}", "float32 or bfloat16")
         _require(0 <= self.warmup < 1, f"warmup {self.warmup}", "a share of the steps in [0, 1)")
         _require(self.clip >= 0 and self.decay >= 0, "clip and decay", ">= 0")
-        _require(self.validation >= self.length, f"validation {self.validation}", "one sequence of bytes at least")
+        least = self.length + 1  # the last byte is a target alone
+        _require(self.validation >= least, f"validation {self.validation}", f"one sequence, {least} bytes, at least")
 
     @property
     def model(self) -> Model:
