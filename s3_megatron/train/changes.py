@@ -11,7 +11,7 @@ from megatron.training import get_args
 
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import registry
-from s3_megatron.train.names import flag_of
+from s3_megatron.optim.spec import flag_of
 
 logger = logging.getLogger(__name__)
 
