@@ -58,13 +58,10 @@ class Setup:
         _require(self.products in ("float32", "bfloat16"), f"products {self.products}", "float32 or bfloat16")
         _require(0 <= self.warmup < 1, f"warmup {self.warmup}", "a share of the steps in [0, 1)")
         _require(self.clip >= 0 and self.decay >= 0, "clip and decay", ">= 0")
-        _require(self.validation >= self.length, f"validation {self.validation}", "one sequence of tokens at least")
-        is_known = self.vocabulary == BYTES or self.vocabulary > FIXED_PIECES
-        _require(
-            is_known,
-            f"vocabulary {self.vocabulary}",
-            f"{BYTES} for bytes, or more than {FIXED_PIECES} for SentencePiece",
-        )
+        least = self.length + 1  # the last token is a target alone
+        _require(self.validation >= least, f"validation {self.validation}", f"one sequence, {least} tokens, at least")
+        allowed = f"{BYTES} for bytes, or more than {FIXED_PIECES} for SentencePiece"
+        _require(self.vocabulary == BYTES or self.vocabulary > FIXED_PIECES, f"vocabulary {self.vocabulary}", allowed)
 
     @property
     def model(self) -> Model:

@@ -30,6 +30,11 @@ class TestRefusals:
             ({"seeds": []}, r"seeds \[\]: must be .*one at least"),
             ({"setups": {}}, "setups: must be one at least"),
             ({"setups": {"base": {"steps": 9, "heads": 0}}}, "setups.base: heads 0: must be > 0"),
+            # Of 128 bytes no sequence came, and every run's loss was no number.
+            (
+                {"setups": {"base": {"steps": 9, "validation": 128}}},
+                "setups.base: validation 128: must be one sequence, 129 tokens, at least",
+            ),
             (
                 {"contenders": {"s3": {"optimizer": "adamx", "rates": [1e-3]}}},
                 "contenders.s3: optimizer adamx: must be one of s3",

@@ -202,6 +202,25 @@ def test_a_temperature_that_cannot_fall_is_a_warning(kind: type, caplog: pytest.
     assert not caplog.messages
 
 
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
+def test_where_the_soft_phase_begins_is_one_line_at_the_engines_level(
+    level: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In Megatron nothing showed that the soft phase had begun, and later a tau that cannot fall was two warnings."""
+    weights = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
+    optimizer = SoftSignum(weights, lr=0.1, weight_decay=0.1, **RUN)
+    optimizer.level_of_begin = level
+    with caplog.at_level(logging.INFO, logger="s3_megatron.optim"):
+        train(weights, optimizer, range(7))
+    (record,) = [record for record in caplog.records if "is soft" in record.getMessage()]
+    schedule = optimizer.schedule
+    assert schedule is not None and record.levelno == level
+    assert record.getMessage().startswith(
+        f"SoftSignum is soft from step {schedule.first + 1} on, for {schedule.length} steps, down to a tau of "
+    )
+    assert record.getMessage().endswith(f"the median {schedule.mu:.4g} and the deviation {schedule.sigma:.4g}")
+
+
 def test_states_of_other_optimizers_are_refused_and_nothing_changes() -> None:
     for kind in (S3, torch.optim.AdamW, torch.optim.SGD):
         params, theirs = parameters(), parameters()
