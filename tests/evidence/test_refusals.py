@@ -136,6 +136,13 @@ class TestRefusals:
         with pytest.raises(S3Error, match=r"line 3: .*remove the line, and its cell is run again"):
             CellsFile(path, asked, simulated.TEXT)
 
+    def test_a_damaged_first_line_is_not_advised_away(self, tmp_path):
+        """Without it the next line, a cell, is taken for it, and the file for another experiment's."""
+        path = tmp_path / "cells.jsonl"
+        path.write_bytes(b'{"experiment": \n')
+        with pytest.raises(S3Error, match=r"line 1: .*; it names the experiment: mend it, or give another folder by"):
+            CellsFile(path, simulated.experiment(), simulated.TEXT)
+
     def test_a_cell_that_is_there_twice(self, tmp_path):
         """As after joining the files of two machines: of two results the last counted, in silence."""
         asked, path = simulated.experiment(), tmp_path / "cells.jsonl"
