@@ -18,7 +18,7 @@ from s3_megatron.errors import S3Error
 
 app = typer.Typer(
     name="s3-megatron",
-    help="Train with S3 (SoftSignSGD, an optimizer; not Amazon's storage) in Megatron-LM.",
+    help="Train with S3 (SoftSignSGD, an optimizer; not Amazon's storage) in Megatron-LM and DeepSpeed.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -103,6 +103,11 @@ def compare(
 ) -> None:
     """Train an optimizer comparison's runs (docs/evidence.md) and report; run again, it goes on where it was."""
     began = time.monotonic()  # a busy machine imports for a minute
+    from s3_megatron.evidence import reading
+
+    if device not in ("cpu", "cuda"):
+        raise S3Error(f"--device is {device}: it must be cpu or cuda")
+    reading.read(experiment)  # a mistyped name is refused before torch is imported
     import torch
 
     try:
@@ -115,8 +120,6 @@ def compare(
     with suppress(ModuleNotFoundError):  # now, within the minutes, rather than after them for the report
         importlib.import_module("s3_megatron.evidence.pictures")
 
-    if device not in ("cpu", "cuda"):
-        raise S3Error(f"--device is {device}: it must be cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise S3Error("--device cuda needs a GPU, and torch sees none")
     asked = experiments.load(experiment)

@@ -30,7 +30,7 @@ def step(
         ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(metavar="N", help="Threads on a CPU.", show_default="one a core")
+        int | None, typer.Option(metavar="N", min=1, help="Threads on a CPU.", show_default="one a core")
     ] = None,
     repeats: Rounds = 9,
     json_file: JsonFile = None,

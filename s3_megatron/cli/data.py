@@ -42,7 +42,7 @@ def prepare(
         ),
     ],
     output: Annotated[
-        Path,
+        str,  # a Path drops the slash that tells a folder
         typer.Option(
             metavar="PREFIX",
             help="Writes PREFIX.bin and PREFIX.idx, exactly these names: PREFIX is what Megatron's "

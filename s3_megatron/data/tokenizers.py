@@ -109,6 +109,11 @@ def _from_pretrained(name: str) -> Any:
             return AutoTokenizer.from_pretrained(name)
     except Exception as error:
         why = str(error).strip().split("\n")[0]
+        if os.path.isdir(name):
+            raise S3Error(
+                f"tokenizer {name} is a folder without a tokenizer that transformers can load ({why}): name the one "
+                "that AutoTokenizer.save_pretrained wrote"
+            ) from error
         raise S3Error(
             f"tokenizer {name} is no tokenizer's folder, not in the Hugging Face cache and cannot be fetched "
             f"({why}): on a machine with internet save it with AutoTokenizer.from_pretrained({name!r})"

@@ -7,10 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
-
-import yaml
 
 from s3_megatron.data.tokenizer_training import FIXED_PIECES
 from s3_megatron.errors import S3Error
@@ -22,9 +19,6 @@ from s3_megatron.evidence.text import BYTES
 # Marks a setting that came after the first experiment had begun: at its default it is left out of the hash of the
 # rules, so that older cells go on.
 LATER = {"later": True}
-
-# Through the link to the project's configs/ that jobs has, so that a wheel brings them along.
-CONFIGS = Path(__file__).parents[1] / "jobs" / "configs" / "experiments"
 
 
 @dataclass(frozen=True)
@@ -196,28 +190,14 @@ def rules(part: Any) -> Any:
     return [rules(value) for value in part] if isinstance(part, list) else part
 
 
-def source(name: str) -> Path:
-    """The file of an experiment, by its name under configs/experiments, or by its path."""
-    return Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
-
-
 def load(name: str) -> Experiment:
     """Read an experiment by its name under configs/experiments, or by its file's path.
 
     Raises:
         S3Error: there is none, or a key or value is wrong; the text names the key.
     """
-    path = source(name)
+    path, content = reading.source(name), reading.read(name)
     try:
-        content = reading.parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
-        raise S3Error(f"there is no experiment {name!r}: give a file's path or one of {known}") from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise S3Error(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    try:
-        if not isinstance(content, dict):
-            raise S3Error("it must be a mapping of settings")
         if isinstance(content.get("contenders"), dict):
             content["contenders"] = dict(_expanded(content["contenders"]))
         experiment: Experiment = _build(Experiment, {"name": path.stem, **content}, "")

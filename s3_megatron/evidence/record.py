@@ -9,7 +9,8 @@ from tempfile import TemporaryDirectory
 
 from s3_megatron.errors import S3Error
 from s3_megatron.evidence import analysis, report
-from s3_megatron.evidence.experiments import Experiment, source
+from s3_megatron.evidence.experiments import Experiment
+from s3_megatron.evidence.reading import source
 from s3_megatron.files import publish
 
 LIMIT = 5 << 20  # bytes of a record

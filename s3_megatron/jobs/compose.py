@@ -3,7 +3,7 @@
 import difflib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -21,6 +21,15 @@ from s3_megatron.jobs.cluster import Cluster
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.node.gpus import least_memory
 from s3_megatron.jobs.recipe import OPTIMIZERS, Recipe
+
+# What pydantic says in Python's words.
+_IN_YAML = {
+    "string_type": "must be text: write it in quotes",  # YAML has read yes, no, on or off
+    "tuple_type": "must be a list, as in [a, b]",
+    "dict_type": "must be a mapping of keys to values",
+    "model_type": "must be a mapping of keys to values",
+    "model_attributes_type": "must be a mapping of keys to values",
+}
 
 
 def load(recipe: str, cluster: str, settings: Sequence[str] = ()) -> Job:
@@ -153,25 +162,55 @@ def _is_number_for_text(error: ErrorDetails) -> bool:
 
 
 def _explained(model: type[BaseModel], error: ErrorDetails) -> str:
-    # A union's member is in the path by its tag, which no file has.
-    where = [str(part) for part in error["loc"] if part not in OPTIMIZERS or part == error["loc"][-1]]
-    key = ".".join(where)
+    place, what = [str(part) for part in error["loc"]], error["msg"].removeprefix("Value error, ")
+    key, value = _written(place), error["input"]
     if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(where[-1], _keys(model), 1)
-        return f"{key} is unknown{f'; did you mean {close[0]}?' if close else ''}"
+        return f"{key} is unknown{_meant(model, place)}"
     if error["type"] == "missing":
         return f"{key} is missing"
-    what = error["msg"].removeprefix("Value error, ")
+    if error["type"].startswith("union_tag"):
+        return f"{key}.name must be one of {', '.join(OPTIMIZERS)}"
+    what = _IN_YAML.get(error["type"], what)
     if not key:  # of the whole file
         return what
-    if error["type"] == "string_type":
-        what = "must be text: write it in quotes"  # YAML has read yes, no, on or off
-    value = error["input"]
     return f"{key} = {json.dumps(value)}: {what}" if isinstance(value, str | int | float | None) else f"{key}: {what}"
 
 
-def _keys(model: type[BaseModel]) -> list[str]:
-    """Every key of ``model`` and of its sections."""
-    definitions = model.model_json_schema()
-    sections = [definitions, *definitions.get("$defs", {}).values()]
-    return [key for section in sections for key in section.get("properties", {})]
+def _written(place: Sequence[str]) -> str:
+    """A key as files have it: a union's member is in its place by the member's name."""
+    return ".".join([*place[:1], *place[2 if _is_member(place) else 1 :]])
+
+
+def _is_member(place: Sequence[str]) -> bool:
+    return place[:1] == ["optimizer"] and place[1:2] != [] and place[1] in OPTIMIZERS
+
+
+def _meant(model: type[BaseModel], place: list[str]) -> str:
+    """What an unknown key was meant to be: the key of this name elsewhere, or the nearest, of its own section first."""
+    schema = model.model_json_schema()
+    places = list(_places(schema, schema.get("$defs", {}), []))
+    *section, name = place
+    if _is_member(section):
+        rivals = [each for each in places if _is_member(each) and each[1] != section[1]]
+        if members := [each[1] for each in rivals if [*each[:1], *each[2:]] == [*section[:1], *section[2:], name]]:
+            return f": it is a setting of {' and '.join(members)}, not of {section[1]}"
+        places = [each for each in places if each not in rivals]
+    if elsewhere := dict.fromkeys(_written(each) for each in places if each[-1] == name):
+        return f"; did you mean {' or '.join(elsewhere)}?"
+    here = {each[-1]: each[-1] for each in places if each[:-1] == section}
+    for keys, likeness in ((here, 0.6), ({each[-1]: _written(each) for each in places}, 0.8)):
+        if close := difflib.get_close_matches(name, keys, 1, likeness):
+            return f"; did you mean {keys[close[0]]}?"
+    return ""
+
+
+def _places(node: dict[str, Any], sections: dict[str, Any], at: list[str]) -> Iterator[list[str]]:
+    """Every key of a JSON schema, with its sections before it, as ``loc`` has it in an error."""
+    for key, value in node.get("properties", {}).items():
+        yield [*at, key]
+        below: list[tuple[list[str], str]] = [
+            ([], one["$ref"]) for one in (value, *value.get("anyOf", [])) if "$ref" in one
+        ]
+        members = [([name], ref) for name, ref in value.get("discriminator", {}).get("mapping", {}).items()]
+        for member, reference in below + members:
+            yield from _places(sections[reference.rpartition("/")[2]], sections, [*at, key, *member])

@@ -72,6 +72,8 @@ def test_shards_cover_the_parameters_once_and_are_of_odd_sizes():
         (["--device", "tpu"], "cpu or cuda"),
         (["--parameters", "1000"], "more than 1000"),
         (["--repeats", "0"], "repeats"),
+        (["--threads", "0"], "threads"),  # it took all cores
+        (["--threads", "-2"], "threads"),  # a traceback out of torch
     ],
 )
 def test_what_cannot_be_measured_is_refused(options, message, monkeypatch, capsys):

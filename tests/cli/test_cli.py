@@ -30,6 +30,24 @@ def test_the_command_starts_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table2-tinny"], "there is no experiment 'table2-tinny': give a file's path or one of "),
+        (["notes.yaml"], "notes.yaml: it must be a mapping of settings"),
+        (["table2-tiny", "--device", "tpu"], "--device is tpu: it must be cpu or cuda"),
+    ],
+)
+def test_compare_refuses_before_it_imports_torch(arguments: list[str], message: str, tmp_path: Path) -> None:
+    """A mistyped experiment was refused after torch's import, half a minute on a busy machine."""
+    (tmp_path / "notes.yaml").write_text("a text\n")
+    code = "import sys; sys.modules['torch'] = None; from s3_megatron.cli import main; main()"
+    command, path = [sys.executable, "-c", code, "compare", *arguments], {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=os.environ | path, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
 def test_help_and_version_name_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     runner = CliRunner()
@@ -93,6 +111,8 @@ def test_text_to_dataset_to_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             ["data", "prepare", "none.txt", "--output", "a", "--vocab-size", "500"],
             "--train-tokenizer and --vocab-size",
         ),
+        # It became corpus.bin beside the folder: the refusal was there, but the command had taken off the slash.
+        (["data", "prepare", "none.txt", "--output", "corpus/"], "corpus/ is a folder: give the files' name too"),
         (
             ["data", "prepare", "none.txt", "--output", "a", "--train-tokenizer"],
             "--train-tokenizer and --vocab-size",

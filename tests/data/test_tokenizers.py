@@ -47,6 +47,12 @@ def test_special_tokens_the_tokenizer_adds_stay_as_in_megatron(hf_folder: Path, 
     assert ours.encode("x") == megatrons(ours.megatron_flags).tokenize("x")
 
 
+def test_a_folder_without_a_tokenizer_is_called_one(tmp_path: Path) -> None:
+    """It was "no tokenizer's folder and cannot be fetched", with the advice to fetch it by its path."""
+    with pytest.raises(S3Error, match="is a folder without a tokenizer that transformers can load"):
+        load_tokenizer(f"hf:{tmp_path}")
+
+
 def test_gpt2_is_the_hub_name(hf_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A folder of that name answers for the hub, here as in Megatron.
     monkeypatch.chdir(hf_folder.parent)

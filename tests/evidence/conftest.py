@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from s3_megatron.evidence import experiments, quick, text
+from s3_megatron.evidence import quick, reading, text
 from s3_megatron.evidence.experiments import Setup
 
 
@@ -29,7 +29,7 @@ def quick_file(tmp_path_factory) -> Path:
     """The quick experiment with two contenders and its text elsewhere."""
     folder = tmp_path_factory.mktemp("quick")
     (folder / "text.xz").write_bytes(lzma.compress(quick.text(), preset=0))
-    content = yaml.safe_load((experiments.CONFIGS / "quick.yaml").read_text())
+    content = yaml.safe_load((reading.CONFIGS / "quick.yaml").read_text())
     del content["contenders"]["lion"]
     content |= {"text": str(folder / "text.xz"), "seeds": [1, 2]}
     (folder / "quick.yaml").write_text(yaml.safe_dump(content, sort_keys=False))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from s3_megatron.errors import S3Error
-from s3_megatron.evidence import claims, experiments
+from s3_megatron.evidence import claims, reading
 from s3_megatron.evidence.analysis import Analysis
 from s3_megatron.evidence.experiments import load
 from tests.evidence import simulated
@@ -181,7 +181,7 @@ class TestRecords:
         asked = load("table2-small")
         target = folder / f"{date}-table2-small"
         target.mkdir(parents=True)
-        shutil.copyfile(experiments.source("table2-small"), target / "table2-small.yaml")
+        shutil.copyfile(reading.source("table2-small"), target / "table2-small.yaml")
         simulated.write(target / "cells.jsonl", asked, simulated.run(asked, simulated.losses(0.003, {"s3": shift})))
         (target / "cells.jsonl.xz").write_bytes(lzma.compress((target / "cells.jsonl").read_bytes()))
 

@@ -11,13 +11,13 @@ import yaml
 
 from s3_megatron import cli
 from s3_megatron.errors import S3Error
-from s3_megatron.evidence import analysis, compare, experiments, quick, report, text
+from s3_megatron.evidence import analysis, compare, experiments, quick, reading, report, text
 from s3_megatron.evidence.experiments import LATER, Entry, Tuning
 from s3_megatron.evidence.plan import Plan
 from s3_megatron.evidence.training import train
 from tests.evidence import simulated
 
-NAMES = sorted(path.stem for path in experiments.CONFIGS.glob("*.yaml"))
+NAMES = sorted(path.stem for path in reading.CONFIGS.glob("*.yaml"))
 DATA = Path(__file__).parent / "data"
 
 

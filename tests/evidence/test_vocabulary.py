@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from s3_megatron.errors import S3Error
-from s3_megatron.evidence import experiments, text
+from s3_megatron.evidence import experiments, reading, text
 from s3_megatron.evidence.analysis import Analysis
 from s3_megatron.evidence.cells import Cell
 from s3_megatron.evidence.experiments import Setup
@@ -82,7 +82,7 @@ class TestExperiment:
     """vocabulary in an experiment's setups."""
 
     def load(self, tmp_path, *vocabularies):
-        content = experiments.CONFIGS.joinpath("table2-tokens.yaml").read_text()
+        content = reading.CONFIGS.joinpath("table2-tokens.yaml").read_text()
         setups = ", ".join(f"s{i}: {{steps: 20, vocabulary: {v}}}" for i, v in enumerate(vocabularies))
         base = "  base: {steps: 2000, layers: 2, width: 64, vocabulary: 1024}"
         assert base in content

@@ -82,9 +82,38 @@ def test_every_mistake_is_named_at_once_with_the_nearest_key():
 
 
 @pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("num_layers=3", "num_layers is unknown; did you mean model.num_layers?"),
+        ("num_layrs=3", "num_layrs is unknown; did you mean model.num_layers?"),
+        ("layout.seed=2", "layout.seed is unknown; did you mean schedule.seed?"),
+        ("model.lr=1", "model.lr is unknown; did you mean optimizer.lr or optimizer.adamw.lr?"),
+        ("cluster.partition=x", "partition is unknown; did you mean slurm.partition?"),
+        ("optimizer.adamw.lrr=1", "optimizer.adamw.lrr is unknown; did you mean lr?"),
+        ("optimizer.soft_start=.5", "it is a setting of softmuon and softsignum, not of s3"),
+    ],
+)
+def test_a_key_in_the_wrong_section_is_named_with_its_own(setting: str, message: str) -> None:
+    """`--set optimizer.soft_start=.5` on S3 was "unknown; did you mean soft_start?", and so was a key at the top."""
+    assert message in refused("gpt2_tiny", "slurm", setting)
+
+
+def test_a_key_of_another_optimizer_is_no_suggestion() -> None:
+    """Of softsignum's sign_iters S3 has nothing: the hint led to the next refusal."""
+    assert refused("gpt2_tiny", "slurm", "optimizer.sign_iter=3").endswith("optimizer.sign_iter is unknown")
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         (["model.num_layers"], "must be KEY=VALUE"),
+        # Pydantic's "valid tuple", "dictionary or instance of Model", "Input tag" are no words of a YAML file.
+        (["flags=--adam-eps"], 'flags = "--adam-eps": must be a list, as in [a, b]'),
+        (["optimizer.betas=3"], "optimizer.betas = 3: must be a list"),
+        (["cluster.shared_dirs=/a"], "must be a list"),
+        (["model=3"], "model = 3: must be a mapping of keys to values"),
+        (["cluster.environment=3"], "environment = 3: must be a mapping of keys to values"),
+        (["optimizer.name=x"], "optimizer.name must be one of s3, softsignum, softmuon, adamw"),
         (["model.num_layers=0"], "greater than or equal to 1"),
         (["schedule.seed=0"], "seed = 0: Input should be greater than or equal to 1"),  # Megatron: a positive one
         (["data.mock=false"], "name the files of data.train and data.validation"),
