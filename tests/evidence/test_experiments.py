@@ -10,7 +10,7 @@ import yaml
 
 from s3_megatron import cli
 from s3_megatron.errors import S3Error
-from s3_megatron.evidence import analysis, compare, experiments, quick, report, text
+from s3_megatron.evidence import analysis, compare, experiments, quick, reading, report, text
 from s3_megatron.evidence.experiments import LATER, Entry, Tuning
 from s3_megatron.evidence.plan import Plan
 from s3_megatron.evidence.training import train
@@ -132,6 +132,11 @@ def test_a_seed_alone_is_in_the_rules_as_before_and_several_are_other_rules():
     assert experiments.rules(one)["tuning"] == {"seed": 0, "runs": 8}
     assert experiments.rules(several)["tuning"] == {"seed": None, "runs": 8, "seeds": [0, 9]}
     assert Plan(one, "t").ready({})[0].key == Plan(several, "t").ready({})[0].key, "a run is a run, whatever for"
+
+
+def test_a_number_may_be_written_with_and_without_a_point_and_signs():
+    """PyYAML takes 1e-3 and 1.5e3 for text, and a rate that is text is refused for its type."""
+    assert reading.parse("[1e-3, 1.5e3, 2E+4, -1.e2, 1.5e-3]") == [1e-3, 1.5e3, 2e4, -1e2, 1.5e-3]
 
 
 def test_a_mapping_may_overrule_what_it_merges(tmp_path):
