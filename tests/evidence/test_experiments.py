@@ -135,6 +135,11 @@ def test_a_seed_alone_is_in_the_rules_as_before_and_several_are_other_rules():
     assert Plan(one, "t").ready({})[0].key == Plan(several, "t").ready({})[0].key, "a run is a run, whatever for"
 
 
+def test_a_number_may_be_written_with_and_without_a_point_and_signs():
+    """PyYAML takes 1e-3 and 1.5e3 for text, and a rate that is text is refused for its type."""
+    assert reading.parse("[1e-3, 1.5e3, 2E+4, -1.e2, 1.5e-3]") == [1e-3, 1.5e3, 2e4, -1e2, 1.5e-3]
+
+
 def test_a_mapping_may_overrule_what_it_merges(tmp_path):
     """`<<: *base` and another value of a key is how setups are written; only a key given twice is refused."""
     (tmp_path / "x.yaml").write_text(

@@ -198,6 +198,16 @@ class TestRefusals:
         CellsFile(path, asked, simulated.TEXT)
         assert json.loads(path.read_text())["experiment"] == "simulated"
 
+    def test_a_last_line_that_was_cut_short_is_dropped(self, tmp_path):
+        """Else the next cell is written behind its half, and both are lost."""
+        asked, path = simulated.experiment(), tmp_path / "cells.jsonl"
+        first, second = simulated.run(asked, simulated.losses(0.01), 2)
+        CellsFile(path, asked, simulated.TEXT).add([first])
+        with path.open("a") as file:
+            file.write('{"key": "0123')
+        CellsFile(path, asked, simulated.TEXT).add([second])
+        assert [*CellsFile(path, asked, simulated.TEXT).results.values()] == [first, second]
+
     def test_a_full_disk_leaves_whole_lines(self, tmp_path, monkeypatch):
         """The system takes a part of a line and then has no room: the part is taken back."""
         asked, path = simulated.experiment(), tmp_path / "cells.jsonl"

@@ -186,6 +186,17 @@ def test_inside_the_soft_phase_the_schedule_is_kept_and_that_is_logged(caplog: p
     assert not caplog.text
 
 
+def test_a_run_that_is_soft_from_its_first_step_keeps_its_schedule(caplog: pytest.LogCaptureFixture) -> None:
+    """Its soft phase begins at step 0, which is a number like any other."""
+    params = parameters()
+    optimizer = build(params, soft_start=0.0)
+    train(params, optimizer, range(3))
+    loaded = build(parameters(), total_steps=100, soft_start=0.0, tmax=20.0)
+    loaded.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert "goes on as it began, 10 steps from step 0: transition_iters=100, tmax=20.0" in caplog.text
+    assert loaded.schedule == optimizer.schedule and loaded.param_groups[0]["tmax"] == optimizer.param_groups[0]["tmax"]
+
+
 @pytest.mark.parametrize("kind", [SoftSignum, SoftMuon])
 def test_a_temperature_that_cannot_fall_is_a_warning(kind: type, caplog: pytest.LogCaptureFixture) -> None:
     """Half of the weights never got a gradient, so median and deviation are 0: the soft phase was hard to its end, and
