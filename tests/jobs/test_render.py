@@ -268,7 +268,7 @@ BASE = compose.load("gpt2_7b", "slurm_pyxis")
 PLAIN = render(BASE, Path("/shared/run"))
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(run=EVIL.filter(lambda text: "\\" not in text), data=EVIL, image=EVIL, value=EVIL, flag=EVIL, python=EVIL)
 def test_nothing_in_a_recipe_or_a_path_runs(
     stubs: Path, tmp_path: Path, run: str, data: str, image: str, value: str, flag: str, python: str

@@ -284,8 +284,8 @@ LINES = st.sampled_from([b"# theirs\n", b"\n", b"x = 1\r\n", b"    # indented\r\
 
 
 @each_host
-# The fixtures are read only here; deadline: DeepSpeed's file is parsed twice, and machines are busy.
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+# The fixtures are read only here.
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60)
 @given(data=st.data())
 def test_apply_then_revert_is_the_identity_on_any_fork(
     host: str, touched: Path, root: Path, data: st.DataObject
