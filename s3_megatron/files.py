@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import secrets
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,9 +29,10 @@ def user_folder(variable: str, under_home: str) -> Path:
 def write_file(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` at once: a reader sees the whole file or none; makes the folder.
 
-    Raises S3Error where it cannot be written.
+    Several processes may write one file, on several nodes: the last one's stays. Raises S3Error where it cannot be
+    written.
     """
-    partial = Path(f"{path}.partial")
+    partial = Path(f"{path}.{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

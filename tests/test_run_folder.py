@@ -6,11 +6,13 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from s3_megatron import run_folder
+from s3_megatron.files import write_file
 from s3_megatron.run_folder import RunFolder, of_this_job
 
 
@@ -90,6 +92,22 @@ def test_many_nodes_report_themselves_at_the_same_time(run: RunFolder) -> None:
     assert sorted(set(lines)) == [f"node{node}\treason {node} in two lines {'x' * 200}" for node in range(8)]
     assert len(lines) == 400
     assert attempt.bad_nodes()[0].startswith("node")
+
+
+def test_one_file_may_be_written_by_all_ranks_at_the_same_time(tmp_path: Path) -> None:
+    """Every rank marks a damaged checkpoint. They shared the file that gets its name at the end, one found it gone, and
+    its S3Error ended the job for good, where the next start would have tried the checkpoint before.
+    """
+    file, texts = tmp_path / "load_failed", [bytes([letter]) * 10_000 for letter in b"abcdefgh"]
+
+    def write(text: bytes) -> None:
+        for _ in range(20):
+            write_file(file, text)
+            assert file.read_bytes() in texts
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        assert [*pool.map(write, texts)] == [None] * len(texts)
+    assert [*tmp_path.iterdir()] == [file]
 
 
 def test_files_of_one_node_are_not_those_of_another(run: RunFolder) -> None:

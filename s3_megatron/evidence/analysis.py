@@ -34,7 +34,7 @@ class Row:
     @property
     def losses(self) -> dict[int, float]:
         """The final validation loss of each seed, as it is ranked."""
-        return {result["seed"]: final_loss(result) for result in self.results}
+        return {result["seed"]: result["final"] for result in self.results}
 
     @property
     def spikes(self) -> int:
@@ -97,10 +97,14 @@ class Analysis:
             S3Error: two contenders did not see the same data or initial weights with a seed.
         """
         self.experiment, self.plan = experiment, Plan(experiment, "")
-        self.results: dict[str, Result] = {}
+        worst = math.log(experiment.vocabulary) + 1
+        self.results: dict[str, Result] = {}  # each with its "final" validation loss, as it is ranked
         for result in results:
             if result["contender"] in experiment.contenders and result["setup"] in experiment.setups:
-                self.results[self._cell(result).key] = result  # the text's hash is the file's, and left out of the key
+                final = result["validation"]  # None where it is no number
+                ranked = worst if final is None else final
+                # The text's hash is the file's, and left out of the key.
+                self.results[self._cell(result).key] = {**result, "final": ranked}
         self._refuse_unequal_starts()
         self.rows = list(self._rows())
         self.total = sum(self.plan.total().values())
@@ -210,7 +214,7 @@ class Analysis:
 
     def width(self, name: str, setup: str) -> Width | None:
         """The range of rates that are as good as a contender's best, over by_rate's runs; None without any."""
-        losses = {rate: plain.fmean(map(final_loss, some)) for rate, some in self.by_rate(name, setup).items()}
+        losses = {rate: plain.fmean(r["final"] for r in some) for rate, some in self.by_rate(name, setup).items()}
         return statistics.width(losses) if losses else None
 
     def recoveries(self) -> list[Recovery]:
@@ -226,12 +230,6 @@ class Analysis:
                     other = twins[kicked["rate"], kicked["seed"]]
                     found.append(recovery(kicked, other, setups[setup].kick, setups[setup].kick_step))
         return found
-
-
-def final_loss(result: Result) -> float:
-    """A run's final validation loss; one that is no number counts as ln 256 + 1."""
-    loss = result["validation"]
-    return float(loss) if loss is not None and math.isfinite(loss) else math.log(256) + 1
 
 
 def recovery(kicked: Result, twin: Result, kick: float, step: int) -> Recovery:

@@ -173,7 +173,8 @@ def read_lines(path: Path, data: bytes) -> list[dict[str, Any]]:
             if first != number and content != lines[first - 1]:
                 raise ValueError(f"it is line {first}'s cell once more, and differs from it")
         except ValueError as error:
-            raise S3Error(f"{path}, line {number}: {error}; remove the line, and its cell is run again") from None
+            remedy = "remove the line, and its cell is run again" if number > 1 else "it names the experiment: mend it"
+            raise S3Error(f"{path}, line {number}: {error}; {remedy}, or give another folder by --out") from None
         lines.append(content)
     return lines
 

@@ -118,10 +118,13 @@ def compare(
         )
     deadline = time.monotonic() + 60 * minutes
     settings.check(experiment)
-    plan = Plan(experiment, text.load(experiment.text).sha256)
+    plan = Plan(experiment, text.load(experiment.text, experiment.vocabulary).sha256)
     members = members_that_fit(experiment.setups.values(), device, workers)
     kept = folder / unfinished.FOLDER
-    with Workers(workers, experiment.text, device, deadline, kept) as pool, _stopped_in_order(console):
+    with (
+        Workers(workers, (experiment.text, experiment.vocabulary), device, deadline, kept) as pool,
+        _stopped_in_order(console),
+    ):
         if dry_run:
             console.print(budget(plan, _probe(plan, pool, members, deadline), workers))
             return False

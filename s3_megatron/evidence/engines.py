@@ -43,9 +43,9 @@ def run(experiment: Experiment, folder: Path) -> str:
             f"{experiment.name} must have one setup and one rate a contender, and {folder} all of its runs: "
             f"s3-megatron compare {experiment.name} --out {folder}"
         )
-    corpus = text.load(experiment.text)
+    corpus = text.load(experiment.text, experiment.vocabulary)
     for name, part in (("train", corpus.train), ("validation", corpus.validation)):
-        write_tokens(folder / "data" / name, part)
+        write_tokens(folder / "data" / name, part, experiment.vocabulary)
     jobs: Losses = {row.contender: [] for row in rows}
     for seed in experiment.seeds:  # whole pairs first
         for row in rows:
@@ -54,17 +54,17 @@ def run(experiment: Experiment, folder: Path) -> str:
     return page(experiment, {row.contender: [row.losses[seed] for seed in experiment.seeds] for row in rows}, jobs)
 
 
-def write_tokens(prefix: Path, part: torch.Tensor) -> None:
-    """Write bytes as a dataset of Megatron's, a token a byte and a document a block, unless it is there."""
+def write_tokens(prefix: Path, part: torch.Tensor, vocabulary: int) -> None:
+    """Write tokens as a dataset of Megatron's, a document a block, unless it is there."""
     if bin_and_idx(prefix)[1].exists():
         return
-    with new_dataset(prefix, 1 << 8 * part.itemsize) as builder:
+    with new_dataset(prefix, vocabulary) as builder:
         for block in part.split(text.BLOCK):
             builder.add_document(block.numpy(), [len(block)])
 
 
 def as_job(cell: Cell, folder: Path, validation: int) -> Job:
-    """The run of a cell as a recipe on this machine's CPUs, in float32; ``validation`` is that part's bytes.
+    """The run of a cell as a recipe on this machine's CPUs, in float32; ``validation`` is that part's tokens.
 
     Raises:
         S3Error: the recipes have no such optimizer, or it is given what its section does not have.

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
 
+from s3_megatron.data.tokenizer_training import FIXED_PIECES
 from s3_megatron.errors import S3Error
 from s3_megatron.evidence import reading
 from s3_megatron.evidence.contenders import CONTENDERS
 from s3_megatron.evidence.stack import Model
+from s3_megatron.evidence.text import BYTES
 
 # Marks a setting that came after the first experiment had begun: at its default it is left out of the hash of the
 # rules, so that older cells go on.
@@ -34,11 +36,12 @@ class Setup:
     warmup: float = 0.05  # of the steps
     clip: float = 1.0  # each member's gradient norm; 0 does not clip
     decay: float = 3e-4  # peak rate times weight decay
-    validation: int = 1 << 18  # bytes
+    validation: int = 1 << 18  # tokens
     watch_every: int = 20  # steps between two looks at |u|
     kick: float = 1.0  # factor of one step's gradient
     kick_step: int = -1
     products: str = "float32"  # dtype of matrix products
+    vocabulary: int = field(default=BYTES, metadata=LATER)  # of bytes, or of SentencePiece's tokens
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -49,12 +52,15 @@ class Setup:
         _require(self.products in ("float32", "bfloat16"), f"products {self.products}", "float32 or bfloat16")
         _require(0 <= self.warmup < 1, f"warmup {self.warmup}", "a share of the steps in [0, 1)")
         _require(self.clip >= 0 and self.decay >= 0, "clip and decay", ">= 0")
-        _require(self.validation >= self.length, f"validation {self.validation}", "one sequence of bytes at least")
+        least = self.length + 1  # the last token is a target alone
+        _require(self.validation >= least, f"validation {self.validation}", f"one sequence, {least} tokens, at least")
+        allowed = f"{BYTES} for bytes, or more than {FIXED_PIECES} for SentencePiece"
+        _require(self.vocabulary == BYTES or self.vocabulary > FIXED_PIECES, f"vocabulary {self.vocabulary}", allowed)
 
     @property
     def model(self) -> Model:
         """The model that is trained."""
-        return Model(self.layers, self.width, self.heads, self.length, self.qk_norm)
+        return Model(self.layers, self.width, self.heads, self.length, self.qk_norm, self.vocabulary)
 
     def rate_factor(self, step: int) -> float:
         """Return the share of the peak rate in a step, counted from 0."""
@@ -136,6 +142,8 @@ class Experiment:
             self.reference in self.contenders, f"reference {self.reference}", f"one of {', '.join(self.contenders)}"
         )
         _require(bool(self.setups), "setups", "one at least")
+        vocabularies = {setup.vocabulary for setup in self.setups.values()}
+        _require(len(vocabularies) == 1, f"the setups' vocabulary {sorted(vocabularies)}", "one, since the text is")
         tuned = self.tuning.all_seeds if self.tuning else []
         are_seeds = all(0 <= seed < 1 << 31 for seed in self.seeds)
         _require(bool(self.seeds) and are_seeds, f"seeds {self.seeds}", "from 0 to 2147483647, and one at least")
@@ -158,6 +166,11 @@ class Experiment:
                     f"contenders.{name} has {len(entry.rates)} rates{each}",
                     f"at most tuning.runs ({self.tuning.runs})",
                 )
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the text is made of."""
+        return next(iter(self.setups.values())).vocabulary
 
     @property
     def sha256(self) -> str:

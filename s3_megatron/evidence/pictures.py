@@ -13,7 +13,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from s3_megatron.evidence import analysis
 from s3_megatron.evidence.analysis import Analysis, Recovery
 from s3_megatron.evidence.cells import Result
 from s3_megatron.files import write_file
@@ -88,7 +87,7 @@ def _has_rates(found: Analysis, setup: str) -> bool:
 def _draw_losses(found: Analysis, runs: Mapping[str, dict[float, list[Result]]], axes: Axes) -> list[str]:
     """Draw final losses against rates; returns who has a colour and a name: all, or the lowest of too many."""
     reference, named = found.experiment.reference, list(found.experiment.contenders)
-    means = {name: [fmean(map(analysis.final_loss, some)) for some in by.values()] for name, by in runs.items()}
+    means = {name: [fmean(r["final"] for r in some) for some in by.values()] for name, by in runs.items()}
     if is_crowded := len(named) > MOST_NAMES:
         named = [reference, *sorted(means.keys() - {reference}, key=lambda name: min(means[name]))[: FOREMOST - 1]]
     best = lowest = min(map(min, means.values()))
@@ -96,7 +95,7 @@ def _draw_losses(found: Analysis, runs: Mapping[str, dict[float, list[Result]]],
         style = _style(found, name, named) if name in named else BEHIND
         axes.plot(list(by), means[name], label=name if name in named else None, **style)
         if any(len(some) > 1 for some in by.values()) and (name == reference or not is_crowded):
-            low, high = ([end(map(analysis.final_loss, some)) for some in by.values()] for end in (min, max))
+            low, high = ([end(r["final"] for r in some) for some in by.values()] for end in (min, max))
             label = f"range of {name}'s seeds" if is_crowded else None
             axes.fill_between(list(by), low, high, label=label, color=style["color"], alpha=0.12, linewidth=0)
             lowest = min(lowest, *low)

@@ -45,5 +45,4 @@ def find(losses: Iterable[float]) -> list[Spike]:
         spike.height = max(spike.height, loss - centre if math.isfinite(loss) else math.inf)
         if rejected >= WINDOW:  # a new level is no spike for ever
             window.clear()
-            rejected = 0
     return found

@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Model:
-    """A pre-norm GPT of bytes: GPT-2's blocks and initial weights, tied embeddings, no dropout."""
+    """A pre-norm GPT: GPT-2's blocks and initial weights, tied embeddings, no dropout."""
 
     layers: int = 4
     width: int = 128
     heads: int = 4
     length: int = 128  # tokens of a sequence
     qk_norm: bool = False
-    vocabulary: int = 256
+    vocabulary: int = 256  # bytes
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each weight of one member. A matrix maps rows: [inputs, outputs]."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from statistics import median
 
-from s3_megatron.evidence import analysis, statistics
+from s3_megatron.evidence import statistics
 from s3_megatron.evidence.analysis import Analysis, Ranked, Recovery
 from s3_megatron.evidence.cells import Result
 from s3_megatron.evidence.experiments import Experiment
@@ -175,7 +175,7 @@ def cells(found: Analysis) -> str:
     rows = [
         [
             *(r["key"], r["setup"], r["contender"], f"{r['rate']:g}", _settings(json.dumps(r["settings"]))),
-            *(str(r["seed"]), _figure(analysis.final_loss(r)), str(len(r["spikes"])), _diverged(r)),
+            *(str(r["seed"]), _figure(r["final"]), str(len(r["spikes"])), _diverged(r)),
         ]
         for r in ordered
     ]

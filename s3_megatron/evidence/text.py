@@ -1,20 +1,26 @@
 """The text of the runs: compressed files, cut in two, and the order in which a seed reads them."""
 
 import hashlib
+import io
 import lzma
 import subprocess
 import tempfile
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from s3_megatron.data.tokenizer_training import train_sentencepiece
+from s3_megatron.data.tokenizers import load_tokenizer
 from s3_megatron.errors import S3Error
 from s3_megatron.files import user_folder, write_file
 
+BYTES = 256  # the vocabulary without a tokenizer
 BLOCK, EVERY = 16 << 10, 40  # of the blocks of this many bytes, every fortieth is for validation
 # Debian's package of a text, and its files there: two dictionaries, and source code in Python.
 PACKAGES = {
@@ -26,7 +32,7 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes to train on and bytes to validate on, uint8 tensors; and the SHA-256 of the whole text."""
+    """Tokens to train on and to validate on, [tokens]: bytes as uint8, or pieces as int32; and their SHA-256."""
 
     train: Tensor
     validation: Tensor
@@ -52,14 +58,47 @@ def folder() -> Path:
     return user_folder("XDG_CACHE_HOME", ".cache") / "s3-megatron" / "text"
 
 
-def load(name: str) -> Text:
+def load(name: str, vocabulary: int = BYTES) -> Text:
     """Read a text by its file's path (.xz) or its name, names joined by +, making what is missing of Debian's packages.
+
+    Its tokens are bytes, or with another ``vocabulary`` SentencePiece's.
 
     Raises:
         S3Error: there is no such text, it cannot be made here, or the file is damaged.
     """
     parts = [name] if name.endswith(".xz") else name.split("+")
-    return cut(b"".join(map(_read, parts)))
+    text = cut(b"".join(map(_read, parts)))
+    return text if vocabulary == BYTES else encode(text, vocabulary)
+
+
+def encode(text: Text, vocabulary: int) -> Text:
+    """Cut bytes into the pieces of a SentencePiece model of so many, trained on the training part, once."""
+    path = folder() / f"{text.sha256[:16]}-{vocabulary}.npz"
+    if not path.exists():
+        _make_pieces(text, vocabulary, path)
+    try:
+        with np.load(path) as kept:
+            parts = {name: kept[name] for name in ("train", "validation")}
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise S3Error(f"{path} cannot be read: {error}; remove it, and it is made again") from error
+    digest = hashlib.sha256(b"".join(part.tobytes() for part in parts.values())).hexdigest()
+    return Text(**{name: torch.from_numpy(part) for name, part in parts.items()}, sha256=digest)
+
+
+def _make_pieces(text: Text, vocabulary: int, path: Path) -> None:
+    train, validation = (part.numpy().tobytes().decode(errors="replace") for part in (text.train, text.validation))
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch, "train.txt")
+        source.write_text(train, encoding="utf-8", newline="")
+        tokenizer = load_tokenizer("sentencepiece", train_sentencepiece([source], Path(scratch, "pieces"), vocabulary))
+
+    def ids(part: str) -> NDArray[np.int32]:
+        # By line, since SentencePiece's memory and time grow with what it is given at once.
+        return np.concatenate([np.array(tokenizer.encode(line), np.int32) for line in part.splitlines(keepends=True)])
+
+    file = io.BytesIO()
+    np.savez_compressed(file, train=ids(train), validation=ids(validation))
+    write_file(path, file.getvalue())
 
 
 def _read(name: str) -> bytes:
@@ -108,12 +147,12 @@ def order(text: Text, seed: int, steps: int, batch: int, length: int) -> Tensor:
 
 
 def windows(data: Tensor, starts: Tensor, length: int) -> Tensor:
-    """Read ``length`` bytes from each start: int64 [..., length]."""
+    """Read ``length`` tokens from each start: int64 [..., length]."""
     return data[starts[..., None] + torch.arange(length, device=data.device)].long()
 
 
 def validation_starts(text: Text, size: int, length: int) -> Tensor:
-    """Spread sequences of ``length`` bytes, ``size`` bytes in all at most, evenly over the validation text."""
+    """Spread sequences of ``length`` tokens, ``size`` tokens in all at most, evenly over the validation text."""
     count = min(size, len(text.validation) - 1) // length
     return torch.linspace(0, len(text.validation) - 1 - length, count, dtype=torch.float64).long()
 

@@ -58,8 +58,8 @@ _here: _Here
 class Workers:
     """A pool of workers, to be used in a ``with`` block; each trains one stack at a time."""
 
-    def __init__(self, count: int, corpus: str, device: str, deadline: float, kept: Path) -> None:
-        """Start ``count`` workers over the text of this name; nothing trains after ``deadline`` (time.monotonic()).
+    def __init__(self, count: int, corpus: tuple[str, int], device: str, deadline: float, kept: Path) -> None:
+        """Start ``count`` workers over the text of this name and vocabulary; until ``deadline`` (time.monotonic()).
 
         What is not finished then is in the folder ``kept``, and gone on with from there.
         """
@@ -153,11 +153,11 @@ def _kill() -> None:
         process.kill()
 
 
-def _begin(corpus: str, device: str, steps: Any, deadline: Any, kept: Path, parent: int) -> None:
+def _begin(corpus: tuple[str, int], device: str, steps: Any, deadline: Any, kept: Path, parent: int) -> None:
     """Get a worker ready."""
     global _here
     torch.set_num_threads(1)
-    _here = _Here(text.load(corpus).to(device), device, steps, deadline, kept, here(device))
+    _here = _Here(text.load(*corpus).to(device), device, steps, deadline, kept, here(device))
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     for number in ENDINGS - {signal.SIGINT}:

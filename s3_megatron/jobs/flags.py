@@ -7,6 +7,7 @@ from typing import Any
 from s3_megatron.jobs.catalog import find
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.recipe import AdamW, Data, OwnOptimizer
+from s3_megatron.optim.spec import flag_of
 from s3_megatron.run_folder import RunFolder
 
 ENTRIES = {"megatron": "s3_megatron.train.pretrain_gpt", "deepspeed": "s3_megatron.train.pretrain_gpt_deepspeed"}
@@ -103,7 +104,7 @@ def _data(data: Data, folder: Path, vocab_size: int) -> dict[str, Any]:
 
 def _spelled(settings: Mapping[str, Any]) -> list[list[str]]:
     """Spell settings as flags: ``num_layers: 4`` is ``--num-layers 4``, True a flag alone, False none."""
-    return [[f"--{key.replace('_', '-')}", *_words(value)] for key, value in settings.items() if value is not False]
+    return [[flag_of(key), *_words(value)] for key, value in settings.items() if value is not False]
 
 
 def _words(value: Any) -> list[str]:

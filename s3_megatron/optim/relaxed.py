@@ -57,6 +57,8 @@ class RelaxedOptimizer(EngineOptimizer):
     # For engines that make one step of the run of several calls, of one optimizer or of several, and call ``end_step``
     # behind the last.
     is_stepped_in_parts: bool = False
+    # For engines whose log hides INFO: the level of the line where a soft phase begins.
+    level_of_begin: int = logging.INFO
 
     def __init__(
         self,
@@ -214,7 +216,11 @@ class RelaxedOptimizer(EngineOptimizer):
                 "raise tmax",
             )
             return
-        log_on_first_rank(logging.INFO, f"{title} is soft for {length} steps, down to a tau of {last:.4g}: {schedule}")
+        log_on_first_rank(
+            self.level_of_begin,
+            f"{title} is soft from step {schedule.first + 1} on, for {length} steps, down to a tau of {last:.4g}: the "
+            f"momentum has the median {schedule.mu:.4g} and the deviation {schedule.sigma:.4g}",
+        )
 
     def write_to_groups(self, **values: Any) -> None:
         """Give every param group the same values."""

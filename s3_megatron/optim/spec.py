@@ -26,6 +26,11 @@ _HOSTS_OWN = ("adam", "adamw", "sgd", "lion", "muon")
 FROM_ADAM, OVERRIDE = "from_adam", "override_hyperparameters"
 
 
+def flag_of(name: str) -> str:
+    """Spell Megatron's argument ``name`` as its flag."""
+    return f"--{name.replace('_', '-')}"
+
+
 @dataclass(frozen=True)
 class Range:
     """Numbers from ``low``, or above it, to below ``high``, or to it; infinity only as a bound that is included."""
@@ -221,7 +226,7 @@ class Spec:
 
     def flag(self, name: str) -> str:
         """Spell a hyperparameter, or a switch, as Megatron's flag."""
-        return f"--{self.name}-{name.replace('_', '-')}"
+        return flag_of(self.field(name))
 
     def field(self, name: str) -> str:
         """Spell a hyperparameter, or a switch, as Megatron's argument and as the configuration's field."""

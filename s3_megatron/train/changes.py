@@ -11,7 +11,7 @@ from megatron.training import get_args
 
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import registry
-from s3_megatron.train.names import flag_of
+from s3_megatron.optim.spec import flag_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +35,11 @@ _BESIDE = (
     *("manual_gc", "adlr", "train_sync_interval", "config_logger", "lazy_mpu", "te_rng", "start_eval", "eval_interval"),
 )
 
-# Flags that no tensor of a checkpoint depends on: rates, schedule, data, and how many samples a step has.
+# Flags that no tensor of a checkpoint depends on, beside hyperparameters: rates, schedule, data, samples a step.
 _FREE = (
     *("lr", "min_lr", "decoupled_", "weight_decay", "start_weight_decay", "end_weight_decay", "clip_grad"),
     *("train_", "valid_", "test_", "eval_", "global_batch_size", "micro_batch_size", "rampup_", "world_size"),
-    *("data_parallel_size", "data_", "split", "mock_data", "seed", "softsignum_", "softmuon_total", "s3_", "adam_"),
+    *("data_parallel_size", "data_", "split", "mock_data", "seed", "adam_"),
 )
 
 
@@ -99,7 +99,8 @@ def announce_end(iteration: int, folder: str) -> None:
 
 def that_bind(saved: Mapping[str, Any]) -> list[str]:
     """Give the flags that are others than in ``saved`` and may be why a checkpoint's tensors do not fit this run."""
-    changed = [change for name, change in _changed(saved).items() if not name.startswith(_FREE)]
+    free = (*_FREE, *(spec.field(each.name) for spec in registry.specs() for each in spec.hyperparameters))
+    changed = [change for name, change in _changed(saved).items() if not name.startswith(free)]
     was, here = saved.get("ckpt_format"), getattr(get_args(), "ckpt_format", None)
     return changed if was in (None, here) else [*changed, f"--ckpt-format {was}, here {here}"]
 

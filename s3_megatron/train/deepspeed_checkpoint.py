@@ -25,6 +25,7 @@ from s3_megatron.optim.spec import FROM_ADAM
 from s3_megatron.train import changes, loading
 
 LATEST_UNIVERSAL = "latest_universal"  # as DEEPSPEED_POINTER, of a universal checkpoint
+_NAME = re.compile(r"iter_(\d+)")
 _STATE = "s3_megatron"  # our key among DeepSpeed's
 _COUNTERS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
 # What a checkpoint fits: this model, on as many ranks.
@@ -74,8 +75,11 @@ def save(
 
 
 def _prune(folder: Path, before: str | None, tag: str, interval: int | None) -> None:
-    """Remove the checkpoint before this one unless its iteration is a multiple of ``interval``, as Megatron does."""
-    if interval is None or before in (None, tag) or _iteration(before) % interval == 0:
+    """Remove the checkpoint before this one unless its iteration is a multiple of ``interval``, as Megatron does.
+
+    A folder that a person named otherwise stays.
+    """
+    if interval is None or before in (None, tag) or not _NAME.fullmatch(before) or _iteration(before) % interval == 0:
         return
     if not (folder / before).is_symlink():
         shutil.rmtree(folder / before, ignore_errors=True)
@@ -143,8 +147,8 @@ def _latest(folder: Path, name: str) -> str | None:
 
 
 def _iteration(name: str) -> int:
-    """Read the N of iter_N and of iter_N_universal; a folder that a person named otherwise is older than none."""
-    found = re.match(r"iter_(\d+)", name)
+    """Read the N of iter_N and of iter_N_universal; a folder that a person named otherwise counts as the newest."""
+    found = _NAME.match(name)
     return int(found[1]) if found else sys.maxsize
 
 

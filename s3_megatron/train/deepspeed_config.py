@@ -13,10 +13,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
 from pydantic import ValidationError
 
+from s3_megatron.engines.deepspeed.loading import leaves
 from s3_megatron.errors import S3Error
 from s3_megatron.optim import registry
-from s3_megatron.optim.spec import Spec
-from s3_megatron.train.names import flag_of
+from s3_megatron.optim.spec import Spec, flag_of
 
 Config = dict[str, Any]
 
@@ -148,7 +148,7 @@ class DeepSpeedFlags:
         config["optimizer"]["type"] = "AdamW" if spec is None else spec.title
         config.setdefault("steps_per_print", 2**31)  # Megatron's loop logs
         _refuse_mixed_stage_0(config, self.path)
-        left = [key for key, value in _leaves(config) if value == "auto"]
+        left = [key for key, value in leaves(config) if value == "auto"]
         if left:
             raise S3Error(f'{self.path} has "auto" for {", ".join(left)}, which no flag gives: write a number')
         return config
@@ -267,11 +267,3 @@ def _set(config: Config, key: str, value: Any) -> None:
     for section in sections:
         config = config.setdefault(section, {})
     config[name] = value
-
-
-def _leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

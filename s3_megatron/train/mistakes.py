@@ -13,7 +13,7 @@ from megatron.training import training
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from s3_megatron.errors import S3Error
-from s3_megatron.train.names import flag_of
+from s3_megatron.optim.spec import flag_of
 
 # Other models, and batches that are made otherwise: gpt.py would pass over these flags in silence.
 _OTHER_SCRIPTS = (

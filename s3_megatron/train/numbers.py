@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from s3_megatron.errors import S3Error
-from s3_megatron.train.names import flag_of
+from s3_megatron.optim.spec import flag_of
 
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]

@@ -5,11 +5,13 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -135,7 +137,7 @@ def test_minutes_are_used_and_nothing_that_was_trained_is_lost(corpus, setup, tm
     monkeypatch.setattr(compare, "Workers", InTurn)
     monkeypatch.setattr(compare, "time", clock)
     monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=tick))
-    monkeypatch.setattr(text, "load", lambda name: corpus)
+    monkeypatch.setattr(text, "load", lambda *of: corpus)
 
     def call(name, minutes):
         console = Console(file=io.StringIO())
@@ -170,3 +172,30 @@ def test_the_commit_is_this_projects(tmp_path, monkeypatch):
     assert re.fullmatch(r"[0-9a-f]{10}-dirty", cells.commit())
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cells.commit().startswith("unknown"), "without git"
+
+
+@pytest.mark.parametrize(
+    "name, counts",
+    [
+        *((f"evidence/{name}.py", True) for name in ("contenders", "stack", "text", "training", "unfinished")),
+        *((f"kernels/{name}", True) for name in ("foreach.py", "cpu/softsignum.cpp", "cpu/step.h")),
+        *(("optim/polar.py", True), ("evidence/report.py", False)),
+    ],
+)
+def test_the_codes_hash_is_of_all_that_a_runs_losses_follow_from(name, counts, tmp_path, monkeypatch):
+    """Cells of two codes side by side compare nothing; a change of the report keeps a night's cells."""
+    package = tmp_path / "s3_megatron"
+    for part in cells.CODE:
+        source = Path(s3_megatron.__file__).parent / part
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, made(package / part))
+    made(package / name).touch()
+    monkeypatch.setattr(s3_megatron, "__file__", str(package / "__init__.py"))
+    before = cells.code_sha256()
+    with (package / name).open("a") as file:
+        file.write(" ")
+    assert (cells.code_sha256() != before) == counts
+
+
+def made(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

@@ -24,9 +24,9 @@ def test_weight_decay_is_apart_from_the_update_and_of_matrices_alone(name):
     normalized away. SOAP's first step moves nothing, and Schedule-Free averages: two thirds of three steps and more.
     """
     rate, decay, generator = 1e-3, 0.1, torch.Generator().manual_seed(0)
-    first = {
-        key: torch.randn(shape, generator=generator) for key, shape in (("0.up.weight", (16, 8)), ("norm.bias", (8,)))
-    }
+    # Muon's own matrix, one that AdamW moves beside it, and what has no decay.
+    shapes = {"0.up.weight": (16, 8), "tokens": (16, 8), "norm.bias": (8,)}
+    first = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
     grads = [{key: torch.randn(w.shape, generator=generator) for key, w in first.items()} for _ in range(3)]
 
     def trained(decay):
@@ -41,9 +41,10 @@ def test_weight_decay_is_apart_from_the_update_and_of_matrices_alone(name):
         return {key: weight.detach() for key, weight in weights.items()}
 
     with_decay, without = trained(decay), trained(0.0)
-    moved = (without["0.up.weight"] - with_decay["0.up.weight"]) / (rate * decay * first["0.up.weight"])
-    large = first["0.up.weight"].abs() > 0.3  # where rounding of the weights is below a hundredth of it
-    assert 1.9 < moved[large].min() and moved[large].max() < 3.1
+    for key in ("0.up.weight", "tokens"):
+        moved = (without[key] - with_decay[key]) / (rate * decay * first[key])
+        large = first[key].abs() > 0.3  # where rounding of the weights is below a hundredth of it
+        assert 1.9 < moved[large].min() and moved[large].max() < 3.1
     assert torch.equal(without["norm.bias"], with_decay["norm.bias"])
     assert not torch.equal(without["norm.bias"], first["norm.bias"]), "it did not move at all"
 
@@ -58,6 +59,19 @@ def test_the_schedule_by_hand():
     assert [replace(setup, schedule="constant").rate_factor(step) for step in (10, 199)] == [1.0, 1.0]
 
 
+def test_schedule_free_has_the_warm_up_alone_and_is_judged_by_its_average(setup, corpus, monkeypatch):
+    """With a rate that falls, or the weights at which it takes gradients, its rank would be another optimizer's."""
+    cosine, constant = (
+        Cell("it", "schedule-free", "base", replace(setup, schedule=schedule), 4e-3, "{}", 1, "text")
+        for schedule in ("cosine", "constant")
+    )
+    (falling,), (flat,) = (train([cell], corpus) for cell in (cosine, constant))
+    assert falling["trained"] == flat["trained"]
+    monkeypatch.setattr("schedulefree.AdamWScheduleFree.eval", lambda self: None)
+    (at_gradients,) = train([cosine], corpus)
+    assert at_gradients["losses"] == falling["losses"] and at_gradients["validation"] != falling["validation"]
+
+
 def test_validation_text_is_never_trained_on():
     """Blocks are numbered by their bytes: every fortieth is for validation, and a seed's order reads of the others."""
     data = b"".join(bytes([number]) * text.BLOCK for number in range(80))
@@ -67,6 +81,18 @@ def test_validation_text_is_never_trained_on():
     read = text.windows(corpus.train, starts, 129)
     assert read.shape == (50, 8, 129) and not {39, 79} & set(read.unique().tolist())
     assert len(text.validation_starts(corpus, 4096, 129)) == 4096 // 129
+
+
+def test_a_validation_loss_is_the_mean_over_all_sequences_however_many_are_taken_at_once(setup, corpus, monkeypatch):
+    """It is the number that ranks: a part that is not full must not count as a full one. To 1e-6, float32's sums."""
+    stack = Stack(setup.model, [1, 2])
+    starts = text.validation_starts(corpus, setup.validation, setup.length + 1)
+    losses = stack.losses(text.windows(corpus.validation, starts, setup.length + 1).expand(2, -1, -1))
+    for at_once in (64, 7):
+        monkeypatch.setattr(training, "VALIDATION_SEQUENCES", at_once)
+        assert len(starts) % at_once, "the last part is a smaller one"
+        found = training.validate(stack, corpus, setup, lambda step: True)
+        assert found == pytest.approx(losses.tolist(), rel=1e-6)
 
 
 def test_qk_norm_makes_the_scale_of_queries_and_keys_count_for_nothing():
@@ -103,6 +129,7 @@ def test_a_run_diverges_at_its_first_loss_that_is_no_number_or_above_ln_256_plus
     assert training._curve(fine, setup)["diverged"] is None
     curve = training._curve([*fine[:250], loss, *fine[251:]], setup)
     assert curve["diverged"] == 250 and len(curve["losses"]) == 200, "thinned to 200 points, and found before"
+    assert training._thin([1.0, 2.0, 4.0], 2) == [1.5, 4.0], "the last point is a mean of those that are left"
 
 
 def test_a_result_has_all_that_a_figure_is_traced_by(setup, corpus):

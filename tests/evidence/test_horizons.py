@@ -1,6 +1,7 @@
 """Steps ratios: how many steps a rival needs for a loss that the reference reaches."""
 
 import math
+from dataclasses import replace
 
 from s3_megatron.evidence import analysis, horizons, report
 from s3_megatron.evidence.experiments import Setup
@@ -42,6 +43,14 @@ def test_steps_ratios_follow_from_the_cells():
     assert [row["steps ratio"] for row in lion] == ["<= 1.00", "0.52", "0.52"]
     part = analysis.Analysis(asked, simulated.run(asked, loss, 20))
     assert "Steps ratio" not in tables(report.render({}, part))
+
+
+def test_lengths_are_setups_that_differ_in_nothing_else():
+    """Steps that another model saves are no steps ratio."""
+    base = Setup(steps=100)
+    setups = {"x100": base, "x200": replace(base, steps=200), "x200-qk": replace(base, steps=200, qk_norm=True)}
+    found = analysis.Analysis(simulated.experiment(setups=setups), [])
+    assert horizons.lengths(found) == ["x100", "x200"]
 
 
 def test_one_length_has_no_steps_ratio():

@@ -8,11 +8,12 @@ from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from s3_megatron import cli
 from s3_megatron.evidence import compare, experiments, workers
-from s3_megatron.evidence.cells import CellsFile
+from s3_megatron.evidence.cells import CellsFile, code_sha256
 from s3_megatron.evidence.experiments import Setup
 from s3_megatron.evidence.plan import Plan
 from s3_megatron.evidence.workers import Workers
@@ -144,6 +145,57 @@ class TestDeadline:
         console = Console(file=io.StringIO(), width=120)
         console.print(compare.budget(plan, costs, 1))
         assert "x10m 45 - - -" in " ".join(console.file.getvalue().split())
+
+    @pytest.fixture
+    def here(self, monkeypatch, tmp_path):
+        """A worker with 25 seconds, and a clock."""
+        clock = Clock()
+        where = {"card": "a card", "versions": "torch 0"}
+        end = SimpleNamespace(value=clock.now + 25)
+        monkeypatch.setattr(workers, "time", clock)
+        here = workers._Here(None, "cpu", [0], end, tmp_path, where)  # type: ignore[arg-type]
+        monkeypatch.setattr(workers, "_here", here, raising=False)
+        return here, clock
+
+    def steps_of(self, monkeypatch, clock, seconds):
+        """Let training take so long for each step; returns the steps that it takes, and what it would be kept by."""
+        taken, kept = [], []
+
+        def train(cells, corpus, device, go_on, *given):
+            kept.extend(given)
+            for step, its in enumerate(seconds):
+                if not go_on(step):
+                    return None
+                taken.append(step)
+                clock.now += its
+            return []
+
+        monkeypatch.setattr(workers, "train", train)
+        return taken, kept
+
+    def test_a_step_that_would_not_end_before_it_is_not_begun(self, here, monkeypatch):
+        """It was cut off in its middle, and all that was trained since the stack was begun was lost."""
+        taken, _ = self.steps_of(monkeypatch, here[1], [10.0] * 5)
+        assert workers._train(Plan(simulated.experiment(), "").ready({})[:1], 0) is None and taken == [0, 1]
+
+    def test_a_worker_that_is_asked_to_end_takes_no_further_step(self, here, monkeypatch):
+        taken, _ = self.steps_of(monkeypatch, here[1], [1.0] * 5)
+        workers._end(15, None)
+        assert workers._train(Plan(simulated.experiment(), "").ready({})[:1], 0) is None and taken == []
+
+    def test_the_first_step_of_a_probe_is_not_timed(self, here, monkeypatch):
+        """It builds what all steps use, and takes many times as long: a budget of hours was days."""
+        self.steps_of(monkeypatch, here[1], [15.0, 2.0, 2.0, 2.0, 2.0])
+        assert workers._probe(Plan(simulated.experiment(), "").ready({})[:1], 0) == 2.0
+
+    def test_a_stack_is_kept_for_this_code_and_machine(self, here, monkeypatch):
+        """On another processor or torch it would go on with other roundings: bits that no machine can have again."""
+        _, kept = self.steps_of(monkeypatch, here[1], [1.0])
+        cells = Plan(simulated.experiment(), "").ready({})[:2]
+        workers._train(cells, 0)
+        ((_, by),) = kept
+        capability = torch.backends.cpu.get_cpu_capability()
+        assert by == [*(cell.key for cell in cells), code_sha256(), "a card", "torch 0", capability]
 
     def test_a_worker_that_has_not_begun_by_then_is_not_waited_for(self, monkeypatch):
         """With a load of nine --minutes 1.5 took 2:35: one of two workers was importing torch until then."""

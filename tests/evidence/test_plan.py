@@ -87,6 +87,15 @@ class TestTuning:
             tried |= {c: loss(c[0], **json.loads(c[1])) for c in found.wanted}
         assert json.loads(found.best[1]) == {"beta": 0.9}
 
+    def test_wide_tuning_keeps_the_default_where_a_value_is_as_good(self):
+        """Of two settings that make no difference the report would name one, with a run in its favour."""
+        sweep, tried = {"beta": [0.9], "p": [2]}, {}
+        entry = experiments.Entry("s3", sweep=sweep, rates=simulated.RATES, settings={"beta": 0.95, "p": 3})
+        while not (found := plan.tune(entry, Tuning(0, runs=10, wide=True), 2.0, tried)).best:
+            tried |= {c: abs(math.log(c[0] / 4e-3)) + json.loads(c[1])["p"] for c in found.wanted}
+        assert json.loads(found.best[1]) == {"beta": 0.95, "p": 2}
+        assert [json.loads(settings) for _, settings in tried].count({"beta": 0.9, "p": 2}) == 0
+
     def test_wide_tuning_takes_fewer_rounds(self):
         """A round is a stack on a GPU, and a stack of one takes nearly as long as one of many."""
         rounds = []
@@ -99,6 +108,28 @@ class TestTuning:
 
         _, found = self.tune(lambda rate, beta: math.inf if rate > 3e-3 else 2 - rate)
         assert found.best[0] < 4e-3 and not found.at_edge
+
+    def test_a_run_that_diverged_is_the_worst_whatever_it_ended_with(self):
+        """A loss that jumped above ln 256 + 1 and came back would be chosen; other seeds do not come back."""
+        fine = {"validation": 1.6, "diverged": None}
+        assert [plan.loss_of(r) for r in (fine, {**fine, "diverged": 40}, {**fine, "validation": None})] == [
+            1.6, math.inf, math.inf,
+        ]  # fmt: skip
+
+    def test_one_rate_alone_is_at_no_edge(self):
+        _, found = self.tune(lambda rate, beta: 1.0, runs=1, rates=[1e-3])
+        assert found.best[0] == 1e-3 and not found.at_edge
+
+
+def test_neighbours_of_the_best_rate_are_run_with_the_first_seeds():
+    """The sensitivity that the headline's rows show: a factor up and down from the best, three seeds each."""
+    asked = simulated.experiment(names=("s3",), neighbours=3)
+    results = simulated.run(asked, simulated.losses(0.001))
+    final = plan.Plan(asked, simulated.TEXT).final("s3", "base", {r["key"]: r for r in results})
+    assert [(rate, [cell.seed for cell in cells]) for (rate, _), cells in final.items()] == [
+        (4e-3, [*range(1, 9)]), (8e-3, [1, 2, 3]), (2e-3, [1, 2, 3]),
+    ]  # fmt: skip
+    assert len(results) == sum(Plan(asked, "").total().values()) == 8 + 8 + 2 * 3
 
 
 class TestSeveralSeeds:

@@ -1,6 +1,7 @@
 """Records: what is packed into one, that its page is what the command prints, and that it stays as it is."""
 
 import lzma
+import os
 import re
 from pathlib import Path
 
@@ -37,6 +38,22 @@ class TestRecord:
         assert report.write(asked, again.parent).read_text() == (path / "report.md").read_text()
         with pytest.raises(S3Error, match="exists: records stay as they are"):
             record.pack(str(tmp_path / "simulated.yaml"), asked, tmp_path / "run", tmp_path / "records")
+
+    def test_a_cell_that_is_being_written_is_left_out(self, asked, tmp_path):
+        """A record stays as it is: half a line would be half a line for ever."""
+        with (tmp_path / "run" / "cells.jsonl").open("a") as file:
+            file.write('{"key": "0123')
+        path = record.pack(str(tmp_path / "simulated.yaml"), asked, tmp_path / "run", tmp_path / "records")
+        lines = lzma.decompress((path / "cells.jsonl.xz").read_bytes()).splitlines(keepends=True)
+        assert len(lines) == 41 and lines[-1].endswith(b"}\n")
+
+    def test_what_a_record_has_is_on_the_disk_before_its_name(self, asked, tmp_path, monkeypatch):
+        """A machine that goes down afterwards would leave a record with empty files, and a record is never mended."""
+        done, fsync, replace = [], os.fsync, os.replace
+        monkeypatch.setattr("os.fsync", lambda file: done.append(os.fstat(file).st_ino) or fsync(file))
+        monkeypatch.setattr("os.replace", lambda old, new: done.append(Path(new)) or replace(old, new))
+        path = record.pack(str(tmp_path / "simulated.yaml"), asked, tmp_path / "run", tmp_path / "records")
+        assert {file.stat().st_ino for file in path.iterdir()} <= {*done[: done.index(path)]}
 
     def test_a_record_that_is_too_large_is_not_left_behind(self, asked, tmp_path, monkeypatch):
         monkeypatch.setattr(record, "LIMIT", 1000)

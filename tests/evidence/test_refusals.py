@@ -30,6 +30,11 @@ class TestRefusals:
             ({"seeds": []}, r"seeds \[\]: must be .*one at least"),
             ({"setups": {}}, "setups: must be one at least"),
             ({"setups": {"base": {"steps": 9, "heads": 0}}}, "setups.base: heads 0: must be > 0"),
+            # Of 128 bytes no sequence came, and every run's loss was no number.
+            (
+                {"setups": {"base": {"steps": 9, "validation": 128}}},
+                "setups.base: validation 128: must be one sequence, 129 tokens, at least",
+            ),
             (
                 {"contenders": {"s3": {"optimizer": "adamx", "rates": [1e-3]}}},
                 "contenders.s3: optimizer adamx: must be one of s3",
@@ -131,6 +136,13 @@ class TestRefusals:
         with pytest.raises(S3Error, match=r"line 3: .*remove the line, and its cell is run again"):
             CellsFile(path, asked, simulated.TEXT)
 
+    def test_a_damaged_first_line_is_not_advised_away(self, tmp_path):
+        """Without it the next line, a cell, is taken for it, and the file for another experiment's."""
+        path = tmp_path / "cells.jsonl"
+        path.write_bytes(b'{"experiment": \n')
+        with pytest.raises(S3Error, match=r"line 1: .*; it names the experiment: mend it, or give another folder by"):
+            CellsFile(path, simulated.experiment(), simulated.TEXT)
+
     def test_a_cell_that_is_there_twice(self, tmp_path):
         """As after joining the files of two machines: of two results the last counted, in silence."""
         asked, path = simulated.experiment(), tmp_path / "cells.jsonl"
@@ -185,6 +197,16 @@ class TestRefusals:
         path.write_text(torn)
         CellsFile(path, asked, simulated.TEXT)
         assert json.loads(path.read_text())["experiment"] == "simulated"
+
+    def test_a_last_line_that_was_cut_short_is_dropped(self, tmp_path):
+        """Else the next cell is written behind its half, and both are lost."""
+        asked, path = simulated.experiment(), tmp_path / "cells.jsonl"
+        first, second = simulated.run(asked, simulated.losses(0.01), 2)
+        CellsFile(path, asked, simulated.TEXT).add([first])
+        with path.open("a") as file:
+            file.write('{"key": "0123')
+        CellsFile(path, asked, simulated.TEXT).add([second])
+        assert [*CellsFile(path, asked, simulated.TEXT).results.values()] == [first, second]
 
     def test_a_full_disk_leaves_whole_lines(self, tmp_path, monkeypatch):
         """The system takes a part of a line and then has no room: the part is taken back."""

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,28 @@ def test_a_report_of_a_part_says_so_and_ranks_only_what_is_whole(count):
     assert ("## Cells" in text) == (count > 0)
 
 
+def test_a_rival_that_lacks_a_seed_counts_as_a_test_to_come():
+    """By the p-value that it has so far it would lower the others' adjusted ones, and its last seed take them back."""
+    asked = simulated.experiment()
+    cells = simulated.run(asked, simulated.losses(0.01, {"s3": -0.05}))
+    found = analysis.Analysis(asked, [c for c in cells if (c["contender"], c["seed"]) != ("nadam", 8)])
+    adamw, nadam, lion = found.ranking("base")
+    assert math.isnan(nadam.adjusted) and nadam.verdict == "not ranked: 7 of 8 seeds"
+    low, high = sorted((adamw, lion), key=lambda ranked: ranked.paired.beyond)
+    assert (low.adjusted, high.adjusted) == (3 * low.paired.beyond, max(3 * low.paired.beyond, 2 * high.paired.beyond))
+
+
+def test_while_a_contender_is_tuned_its_rates_are_those_at_the_settings_that_are_best_so_far():
+    """The worse settings have one rate, whose width says nothing."""
+    asked = simulated.experiment(names=("s3",))
+    cells = simulated.run(
+        asked, lambda cell: 2 + abs(math.log(cell.rate / 4e-3)) + 2 * (json.loads(cell.settings)["beta"] == 0.9), 7
+    )
+    assert {c["settings"]["beta"] for c in cells} == {0.9, 0.95} and {c["seed"] for c in cells} == {0}
+    runs = analysis.Analysis(asked, cells).by_rate("s3", "base")
+    assert list(runs) == sorted(c["rate"] for c in cells if c["settings"]["beta"] == 0.95)
+
+
 def test_an_experiment_without_tuning_ranks_nothing():
     """Its rates were chosen on the seeds that it has."""
     asked = simulated.experiment(tuning=None, paper={"adamw": "4.78 at 3e-4"})
@@ -203,11 +226,12 @@ def kicked(asked, setup, seed, gap, moves, largest):
 def test_recovery_by_hand():
     """Loss: the mean of 16 gaps is below .02 first from step 5 on: .31 in all are .0194. |u|: within 10% after 7."""
     base = Setup(steps=100, watch_every=1, kick_step=30)
-    setups = {"x1": base, "x1e2": Setup(steps=100, watch_every=1, kick_step=30, kick=100.0)}
+    # A kicked run's twin is the one that is equal but for the kick: x1-qk is none of x1e2.
+    setups = {"x1": base, "x1e2": replace(base, kick=100.0), "x1-qk": replace(base, qk_norm=True)}
     asked = simulated.experiment(setups=setups, contenders={"s3": Entry("s3", [8e-3])}, seeds=[1, 2], tuning=None)
     gap = [1.0, 0.5, 0.2, 0.2, 0.02] + [0.31] + [0.0] * 10
     results = [
-        *(kicked(asked, "x1", seed, [], [], 0.9) for seed in (1, 2)),
+        *(kicked(asked, setup, seed, [], [], 0.9) for setup in ("x1", "x1-qk") for seed in (1, 2)),
         kicked(asked, "x1e2", 1, gap, [0.5] * 6 + [0.23] + [0.219] * 20, 7.0),
         kicked(asked, "x1e2", 2, [3.0] * 69, [0.5] * 69, 1.0),
     ]
@@ -217,12 +241,13 @@ def test_recovery_by_hand():
     assert (row["K"], row["largest \\|u\\|"], row["steps, loss"]) == ("100", "7", "never (5 to never)")
 
 
-def test_cells_of_one_seed_that_started_differently_are_refused(tmp_path):
+@pytest.mark.parametrize("what", ["weights", "order"])
+def test_cells_of_one_seed_that_started_differently_are_refused(what, tmp_path):
     asked = simulated.experiment()
     results = simulated.run(asked, simulated.losses(0.01), 6)
-    results[3]["weights"] = "other"
+    results[3][what] = "other"
     simulated.write(tmp_path / "cells.jsonl", asked, results)
-    with pytest.raises(S3Error, match=rf"cells \w+ and {results[3]['key']} have seed 0 and another hash of weights"):
+    with pytest.raises(S3Error, match=rf"cells \w+ and {results[3]['key']} have seed 0 and another hash of {what}"):
         report.write(asked, tmp_path)
     assert not (tmp_path / "report.md").exists()
 
@@ -253,7 +278,7 @@ def test_one_rate_has_no_width():
         contenders = {name: Entry("s3", rates, {"beta": 0.95}) for name in ("s3", "adamw")}
         asked = simulated.experiment(tuning=None, contenders=contenders)
         text = report.render({}, analysis.Analysis(asked, simulated.run(asked, simulated.losses(0.01))))
-        assert ("## Width" in text) == (len(rates) > 1)
+        assert ("## Width" in text) == ("at the edge" in text) == (len(rates) > 1)
 
 
 def test_the_best_of_the_rates_follows_from_the_cells():

@@ -43,10 +43,11 @@ def test_a_small_spike_after_a_large_one_is_found():
 
 
 def test_outliers_within_sixteen_steps_of_another_are_one_spike():
+    """15 accepted values lie between the first two, 16 between these and the third."""
     losses = curve()
-    for step in (300, 315, 340):
+    for step in (300, 316, 333):
         losses[step] = 4.0
-    assert [(spike.start, spike.steps) for spike in spikes.find(losses)] == [(300, 16), (340, 1)]
+    assert [(spike.start, spike.steps) for spike in spikes.find(losses)] == [(300, 17), (333, 1)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -73,3 +74,9 @@ def test_before_64_values_nothing_finite_is_an_outlier():
     losses = curve()
     losses[64] = 5.0
     assert [spike.start for spike in spikes.find(losses)] == [64]
+
+
+def test_on_a_curve_without_noise_a_hundredth_is_a_sixth_of_a_spread():
+    """A loss that has come to rest has no spread, and every rounding was a spike: the limit is 7/600 above it."""
+    for value, starts in ((3.03, []), (3.04, [100])):
+        assert [spike.start for spike in spikes.find([3.0] * 100 + [value] + [3.0] * 50)] == starts

@@ -114,7 +114,7 @@ def test_a_rehearsal_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     assert sorted(verdicts) == ["failed", "finished"]
     log = (killed.path / "logs/job.log").read_text()
     assert 'environment: CUDA_VISIBLE_DEVICES=""' in log
-    # Of the killed run, once; it goes on where it was. Megatron hides the optimizer's own line.
+    # Of the killed run, once; it goes on where it was.
     assert log.count("SoftMuon is soft from step 4 on, for 9 steps") == ("optimizer=softmuon" in settings)
 
 

@@ -143,6 +143,17 @@ def test_a_tensor_changed_between_two_calls_is_seen(name: str, kind: int) -> Non
             torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
 
+def test_tensors_that_touch_share_nothing() -> None:
+    """Shards of one flat buffer follow each other: taken for shared memory, all of them would go to foreach."""
+    flat = torch.rand(4, 24)
+    flat[3] += 1  # r
+    lists = [[flat[i].view(4, 6)] for i in (0, 1, 2, 3)]
+    expected = [[x.clone() for x in column] for column in lists]
+    for kernel, on in ((cpu, lists), (foreach, expected)):
+        kernel.s3_step_(*on, lr=RATE, **HYPER)
+    torch.testing.assert_close(lists[0], expected[0], rtol=2e-6, atol=2e-6)
+
+
 def test_a_gradient_moved_into_what_is_written_is_seen() -> None:
     lists = columns()
     cpu.s3_step_(*lists, lr=RATE, **HYPER)

@@ -200,12 +200,15 @@ def test_a_bfloat16_state_is_rounded_to_nearest_or_without_bias() -> None:
 
 
 def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lists that are cut by size and by the states' dtype move as one tensor at a time, noise included."""
+    """Lists that are cut by size and by the states' dtype move as one tensor at a time, noise included.
+
+    50 and 30 elements are of one dtype: with batches of 8, in which 5 and 3 came together, nothing was cut.
+    """
 
     def run() -> list[Tensor]:
         xs = [
             random(n, seed=n, dtype=d)
-            for n, d in ((5, torch.float32), (9, torch.float64), (70, torch.bfloat16), (3, torch.float32))
+            for n, d in ((50, torch.float32), (9, torch.float64), (70, torch.bfloat16), (30, torch.float32))
         ]
         dtypes = (torch.bfloat16, torch.float64, torch.bfloat16, torch.bfloat16)
         ms = [torch.zeros(x.shape, dtype=d) for x, d in zip(xs, dtypes, strict=True)]
@@ -213,5 +216,5 @@ def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return [*xs, *ms]
 
     whole = run()
-    monkeypatch.setattr("s3_megatron.kernels.softsignum._AT_ONCE", 8)
+    monkeypatch.setattr("s3_megatron.kernels.softsignum._AT_ONCE", 60)
     assert all(map(torch.equal, whole, run()))

@@ -49,6 +49,21 @@ def test_softsignum_takes_a_factor_for_one_step() -> None:
 
 
 @pytest.mark.parametrize("make", [S3, softsignum])
+def test_a_weight_without_a_copy_moves_beside_one_that_has_it(make: Callable[..., EngineOptimizer]) -> None:
+    """A model in bfloat16 has float32 weights as well, norms or routers, which are their own copies."""
+    params = [nn.Parameter(torch.linspace(-1, 1, 9)) for _ in range(2)]
+    copy = torch.zeros(9, dtype=torch.bfloat16)
+    optimizer = make(params, lr=0.1, weight_decay=0.1)
+    for param in params:
+        param.grad = torch.randn(9, generator=torch.Generator().manual_seed(0))
+    optimizer.next_step = Step(models={params[0]: copy})
+    optimizer.step()
+    expected, _ = moved(None, make=make)
+    assert torch.equal(params[0], expected) and torch.equal(params[1], expected)
+    assert torch.equal(copy, expected.bfloat16())
+
+
+@pytest.mark.parametrize("make", [S3, softsignum])
 def test_a_copy_is_written_in_one_step(make: Callable[..., EngineOptimizer]) -> None:
     param = nn.Parameter(torch.linspace(-1, 1, 9))
     param.grad, copy = torch.ones(9), torch.zeros(9, dtype=torch.bfloat16)

@@ -85,18 +85,22 @@ def test_decay_and_p_that_change_keep_the_bound(caplog: pytest.LogCaptureFixture
     assert caplog.messages == [] and not torch.equal(param, before)
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.99, 0.9)], ids=str)
 @pytest.mark.parametrize("door", ["argument", "group", "checkpoint", "written"])
-def test_two_betas_are_logged_whichever_way_they_come(door: str, caplog: pytest.LogCaptureFixture) -> None:
-    optimizer, param = made(**({"betas": (0.9, 0.99)} if door == "argument" else {}))
+def test_two_betas_are_logged_whichever_way_they_come(
+    door: str, betas: tuple[float, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    optimizer, param = made(**({"betas": betas} if door == "argument" else {}))
     if door == "group":
-        optimizer.add_param_group({"params": [other := torch.nn.Parameter(torch.ones(3))], "betas": (0.9, 0.99)})
+        optimizer.add_param_group({"params": [other := torch.nn.Parameter(torch.ones(3))], "betas": betas})
         other.grad = torch.ones(3)
     elif door == "checkpoint":
-        optimizer.load_state_dict(made(betas=(0.9, 0.99))[0].state_dict())
+        optimizer.load_state_dict(made(betas=betas)[0].state_dict())
     elif door == "written":
-        optimizer.param_groups[0]["betas"] = [0.9, 0.99]
+        optimizer.param_groups[0]["betas"] = [*betas]
     largest_update(optimizer, param)
-    assert ["0.9 and 0.99" in line for line in caplog.messages if "S3 steps with two betas" in line] == [True]
+    (line,) = [line for line in caplog.messages if "S3 steps with two betas" in line]
+    assert f"{betas[0]} and {betas[1]}" in line
 
 
 def test_one_rank_logs_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

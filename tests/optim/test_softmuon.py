@@ -112,6 +112,31 @@ def test_singular_values_of_every_piece_count_for_the_temperature():
     assert optimizer.schedule.mu == pytest.approx(values.median().item(), rel=1e-6)
 
 
+def test_matrices_are_measured_where_they_are_largest_and_frozen_ones_too():
+    """A plan for the smallest of a stack's takes too few steps for the largest, and its update is no map of m."""
+    stack, frozen = torch.zeros(2, 4, 3).requires_grad_(), torch.zeros(6, 3).requires_grad_()
+    optimizer = SoftMuon([stack, frozen], sign_iters=1, transition_iters=4)
+    train(optimizer, [0])
+    frozen.requires_grad_(requires_grad=False).grad = None
+    stack.grad = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1))
+    stack.grad[0] *= 100
+    optimizer.step()
+    parts = [*optimizer.state[stack][EXP_AVG], optimizer.state[frozen][EXP_AVG]]
+    values = torch.cat([torch.linalg.svdvals(part) for part in parts])
+    group = optimizer.param_groups[0]
+    assert group["soft_norm"] == pytest.approx(max(part.norm().item() for part in parts), rel=1e-6)
+    assert group["soft_largest"] == pytest.approx(values.max().item(), rel=1e-6)
+    assert optimizer.schedule.mu == pytest.approx(values.median().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("asked", ["medium", "highest"])
+def test_float32_products_that_are_asked_for_are_taken_in_soft_steps_too(asked):
+    """At a tau so low that bfloat16 is close enough to the map, where nothing else is asked."""
+    optimizer = SoftMuon(matrices(), LR, sign_iters=0, transition_iters=2, fp32_matmul_prec=asked)
+    train(optimizer, [0])
+    assert optimizer.plan(optimizer.param_groups[0], 1e-3)[1] == asked
+
+
 def test_a_small_temperature_is_momentum_sgd():
     """lr * tau * m, to 1e-6 of its size: with tau*s = 1e-3 the map bends by half of its square."""
     x = matrices([(6, 4)])[0]

@@ -156,6 +156,18 @@ def test_weights_without_a_gradient_do_not_move_and_count_as_zeros() -> None:
     assert optimizer.schedule.sigma < m[:101].abs().median().item(), "half of the pool is 0"
 
 
+def test_a_weight_that_is_frozen_in_the_run_counts_by_its_m() -> None:
+    """An engine that gives it a zero gradient, and one that gives none, must come to one temperature."""
+    moving, frozen = random(101).requires_grad_(), random(90, seed=2).requires_grad_()
+    optimizer = SoftSignum([moving, frozen], lr=0.1, sign_iters=1, transition_iters=4)
+    moving.grad, frozen.grad = random(101, seed=5), random(90, seed=6)
+    optimizer.step()
+    frozen.requires_grad_(requires_grad=False).grad = None
+    optimizer.step()
+    pool = torch.cat([optimizer.state[weight][EXP_AVG] for weight in (moving, frozen)])
+    assert optimizer.schedule.mu == pool.median().item() != optimizer.state[moving][EXP_AVG].median().item()
+
+
 def test_steps_at_rate_0_do_not_count() -> None:
     """Incident class: torch's get_optimizer_state_dict steps a fresh optimizer with rate and gradients 0 to allocate
     its state, and one without parameters every time: ranks would count apart, and wait for each other for ever."""

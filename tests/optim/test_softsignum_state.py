@@ -186,6 +186,17 @@ def test_inside_the_soft_phase_the_schedule_is_kept_and_that_is_logged(caplog: p
     assert not caplog.text
 
 
+def test_a_run_that_is_soft_from_its_first_step_keeps_its_schedule(caplog: pytest.LogCaptureFixture) -> None:
+    """Its soft phase begins at step 0, which is a number like any other."""
+    params = parameters()
+    optimizer = build(params, soft_start=0.0)
+    train(params, optimizer, range(3))
+    loaded = build(parameters(), total_steps=100, soft_start=0.0, tmax=20.0)
+    loaded.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert "goes on as it began, 10 steps from step 0: transition_iters=100, tmax=20.0" in caplog.text
+    assert loaded.schedule == optimizer.schedule and loaded.param_groups[0]["tmax"] == optimizer.param_groups[0]["tmax"]
+
+
 @pytest.mark.parametrize("kind", [SoftSignum, SoftMuon])
 def test_a_temperature_that_cannot_fall_is_a_warning(kind: type, caplog: pytest.LogCaptureFixture) -> None:
     """Half of the weights never got a gradient, so median and deviation are 0: the soft phase was hard to its end, and
@@ -200,6 +211,25 @@ def test_a_temperature_that_cannot_fall_is_a_warning(kind: type, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         train(weights, kind(weights, lr=0.1, weight_decay=0.1, **RUN), range(7))
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
+def test_where_the_soft_phase_begins_is_one_line_at_the_engines_level(
+    level: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In Megatron nothing showed that the soft phase had begun, and later a tau that cannot fall was two warnings."""
+    weights = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
+    optimizer = SoftSignum(weights, lr=0.1, weight_decay=0.1, **RUN)
+    optimizer.level_of_begin = level
+    with caplog.at_level(logging.INFO, logger="s3_megatron.optim"):
+        train(weights, optimizer, range(7))
+    (record,) = [record for record in caplog.records if "is soft" in record.getMessage()]
+    schedule = optimizer.schedule
+    assert schedule is not None and record.levelno == level
+    assert record.getMessage().startswith(
+        f"SoftSignum is soft from step {schedule.first + 1} on, for {schedule.length} steps, down to a tau of "
+    )
+    assert record.getMessage().endswith(f"the median {schedule.mu:.4g} and the deviation {schedule.sigma:.4g}")
 
 
 def test_states_of_other_optimizers_are_refused_and_nothing_changes() -> None:

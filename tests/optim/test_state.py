@@ -132,6 +132,18 @@ def test_an_adam_state_is_refused_and_nothing_changes():
     assert everything(params, optimizer) == before
 
 
+def test_an_adam_state_that_came_past_load_state_dict_is_refused_at_the_step():
+    """A program that puts states into the optimizer itself would have v taken for r, in silence."""
+    params = parameters(torch.float32)
+    adam, optimizer = torch.optim.AdamW(params, weight_decay=0.1), build(params)
+    train(params, adam, range(3))
+    optimizer.state.update(adam.state)
+    before = bits(params)
+    with pytest.raises(S3Error, match=r"was not written by S3 \(it has step, exp_avg, exp_avg_sq\); an Adam state"):
+        optimizer.step()
+    assert bits(params) == before
+
+
 def test_one_unmarked_group_is_enough_to_refuse():
     params = parameters(torch.float32)
     optimizer = build(params)

@@ -236,3 +236,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     with pytest.raises(S3Error) as refused:
         loop.deepspeed_checkpoint.load(engine, None)
     assert found in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_only_checkpoints_of_the_runs_own_names_are_removed(loop: ModuleType, tmp_path: Path) -> None:
+    """A run that went on from a folder that a person had named removed it, with everything in it, at its next save."""
+    for name, is_kept in (("iter_0000004", True), ("iter_0000006", False), ("best", True), ("iter_best", True)):
+        (tmp_path / name).mkdir()
+        loop.deepspeed_checkpoint._prune(tmp_path, name, "iter_0000008", 4)
+        assert (tmp_path / name).exists() == is_kept, name

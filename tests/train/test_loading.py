@@ -131,6 +131,12 @@ def test_what_no_changed_flag_explains_keeps_its_traceback(tmp_path: Path, monke
     start(monkeypatch, seed=5)
     with pytest.raises(LoadError), watched(lambda: tmp_path, lambda: changes.that_bind(saved)):
         raise KeyError("output_layer.weight")
+    # A share of soft steps, or a beta, was named as why SoftMuon's state is missing.
+    hyperparameters = ("s3_beta", "softsignum_soft_start", "softmuon_soft_start", "softmuon_beta")
+    saved |= dict.fromkeys(hyperparameters, 0.5)
+    start(monkeypatch, **dict.fromkeys(hyperparameters, 0.6))
+    with pytest.raises(LoadError), watched(lambda: tmp_path, lambda: changes.that_bind(saved)):
+        raise KeyError("output_layer.weight")
     start(monkeypatch, num_layers=2)
     with pytest.raises(LoadError), watched(lambda: tmp_path, lambda: changes.that_bind(saved)):
         raise ConnectionResetError("a peer is gone")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from s3_megatron.watch import updates
-from s3_megatron.watch.statistics import FIELDS, LARGEST
+from s3_megatron.watch.statistics import ELEMENTS, FIELDS, LARGEST
 from s3_megatron.watch.updates import adam_statistics
 
 
@@ -38,7 +38,11 @@ def test_adams_update_exceeds_1_and_is_seen_to() -> None:
     assert adam_statistics(optimizer)[LARGEST] > 5.0
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax])
+# Apex's and DeepSpeed's, which need a GPU: their names are what is looked at, and their state is Adam's.
+LAMBS = [type(name, (torch.optim.Adam,), {}) for name in ("FusedLAMB", "FusedLamb")]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax, *LAMBS])
 def test_optimizers_of_another_kind_count_as_nothing(kind: type[torch.optim.Optimizer]) -> None:
     """Of NAdam and RAdam, which keep Adam's state, the size of Adam's update was given out as theirs; Adamax was a
     KeyError, and SGD moved by 0."""
@@ -66,6 +70,20 @@ def test_however_adam_keeps_its_step_and_however_large_a_weight_is(settings: dic
     torch.testing.assert_close(
         adam_statistics(optimizer)[:2], torch.stack([wanted.sum(), wanted.max()]), rtol=1e-6, atol=0.0
     )
+
+
+def test_a_state_without_a_step_has_moved_nothing() -> None:
+    """Megatron makes Adam's state before the first step, and so has a weight without a gradient: 0 of 0 is NaN."""
+    params = [nn.Parameter(torch.randn(3)) for _ in range(2)]
+    optimizer = torch.optim.AdamW(params)
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.step()
+    alone = adam_statistics(optimizer)[:2] / torch.tensor([2, 1])
+    state = optimizer.state[params[1]]
+    for name in ("step", "exp_avg", "exp_avg_sq"):
+        state[name].zero_()
+    assert torch.equal(adam_statistics(optimizer)[:2], alone) and adam_statistics(optimizer)[ELEMENTS] == 3
 
 
 def test_states_whose_groups_are_empty_are_counted() -> None:

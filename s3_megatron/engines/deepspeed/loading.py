@@ -44,7 +44,7 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         if universal and loaded[0] is not None:
             untrained.load(self, _folder(call.arguments, "latest_universal"))
         if isinstance(saved := (loaded[1] or {}).get("ds_config"), dict):
-            _log_changes(dict(_leaves(saved)), dict(_leaves(self.config)))
+            _log_changes(dict(leaves(saved)), dict(leaves(self.config)))
         return loaded
 
     return load_checkpoint
@@ -75,11 +75,11 @@ def _compared_with_the_state() -> list[str]:
     return [f"optimizer.params.{name}" for name in names]
 
 
-def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every value of ``config`` by its key with those around it; a file has 0 for 0.0, which are equal."""
     for key, value in config.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

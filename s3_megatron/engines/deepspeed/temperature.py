@@ -3,6 +3,7 @@
 Every host symbol named here was read in deepspeed 0.19.8.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from s3_megatron.engines.deepspeed.layout import flat_partitions, has_gradscaler, inside, is_sharded, is_stage3
 from s3_megatron.engines.deepspeed.softmuon import ZeroMatrices, lay_out
-from s3_megatron.engines.soft_phase import announce
 from s3_megatron.errors import S3Error
 from s3_megatron.optim.relaxed import RelaxedOptimizer
 
@@ -30,6 +30,7 @@ def take_over_all_ranks(engine: Any) -> None:
     if isinstance(optimizer, ZeroMatrices):
         optimizer.pieces = lay_out(optimizer, wrapper)
     optimizer.counts_steps_at_rate_0 = optimizer.is_stepped_in_parts = True
+    optimizer.level_of_begin = logging.WARNING
     if not optimizer.param_groups[0]["transition_iters"]:
         return  # all steps are hard
     with_experts = engine.has_moe_layers and (isinstance(optimizer, ZeroMatrices) or is_stage3(wrapper))
@@ -49,11 +50,11 @@ def end_step(engine: Any) -> None:
     """Count a step that ``engine`` has applied; ZeRO-3's groups hold their tensors meanwhile."""
     optimizer: RelaxedOptimizer = engine.basic_optimizer
     if not is_stage3(engine.optimizer):
-        announce(optimizer, optimizer.end_step)
+        optimizer.end_step()
         return
     engine.optimizer._set_fp32_optimizer_param_groups()
     try:
-        announce(optimizer, optimizer.end_step)
+        optimizer.end_step()
     finally:
         engine.optimizer._clear_fp32_optimizer_param_groups()
 

@@ -15,7 +15,7 @@ from s3_megatron.engines.megatron import layer_wise
 from s3_megatron.errors import S3Error
 from s3_megatron.machine import is_first_rank
 from s3_megatron.optim import registry
-from s3_megatron.optim.spec import FROM_ADAM, NAMES, OVERRIDE, Spec
+from s3_megatron.optim.spec import FROM_ADAM, NAMES, OVERRIDE, Spec, flag_of
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ def _name_ignored(args: argparse.Namespace, used: list[Spec]) -> None:
     }
     if used and not any(getattr(args, one.field("scalar_optimizer"), None) == "adam" for one in used):
         defaults = {field.name: field.default for field in dataclasses.fields(OptimizerConfig)}
-        fields |= {name: (f"--{name.replace('_', '-')}", defaults[name]) for name in _ADAMS}
+        fields |= {name: (flag_of(name), defaults[name]) for name in _ADAMS}
     given = [flag for field, (flag, default) in fields.items() if getattr(args, field, default) != default]
     if given and is_first_rank():
         logger.warning(
@@ -214,7 +214,7 @@ def refuse_unsupported(settings: argparse.Namespace | OptimizerConfig) -> None:
     """
     for name, fix in _UNSUPPORTED.items():
         if getattr(settings, name, None):
-            raise S3Error(f"--{name.replace('_', '-')} does not work with --optimizer {settings.optimizer}: {fix}")
+            raise S3Error(f"{flag_of(name)} does not work with --optimizer {settings.optimizer}: {fix}")
     spec = registry.find(settings.optimizer)
     if spec is None:
         return

@@ -1,7 +1,7 @@
 """What relaxed optimizers take their temperature over in Megatron: every rank of the model, each coordinate once."""
 
+import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -10,7 +10,6 @@ from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
-from s3_megatron.engines.soft_phase import announce
 from s3_megatron.optim.relaxed import RelaxedOptimizer
 
 
@@ -33,11 +32,12 @@ def take_over_all_ranks(optimizer: MegatronOptimizer, parts: list[MegatronOptimi
         each.process_group, each.counted = group, each.counted or _counted(part, chunk if has_copies else None)
         # The host calls for no step that is none, and a warm-up begins at rate 0.
         each.counts_steps_at_rate_0 = each.is_stepped_in_parts = True
+        each.level_of_begin = logging.WARNING
     step: Callable[[], bool] = optimizer.step_with_ready_grads
 
     def step_with_ready_grads() -> bool:
         success = step()
-        announce(inner[0], partial(inner[0].end_step, *inner[1:]))
+        inner[0].end_step(*inner[1:])
         return success
 
     optimizer.step_with_ready_grads = step_with_ready_grads

@@ -11,9 +11,9 @@ from s3_megatron.files import write_file
 from s3_megatron.run_folder import Attempt
 from s3_megatron.watch.file import newest_train
 
-# Exit codes: the agent's, but for BAD_NODES, with which the checks before training end.
 # The variable that names the file in which torchrun describes what failed.
 FAILURES = "S3_FAILURES"
+# Exit codes: the agent's, but for BAD_NODES, with which the checks before training end.
 CONFIGURATION, BAD_NODES, HANG, STOPPED = 2, 3, 75, 143
 Kind = Literal["finished", "saved", "configuration", "hang", "stopped", "failed"]
 

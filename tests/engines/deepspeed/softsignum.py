@@ -1,5 +1,6 @@
 """Runs on ranks, from worker.py: SoftSignum under DeepSpeed, in both phases."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ UNIVERSAL = {name: {"alone": False} if name == "stage1-bf16" else {} for name in
 def started(stage: int = 1, precision: str = "fp32", params: dict[str, Any] = PARAMS, **settings: Any) -> on.Run:
     run = on.Run(stage, precision, optimizer="SoftSignum", params=params, **settings)
     assert type(run.engine.basic_optimizer) is SoftSignum
+    assert run.engine.basic_optimizer.level_of_begin == logging.WARNING
     return run
 
 
