@@ -112,7 +112,7 @@ class _Probe:
 
 
 def examine() -> Examination:
-    """Look at everything once: half a minute of imports, one a core at a time. A broken package is a row."""
+    """Look at everything once: imports take long, so one a core at a time. A broken package is a row."""
     with ThreadPoolExecutor(machine.cores()) as pool:
         probes = dict(zip(PROBES, pool.map(_probe, PROBES.values()), strict=True))
     can_train = not probes["megatron"].error
