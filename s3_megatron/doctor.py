@@ -21,6 +21,8 @@ from s3_megatron.optim import registry
 
 # Seconds; a cold import of torch from a network disk takes a minute.
 PATIENCE = 180
+# A busy machine looks like a package that hangs.
+AGAIN = "run doctor again while nothing else runs here"
 
 # Each in its own process: a broken package may end or hang the one that imports it. `found` is printed.
 PROBES = {
@@ -106,11 +108,12 @@ class _Probe:
 
     found: dict[str, Any]
     error: str = ""
+    is_slow: bool = False
 
 
 def examine() -> Examination:
-    """Look at everything once: half a minute of imports, side by side. A broken package is a row."""
-    with ThreadPoolExecutor() as pool:
+    """Look at everything once: imports take long, so one a core at a time. A broken package is a row."""
+    with ThreadPoolExecutor(machine.cores()) as pool:
         probes = dict(zip(PROBES, pool.map(_probe, PROBES.values()), strict=True))
     can_train = not probes["megatron"].error
     rows = [*_machine(), *_core(probes), *_packages(probes), _compiler(), _verdict(probes)]
@@ -162,7 +165,7 @@ def _core(probes: dict[str, _Probe]) -> list[Finding]:
 
 def _kernels(probe: _Probe, gpu: bool) -> Finding:
     if probe.error:
-        return Finding(ERROR, "kernels", probe.error)
+        return Finding(ERROR, "kernels", probe.error, AGAIN if probe.is_slow else "")
     # Without a GPU its kernel is not missed.
     missed = {name: why for name, why in probe.found["obstacles"].items() if gpu or name != "Triton"}
     advice = "; ".join(f"not {name}: {why}" for name, why in missed.items())
@@ -173,12 +176,14 @@ def _megatron(engine: _Probe) -> Finding:
     # Not by its distribution: a checkout of Megatron-LM has none.
     if version := engine.found.get("version"):
         return Finding(OK, "megatron-core", version)
+    if engine.is_slow:
+        return Finding(ERROR, "megatron-core", "not known", AGAIN)
     return Finding(ERROR, "megatron-core", "not found", "pip install 's3-megatron[megatron]'")
 
 
 def _engine(engine: _Probe, gpu: bool, has_polar: bool) -> Finding:
     if engine.error:
-        return Finding(ERROR, "engine: Megatron", engine.error)
+        return Finding(ERROR, "engine: Megatron", engine.error, AGAIN if engine.is_slow else "")
     how = "" if gpu else ", with --rehearsal"
     names = " or ".join(spec.name for spec in registry.specs() if has_polar or not spec.beside)
     return Finding(OK, "engine: Megatron", f"works: --optimizer {names}{how}")
@@ -211,6 +216,9 @@ def _packages(probes: dict[str, _Probe]) -> list[Finding]:
 def _package(name: str, probe: _Probe, distribution: str, advice: str, needed: bool = False) -> Finding:
     state = ERROR if needed else WARNING
     version = _version(distribution)
+    if probe.is_slow:
+        found = f"{version or 'version unknown'}, not known to work: {probe.error}"
+        return Finding(state, name, found, f"{AGAIN}; if that changes nothing, install it again: {advice}")
     if version is None and probe.error:
         return Finding(state, name, "not installed", advice)
     if probe.error:
@@ -264,7 +272,7 @@ def _probe(code: str) -> _Probe:
             timeout=PATIENCE,
         )
     except subprocess.TimeoutExpired:
-        return _Probe({}, f"its import takes more than {PATIENCE} s")
+        return _Probe({}, f"its import takes more than {PATIENCE} s", is_slow=True)
     answers = [line.removeprefix(MARK) for line in run.stdout.splitlines() if line.startswith(MARK)]
     found = json.loads(answers[0]) if answers else {}
     if found.get("works"):

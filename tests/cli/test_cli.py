@@ -39,7 +39,7 @@ def test_the_command_starts_without_torch() -> None:
     ],
 )
 def test_compare_refuses_before_it_imports_torch(arguments: list[str], message: str, tmp_path: Path) -> None:
-    """A mistyped experiment was refused after torch's import, half a minute on a busy machine."""
+    """A mistyped experiment was refused after torch's import, which is slow on a busy machine."""
     (tmp_path / "notes.yaml").write_text("a text\n")
     code = "import sys; sys.modules['torch'] = None; from s3_megatron.cli import main; main()"
     command, path = [sys.executable, "-c", code, "compare", *arguments], {"PYTHONPATH": str(ROOT)}
