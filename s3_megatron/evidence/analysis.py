@@ -101,10 +101,10 @@ class Analysis:
         self.results: dict[str, Result] = {}  # each with its "final" validation loss, as it is ranked
         for result in results:
             if result["contender"] in experiment.contenders and result["setup"] in experiment.setups:
-                final = result["validation"]  # None where it is no number
-                ranked = worst if final is None else final
+                loss = result["validation"]
+                final = loss if loss is not None and math.isfinite(loss) else worst
                 # The text's hash is the file's, and left out of the key.
-                self.results[self._cell(result).key] = {**result, "final": ranked}
+                self.results[self._cell(result).key] = {**result, "final": final}
         self._refuse_unequal_starts()
         self.rows = list(self._rows())
         self.total = sum(self.plan.total().values())

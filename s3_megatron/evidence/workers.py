@@ -59,9 +59,10 @@ class Workers:
     """A pool of workers, to be used in a ``with`` block; each trains one stack at a time."""
 
     def __init__(self, count: int, corpus: tuple[str, int], device: str, deadline: float, kept: Path) -> None:
-        """Start ``count`` workers over the text of this name and vocabulary; until ``deadline`` (time.monotonic()).
+        """Start ``count`` workers over the text of this name and vocabulary.
 
-        What is not finished then is in the folder ``kept``, and gone on with from there.
+        Nothing trains after ``deadline`` (time.monotonic()). What is not finished then is in the folder ``kept``, and
+        gone on with from there.
         """
         context = multiprocessing.get_context("spawn")
         self._steps = context.RawArray(c_double, count)

@@ -182,7 +182,7 @@ def _written(place: Sequence[str]) -> str:
 
 
 def _is_member(place: Sequence[str]) -> bool:
-    return place[:1] == ["optimizer"] and place[1:2] != [] and place[1] in OPTIMIZERS
+    return len(place) > 1 and place[0] == "optimizer" and place[1] in OPTIMIZERS
 
 
 def _meant(model: type[BaseModel], place: list[str]) -> str:

@@ -77,7 +77,7 @@ def test_the_number_of_workers_changes_no_byte(corpus: Path, model: Path, tmp_pa
     assert seen[-1].documents == reports[1].documents
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     texts=st.lists(
         st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")).filter(str.strip),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from s3_megatron.data import caches, splits, writer
@@ -90,7 +90,6 @@ def test_parts_are_those_that_megatron_builds(dataset: Dataset) -> None:
         assert sorted(ours(request)) == sorted(leaves(build(request)))
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.floats(0, 1000).map(lambda x: round(x, 3)), min_size=1, max_size=3).filter(sum), st.integers(0, 9999)
 )

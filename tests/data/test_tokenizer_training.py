@@ -30,7 +30,7 @@ def test_special_tokens_are_where_megatron_looks(model: Path) -> None:
     assert not {0, 1, 2, 3} & set(processor.encode("<unk> <s> </s> <pad> \x00 \ufffd <0x0A>"))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(text=ANY_TEXT | CODE)
 def test_any_text_comes_back(model: Path, text: str) -> None:
     tokenizer = load_tokenizer("sentencepiece", model)

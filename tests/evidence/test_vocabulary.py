@@ -106,7 +106,8 @@ class TestExperiment:
         with pytest.raises(S3Error, match=r"the setups' vocabulary \[256, 1024\]: must be one, since the text is"):
             self.load(tmp_path, 256, 1024)
 
-    def test_a_loss_that_is_no_number_counts_as_that_vocabularys(self, tmp_path):
+    @pytest.mark.parametrize("loss", [None, math.nan, math.inf])
+    def test_a_loss_that_is_no_number_counts_as_that_vocabularys(self, loss, tmp_path):
         asked = self.load(tmp_path, 1024)
         result = {
             "contender": "s3",
@@ -117,7 +118,7 @@ class TestExperiment:
             "key": "x",
             "weights": "w",
             "order": "o",
-            "validation": None,
+            "validation": loss,
             "spikes": [],
             "diverged": 3,
         }

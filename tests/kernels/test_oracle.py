@@ -52,7 +52,7 @@ def _gradient(like: Tensor, scale: float, generator: torch.Generator, *, broken:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(
     problem=problems(),
     # Below 1e-3 a beta is 0 in all but name.

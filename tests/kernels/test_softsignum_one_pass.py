@@ -63,7 +63,7 @@ numbers = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(
     gradients=st.lists(numbers, min_size=1, max_size=70),
     averages=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=5),

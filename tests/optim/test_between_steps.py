@@ -181,7 +181,7 @@ def values(optimizer: S3) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("way", ["read by C++", "known to torch's guards"])
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(changes=st.lists(st.tuples(st.sampled_from(sorted(CHANGES)), st.integers(0, 4)), min_size=1, max_size=6))
 def test_a_step_is_that_of_an_optimizer_made_this_moment(way: str, changes: list[tuple[str, int]]) -> None:
     """No list, address or look of an earlier step may be used where something has changed since."""
