@@ -34,7 +34,7 @@ def launch(worker: str, names: Sequence[str], nproc: int, folder: Path) -> dict[
     if not names:
         return {}
     output = folder / f"results-{nproc}.json"
-    done = ranks(["-m", worker, str(output), str(folder), *names], nproc, timeout=500)
+    done = ranks(["-m", worker, str(output), str(folder), *names], nproc, timeout=280)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads(output.read_text())
 

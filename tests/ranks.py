@@ -30,6 +30,7 @@ _PRELOADED = "tests.preloaded"
 _FORKS = multiprocessing.get_context("forkserver")
 # A child imports its parent's main module, pytest's; and it finds what it is to do here.
 _FORKS.set_forkserver_preload([_PRELOADED, "pytest", __name__])
+_LOOK = 1.0  # seconds between looks at what is printed
 _PATIENCE = 10.0  # seconds that the others have to end by SIGTERM when one has failed
 
 
@@ -42,8 +43,8 @@ def ranks(
     that one's. The output has every rank's part below a line that names it, a failed one's last.
 
     Raises:
-        subprocess.TimeoutExpired: after ``timeout`` seconds; every rank is killed. What was printed is in it, and
-            where every rank was.
+        subprocess.TimeoutExpired: after ``timeout`` seconds in which no rank has printed anything; every rank is
+            killed. What was printed is in it, and where every rank was.
     """
     if "PYTHONPATH" in (env or {}):
         raise ValueError("a forked rank has imported its hosts already: torchrun() takes another PYTHONPATH")
@@ -62,7 +63,7 @@ def ranks(
             for rank in range(nproc):
                 own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 started.append(_start(list(args), own, Path(name, str(rank))))
-            failed = _wait(started, monotonic() + timeout)
+            failed = _wait(started, Path(name), timeout)
             if failed is None and any(process.is_alive() for process in started):
                 raise subprocess.TimeoutExpired(list(args), timeout)
         except BaseException as stop:
@@ -85,11 +86,14 @@ def _start(args: list[str], environment: dict[str, str], output: Path) -> ForkSe
     return process
 
 
-def _wait(started: Sequence[ForkServerProcess], end: float) -> int | None:
-    """Wait until every rank has ended, or it is too late; where one fails, end the others and return its number."""
+def _wait(started: Sequence[ForkServerProcess], folder: Path, timeout: float) -> int | None:
+    """Wait until every rank has ended, or none prints any more; where one fails, end the others and return its number.
+
+    A limit for all that a launch does would be one for the machine's speed: 78 checks took 500 s on a slow one.
+    """
+    size, end = 0, monotonic() + timeout
     while running := [process.sentinel for process in started if process.is_alive()]:
-        if not connection.wait(running, max(end - monotonic(), 0)):
-            return None
+        connection.wait(running, min(_LOOK, timeout))
         for number, process in enumerate(started):
             if process.exitcode:
                 for other in started:
@@ -99,6 +103,11 @@ def _wait(started: Sequence[ForkServerProcess], end: float) -> int | None:
                     other.join(max(late - monotonic(), 0))
                 _kill(started)
                 return number
+        printed = sum(path.stat().st_size for path in folder.iterdir())
+        if printed > size:
+            size, end = printed, monotonic() + timeout
+        elif monotonic() > end:
+            return None
     return None
 
 

@@ -63,6 +63,12 @@ def test_a_timeout_says_where_every_rank_was(tmp_path: Path) -> None:
     assert "stuck (script.py:4)" in found["1"] and "stuck" not in found["0"]
 
 
+def test_a_launch_may_take_as_long_as_its_ranks_print(tmp_path: Path) -> None:
+    """The limit was for the whole launch, and 78 checks of Megatron's engine on 4 ranks took longer on a slow CPU."""
+    text = "import time\nfor number in range(9):\n    print(number, flush=True)\n    time.sleep(1)"
+    assert ranks([script(tmp_path, text)], nproc=1, timeout=6).stdout.endswith("8\n")
+
+
 @pytest.mark.parametrize("start", [ranks, torchrun])
 def test_whatever_stops_the_test_says_it_too_and_leaves_no_rank(
     tmp_path: Path, start: Start, listens_to_ctrl_c: None

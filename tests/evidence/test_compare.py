@@ -38,7 +38,6 @@ def losses(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # three starts, and then as many runs as are left: 10 minutes at a load of 20 to 90
 def test_a_killed_comparison_goes_on_as_if_it_had_not_been(quick_file, tmp_path, monkeypatch):
     """SIGTERM to all its processes, as a cluster sends it; SIGKILL of a worker, as for its memory, whose neighbour
     keeps what it trains; SIGKILL, and half a line, as a dying machine leaves it.

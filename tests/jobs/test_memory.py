@@ -16,8 +16,6 @@ from tests.launcher import ROOT
 from tests.ranks import ranks
 
 # One launch for nine short runs, before the first test that reads them.
-pytestmark = pytest.mark.timeout(600)
-
 RECIPES = ("gpt2_tiny", "gpt2_345m", "gpt2_7b")
 
 
@@ -180,7 +178,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = [word for flag in flags for word in flag]
         started.append((job.recipe.engine, str(run), words))
     (folder / "jobs.json").write_text(json.dumps(started))
-    done = ranks([str(ROOT / "tests/jobs/measure.py"), str(folder / "jobs.json")], nproc=2, timeout=560)
+    done = ranks([str(ROOT / "tests/jobs/measure.py"), str(folder / "jobs.json")], nproc=2, timeout=280)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return folder
 

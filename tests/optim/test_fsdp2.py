@@ -9,7 +9,7 @@ import pytest
 
 from tests import rank_checks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.distributed
 
 WORKERS = [Path(__file__).with_name(name) for name in ("fsdp2.py", "softsignum_ranks.py", "softmuon_ranks.py")]
 CHECKS = rank_checks.in_files(WORKERS)

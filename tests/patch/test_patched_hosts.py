@@ -42,7 +42,6 @@ def path_with(root: Path) -> str:
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(900)
 def test_training_is_that_of_the_plugin(host: str, patched: Path, tmp_path: Path) -> None:
     train = train_megatron if host == "megatron-lm" else train_deepspeed
     # The first on PYTHONPATH wins over what is installed.

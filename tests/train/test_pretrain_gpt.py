@@ -9,7 +9,7 @@ from s3_megatron.rehearsal.products import VARIABLE
 from tests.launcher import losses, torchrun
 from tests.train.tiny import FLAGS, MOCK
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.distributed
 
 ENTRY = ["-m", "s3_megatron.train.pretrain_gpt", "--rehearsal"]
 

@@ -7,7 +7,7 @@ import pytest
 from tests import rank_checks
 from tests.engines.deepspeed.window import OLD
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.distributed
 
 NAMES = (
     "worker.py",

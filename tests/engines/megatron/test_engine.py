@@ -30,7 +30,6 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_ranks(results: dict[str, str], check: str) -> None:
     rank_checks.passed(results[check])

@@ -9,7 +9,7 @@ from s3_megatron.watch.file import read_metrics
 from tests.engines.megatron.gpt import HAS_ENTRY, flags
 from tests.trainings import Job, train_all
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]  # three launches, all before the first test
+pytestmark = pytest.mark.distributed
 
 SAVED_AT, LAST = 4, 8
 
@@ -142,20 +142,38 @@ def adams(folder: Path) -> list[Job]:
     return [("megatron", [*command(extra=extra), "--watch-dir", str(folder / name)]) for name, extra in sharded.items()]
 
 
+def train(folder: Path, first: list[Job], later: list[tuple[int, Job]]) -> Path:
+    """Train ``first`` on 2 ranks, then each job of ``later`` on as many as stand before it: a launch for each number.
+
+    Returns FOLDER, where every run has left its metrics.
+    """
+    runs = [*((2, job) for job in first), *later]
+    for ranks in (2, 1, 4):
+        if jobs := [job for number, job in runs if number == ranks]:
+            train_all(jobs, ranks, folder)
+    return folder
+
+
+# A fixture for each kind of runs: a test trains its own kind alone.
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where every run has left its metrics, after one launch for each number of ranks."""
     folder = tmp_path_factory.mktemp("layouts")
-    for ranks in (2, 1, 4):
-        first = [base(precision, folder) for precision in TOLERANCE] if ranks == 2 else []
-        first += [*in_parts(folder), *adams(folder)] if ranks == 2 else []
-        if ranks == 2 and HAS_ENTRY:
-            first += [run(folder, name) for name in ("softsignum", "softmuon") for run in (soft, experts)]
-        jobs = [*first, *(resumed(*case, folder) for case in CASES if LAYOUTS[case[1]][0] == ranks)]
-        jobs += [soft(folder, *case) for case in SOFT if SOFT_LAYOUTS[case[1]][0] == ranks]
-        jobs += [experts(folder, *case) for case in MOVED if EXPERTS[case[1]][0] == ranks]
-        train_all(jobs, ranks, folder)
-    return folder
+    first = [*(base(precision, folder) for precision in TOLERANCE), *in_parts(folder), *adams(folder)]
+    return train(folder, first, [(LAYOUTS[case[1]][0], resumed(*case, folder)) for case in CASES])
+
+
+@pytest.fixture(scope="module")
+def softened(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("softened")
+    first = [soft(folder, optimizer) for optimizer in ("softsignum", "softmuon")]
+    return train(folder, first, [(SOFT_LAYOUTS[case[1]][0], soft(folder, *case)) for case in SOFT])
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("moved")
+    first = [experts(folder, optimizer) for optimizer in ("softsignum", "softmuon")]
+    return train(folder, first, [(EXPERTS[case[1]][0], experts(folder, *case)) for case in MOVED])
 
 
 def losses(folder: Path, name: str) -> dict[int, float]:
@@ -189,11 +207,11 @@ def test_every_layout_goes_on_with_the_same_losses(folder: Path, precision: str 
 
 
 @pytest.mark.parametrize(("optimizer", "layout", "start"), SOFT)
-def test_a_soft_run_goes_on_in_every_layout(folder: Path, optimizer: str, layout: str, start: int) -> None:
+def test_a_soft_run_goes_on_in_every_layout(softened: Path, optimizer: str, layout: str, start: int) -> None:
     """SoftSignum's hard steps move every weight by the whole rate, soft ones by less. Another temperature would show in
     the sizes, which are compared where no weight is on several ranks: the watch counts it as often. SoftMuon's bucket
     by bucket gathering ended in a RuntimeError of gloo's, with --overlap-param-gather."""
-    whole, seen = (read_metrics(folder / f"{optimizer}-{name}").train for name in ("dp2-0", f"{layout}-{start}"))
+    whole, seen = (read_metrics(softened / f"{optimizer}-{name}").train for name in ("dp2-0", f"{layout}-{start}"))
     assert (sorted(whole), sorted(seen)) == ([*range(1, LAST + 1)], [*range(start + 1, LAST + 1)])
     assert optimizer == "softmuon" or all(whole[i].updates.max == 1 for i in range(1, 5))
     assert whole[LAST].updates.mean < whole[4].updates.mean
@@ -205,21 +223,19 @@ def test_a_soft_run_goes_on_in_every_layout(folder: Path, optimizer: str, layout
 
 
 @pytest.mark.skipif(not HAS_ENTRY, reason="the distributed optimizer takes one state tensor with megatron-core 0.19")
-def test_softsignum_has_one_state_tensor_in_shards(folder: Path) -> None:
+def test_softsignum_has_one_state_tensor_in_shards(softened: Path) -> None:
     """4 bytes of each of a rank's elements, of which two ranks have half each, but for what does not divide evenly."""
-    event = read_metrics(folder / "softsignum-dp2-0").optimizer
+    event = read_metrics(softened / "softsignum-dp2-0").optimizer
     assert event is not None and sum(event.shard_elements) == event.parameters
     assert event.state_bytes_per_param_rank == 4 * max(event.shard_elements) / event.parameters < 2.1
 
 
 @pytest.mark.parametrize(("optimizer", "layout", "start"), MOVED)
-def test_experts_go_on_under_another_expert_parallelism(folder: Path, optimizer: str, layout: str, start: int) -> None:
+def test_experts_go_on_under_another_expert_parallelism(moved: Path, optimizer: str, layout: str, start: int) -> None:
     """From 4 on m is measured there: a weight that counted once a rank would make another temperature, and other
     update sizes, compared where no weight is on several stages. SoftMuon's are in bf16, with S3's beside them: seen to
     differ by 1.4e-4, and losses by 3.8e-6."""
-    whole, seen = (
-        read_metrics(folder / f"{optimizer}-experts-{name}").train for name in ("ep2-0", f"{layout}-{start}")
-    )
+    whole, seen = (read_metrics(moved / f"{optimizer}-experts-{name}").train for name in ("ep2-0", f"{layout}-{start}"))
     assert (sorted(whole), sorted(seen)) == ([*range(1, LAST + 1)], [*range(start + 1, LAST + 1)])
     assert optimizer == "softmuon" or whole[LAST].updates.mean < whole[4].updates.mean
     gap = max(abs(event.losses["lm_loss"] / whole[i].losses["lm_loss"] - 1) for i, event in seen.items())

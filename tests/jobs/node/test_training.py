@@ -16,7 +16,7 @@ from tests.agent import end, start, wait_for
 from tests.train.tiny import FLAGS, MOCK
 
 # Three launches; beside other work they have taken 200 s.
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.distributed
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
