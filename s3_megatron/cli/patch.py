@@ -74,11 +74,9 @@ def status(path: Where, host: Host = None) -> None:
     """Show the host, its version, and whether it is patched or changed, and where."""
     from s3_megatron.patch import work
     from s3_megatron.patch.place import find
-    from s3_megatron.patch.release import versions
 
     place = find(path, host)
-    known = place.version in versions(place.host)
-    release = work.release_of(place) if known else None
+    release = work.patch_for(place)
     line(f"{place.root}: {_name(place)}, {work.state(place, release) if release else 'unknown version'}")
     for text in work.differing(place, release) if release else ():
         line(f"  {text}")
@@ -128,9 +126,14 @@ def _warn(place: "Place", release: "Release") -> bool:
     from s3_megatron.patch import symbols as host_symbols
     from s3_megatron.patch import work
 
+    if place.version != release.version:
+        _print(f"{_name(place)} was never run with S3, and the patch is {release.version}'s: compare a short run")
     for finding in host_symbols.compare(place, release):
         if finding.state != OK:
-            _print(f"{finding.name}: {finding.found} since {_name(place)}; S3 goes through it: compare a short run")
+            _print(
+                f"{finding.name}: {finding.found} since {place.host} {release.version}; S3 goes through it: compare a "
+                "short run"
+            )
     python = work.python_without_us(place.root)
     if python is not None:
         _print(f"{python} does not find s3_megatron, which the patched {place.host} imports: install it there")

@@ -78,9 +78,15 @@ def versions(host: str) -> list[str]:
 
 
 def nearest(host: str, version: str) -> str:
-    """Give the newest version with a patch that is not newer than ``version``, or the oldest."""
+    """Give the version with a patch that is of ``version``'s minor version, or the newest older one, or the oldest."""
     known = versions(host)
-    return next((each for each in reversed(known) if _numbers(each) <= _numbers(version)), known[0])
+    older = [each for each in known if _numbers(each) <= _numbers(version)]
+    return [*known[:1], *older, *(each for each in known if same_minor(each, version))][-1]
+
+
+def same_minor(one: str, other: str) -> bool:
+    """Whether two versions differ in their last number at most, as 0.19.1 and 0.19.2 do."""
+    return _numbers(one)[:2] == _numbers(other)[:2]
 
 
 def load(host: str, version: str) -> Release:

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from s3_megatron.files import publish
 from s3_megatron.patch import edit
 from s3_megatron.patch.edit import State
 from s3_megatron.patch.place import Place
-from s3_megatron.patch.release import Release, TouchedFile, file_hash, load, versions
+from s3_megatron.patch.release import Release, TouchedFile, file_hash, load, nearest, same_minor, versions
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,29 @@ class Change:
     new: bytes
 
 
+def patch_for(place: Place) -> Release | None:
+    """Give the patch for what is in ``place``: its own, or for a release without one that of its minor version.
+
+    Development versions have none: what they have is no release's.
+    """
+    near = nearest(place.host, place.version)
+    released = re.fullmatch(r"[\d.]+", place.version) and same_minor(near, place.version)
+    return load(place.host, near) if place.version == near or released else None
+
+
 def release_of(place: Place) -> Release:
-    """Give the patch for what is in ``place``.
+    """Give ``patch_for(place)``.
 
     Raises:
         S3Error: there is none for this version.
     """
-    known = versions(place.host)
-    if place.version not in known:
+    release = patch_for(place)
+    if release is None:
         raise S3Error(
-            f"{place.root} is {place.host} {place.version}, which there is no patch for; there are {', '.join(known)}: "
-            "docs/new-host-version.md explains how to add one"
+            f"{place.root} is {place.host} {place.version}, which there is no patch for; there are "
+            f"{', '.join(versions(place.host))}: docs/new-host-version.md explains how to add one"
         )
-    return load(place.host, place.version)
+    return release
 
 
 def state(place: Place, release: Release) -> State:

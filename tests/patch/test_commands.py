@@ -1,5 +1,6 @@
 """`s3-megatron patch` as a person types it."""
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,30 @@ def test_versions_that_have_no_patch(host: str, root: Path, terminal: Terminal) 
     source.write_text("raise SystemExit('never run')\n")
     code, _, error = terminal("status", root)
     assert code == 2 and f"does not say which version of {host} this is" in error
+
+
+def become(host: str, root: Path, version: str) -> None:
+    """Another version of the host, by what it says of itself."""
+    if host == "deepspeed":
+        (root / "deepspeed/git_version_info_installed.py").write_text(f"version='{version}'\n")
+    else:
+        numbers = zip(("MAJOR", "MINOR", "PATCH"), version.split("."), strict=True)
+        (root / "megatron/core/package_info.py").write_text("\n".join(f"{name} = {number}" for name, number in numbers))
+
+
+@each_host
+def test_a_release_without_a_patch_has_that_of_its_minor_version(host: str, root: Path, terminal: Terminal) -> None:
+    """Megatron-LM's tag core_v0.19.0 holds 0.19.1: it was refused, with nothing in it that differs from 0.19.2."""
+    near = importlib.metadata.version(DISTRIBUTIONS[host])
+    before = (root / TOUCHED[host]).read_bytes()
+    become(host, root, f"{near.rpartition('.')[0]}.77")
+    code, shown, error = terminal("apply", root)
+    assert code == 0 and shown.endswith(".77 is patched\n")
+    assert f".77 was never run with S3, and the patch is {near}'s" in error
+    assert terminal("status", root)[1].endswith(".77, patched\n")
+    assert terminal("revert", root)[0] == 0 and (root / TOUCHED[host]).read_bytes() == before
+    become(host, root, "0.99.0")
+    assert terminal("apply", root)[0] == 2, "another minor version has another training loop"
 
 
 def test_a_deepspeed_checkout_says_its_version_itself(tmp_path: Path, terminal: Terminal) -> None:
