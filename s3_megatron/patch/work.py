@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import os
 import re
+import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -166,7 +167,7 @@ def _contents(place: Place, release: Release) -> Iterator[tuple[TouchedFile, byt
 
 def _replace(path: Path, data: bytes) -> None:
     """Write ``path`` anew, with its mode and owner; other hard links, as uv's cache has, and link targets stay."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = Path(f"{path}.{secrets.token_hex(4)}.partial")  # one of its own: several ranks' scripts may patch at once
     try:
         try:
             partial.write_bytes(data)

@@ -223,9 +223,10 @@ def test_a_touched_file_that_is_missing(host: str, root: Path, touched: Path) ->
 
 
 @each_host
-def test_a_file_that_cannot_be_written(host: str, root: Path, touched: Path) -> None:
+def test_a_file_that_cannot_be_written(host: str, root: Path, touched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root may write everywhere, so a folder stands where the new content would be written first."""
-    (touched.parent / f"{touched.name}.partial").mkdir()
+    monkeypatch.setattr(work.secrets, "token_hex", lambda _: "0")
+    (touched.parent / f"{touched.name}.0.partial").mkdir()
     before = snapshot(root)
     with pytest.raises(S3Error, match=r"cannot be written, nothing was changed: Is a directory"):
         apply(host, root)
@@ -263,10 +264,13 @@ def test_several_files_and_hunks(several: tuple[Place, Release]) -> None:
     }
 
 
-def test_a_failure_in_the_middle_changes_nothing(several: tuple[Place, Release]) -> None:
+def test_a_failure_in_the_middle_changes_nothing(
+    several: tuple[Place, Release], monkeypatch: pytest.MonkeyPatch
+) -> None:
     place, release = several
+    monkeypatch.setattr(work.secrets, "token_hex", lambda _: "0")
     before = {path: data for path, (data, _) in snapshot(place.root).items()}
-    (place.root / "p/two.py.partial").mkdir()
+    (place.root / "p/two.py.0.partial").mkdir()
     changes = work.patching(place, release, three_way=False)
     assert [change.path.name for change in changes] == ["one.py", "two.py"]
     with pytest.raises(S3Error, match=r"two\.py cannot be written, nothing was changed"):
@@ -278,6 +282,26 @@ def test_a_failure_in_the_middle_changes_nothing(several: tuple[Place, Release])
     with pytest.raises(S3Error, match=r"p/two\.py differs"):
         work.patching(place, release, three_way=False)
     assert snapshot(place.root)[place.root / "p/one.py"] == times[place.root / "p/one.py"]
+
+
+def test_two_that_patch_at_once_leave_a_whole_file(
+    several: tuple[Place, Release], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank's script patches the shared checkout. They wrote one partial file: the second began it anew while the
+    first gave it its name, so that a third imported half of a file, or the first ended in a FileNotFoundError."""
+    place, release = several
+    changes = work.patching(place, release, three_way=False)
+    publish, waiting = work.publish, [changes[0]]
+
+    def meanwhile(partial: Path, path: Path) -> None:
+        if waiting:
+            work.write([waiting.pop()])
+        publish(partial, path)
+
+    monkeypatch.setattr(work, "publish", meanwhile)
+    work.write(changes)
+    assert work.state(place, release) is State.PATCHED
+    assert not list(place.root.rglob("*.partial"))
 
 
 LINES = st.sampled_from([b"# theirs\n", b"\n", b"x = 1\r\n", b"    # indented\r\n", b"'''text'''\n"])
