@@ -71,8 +71,11 @@ def watched(checkpoint: Callable[[], Path], changed: Callable[[], list[str]] = l
             advice = "; name an older one with --ckpt-step"
             if of_this_job() is not None:
                 mark = folder / LOAD_FAILED
-                write_file(mark, f"{reason}\n".encode())
                 advice = f"; the next start tries the one before it, or this one again if {mark} is removed"
+                try:
+                    write_file(mark, f"{reason}\n".encode())
+                except S3Error as unwritten:
+                    advice = f"; the next start tries it again, for {unwritten}: move {folder.name} away"
         raise LoadError(f"{folder} cannot be loaded: {reason}{advice}") from error
 
 

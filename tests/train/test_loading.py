@@ -40,6 +40,19 @@ def test_damage_is_marked_in_a_job_and_answered_with_advice_elsewhere(
     assert (tmp_path / LOAD_FAILED).read_text().startswith(f"{type(error).__name__}: ")
 
 
+def test_damage_on_a_full_disk_is_named_although_it_cannot_be_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only line was that load_failed could not be written, and its exit code 2 ended the job for good."""
+    monkeypatch.setenv("S3_RUN_DIR", str(tmp_path))
+    (tmp_path / LOAD_FAILED).mkdir()  # root may write everywhere, so a folder stands in the way
+    with pytest.raises(LoadError) as refused, watched(lambda: tmp_path):
+        raise EOFError("ran out")
+    said = str(refused.value)
+    assert "EOFError: ran out; the next start tries it again, for " in said
+    assert "load_failed cannot be written: Is a directory: move" in said and "\n" not in said
+
+
 def test_a_state_of_another_optimizer_is_named_with_what_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
