@@ -7,6 +7,7 @@ STAMP := $(VENV)/.complete
 # What packages are built with: megatron-core and deepspeed where they have no wheel, as on macOS.
 BUILD = setuptools packaging pybind11
 INSTALL = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
+WORKERS = --numprocesses 2 --dist loadfile
 # Templates are checked as what they render to, in tests/golden.
 SCRIPTS = $(shell git ls-files --cached --others --exclude-standard | grep -v '\.j2$$' | xargs grep -lE '^\#!.*\b(ba)?sh\b' 2>/dev/null)
 
@@ -24,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	@if [ -f $(STAMP) ]; then rm $(STAMP); else \
 	    python=$$(launch/find-python.sh) && echo "building $(VENV) with $$python" && \
 	    rm -rf $(VENV) && "$$python" -m venv $(VENV); fi
-	@echo "installing torch, megatron-core and deepspeed: takes 2-4 minutes the first time"
+	@echo "installing torch, megatron-core and deepspeed: takes 2-6 minutes the first time"
 	@$(INSTALL) $(BUILD)
 	@$(INSTALL) --no-build-isolation --editable '.[megatron,deepspeed,data,jobs,demo,evidence,softmuon,dev]'
 	@touch $(STAMP)
@@ -40,7 +41,7 @@ $(error make demo has no variable $(UNKNOWN): there are ENGINE (megatron or deep
 endif
 endif
 
-demo: $(STAMP) ## train GPT-2 with S3, kill it, resume it, compare with AdamW: 5 minutes on 2 cores (ENGINE=deepspeed, OPTIMIZER=softsignum)
+demo: $(STAMP) ## train GPT-2 with S3, kill it, resume it, compare with AdamW: 3 to 8 minutes on 2 cores (ENGINE=deepspeed, OPTIMIZER=softsignum)
 	@exec $(BIN)/python -m s3_megatron.demo $${ENGINE:+--engine "$$ENGINE"} $${OPTIMIZER:+--optimizer "$$OPTIMIZER"}
 
 # On a machine without a network, whose Python has torch: no .venv, and what else is wanted lies in .whl.
@@ -61,13 +62,13 @@ gpu-evidence: ## run docs/evidence.md's experiments on this machine's GPU: 8 min
 evidence-quick: $(STAMP) ## compare three optimizers on a toy, from plan to record: shows that it runs, under a minute
 	@exec $(BIN)/python -m s3_megatron.evidence.quick
 
-# One thread a process: the distributed tests start as many processes as there are cores, and more.
-test: $(STAMP) ## run the whole test suite: 13 to 15 minutes on 2 cores
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One thread a process: the distributed tests start as many processes as there are cores, and more. Two workers, for
+# half of the time a test has one process; they take 6 GiB. A file's tests stay together, for they share launches.
+test: $(STAMP) ## run the whole test suite: 10 to 35 minutes on 2 cores
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
-# A worker is a core, and takes 1.5 GiB: a file's tests stay together, since they share what they import and prepare.
 test-fast: $(STAMP) ## run what starts no ranks, every numerical test among it: 3 minutes on 2 cores
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not distributed and not slow and not slurm and not dist and not machines and not peers'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m 'not distributed and not slow and not slurm and not dist and not machines and not peers'
 
 # Installs Debian's SLURM where it is missing, and starts a cluster of it for itself: as root, on Linux.
 test-slurm: $(STAMP) ## run jobs on a real SLURM of four nodes on this machine: 13 minutes

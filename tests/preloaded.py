@@ -74,7 +74,6 @@ with warnings.catch_warnings():
     import megatron.training.training
 
     late("megatron")
-    from megatron.core.datasets import gpt_dataset
     from megatron.training import argument_utils, arguments
 
     if hasattr(argument_utils, "ArgumentGroupFactory"):  # not in 0.17
@@ -83,8 +82,6 @@ with warnings.catch_warnings():
         texts = functools.cache(functools.partial(factory._get_field_docstrings, factory.__new__(factory)))
         factory._get_field_docstrings = lambda self, config: texts(config)
         arguments.add_megatron_arguments(argparse.ArgumentParser())
-    # --mock-data has 100,000 documents, whose index every run shuffles: a third of a short run's time.
-    gpt_dataset.MockGPTLowLevelDataset.size = 200
     rehearsal.deactivate()
     import deepspeed.checkpoint.ds_to_universal
     import deepspeed.moe.layer
