@@ -64,7 +64,7 @@ evidence-quick: $(STAMP) ## compare three optimizers on a toy, from plan to reco
 
 # One thread a process: the distributed tests start as many processes as there are cores, and more. Two workers, for
 # half of the time a test has one process; they take 6 GiB. A file's tests stay together, for they share launches.
-test: $(STAMP) ## run the whole test suite: 10 to 35 minutes on 2 cores
+test: $(STAMP) ## run the whole test suite: 13 to 35 minutes on 2 cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
 test-fast: $(STAMP) ## run what starts no ranks, every numerical test among it: 3 minutes on 2 cores
