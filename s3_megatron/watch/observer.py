@@ -210,7 +210,11 @@ class Observer:
 
 
 def _read(losses: Losses) -> dict[str, float]:
-    read = {name.replace(" ", "_"): float(value) for name, value in losses.items()}
+    # Detached: torch warns of a loss with its graph, which is what a loop of one's own has.
+    read = {
+        name.replace(" ", "_"): float(value.detach() if isinstance(value, Tensor) else value)
+        for name, value in losses.items()
+    }
     if taken := events.RESERVED & read.keys():
         raise S3Error(f"a loss has the name {', '.join(sorted(taken))}, which a line of metrics has for something else")
     return read

@@ -2,6 +2,7 @@
 tests/engines/megatron/watching.py."""
 
 import gc
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,23 @@ def test_plain_pytorch_needs_three_lines(tmp_path: Path) -> None:
         assert event.updates.saturated == (sizes > 0.9).double().mean()
     assert found.train[1].seconds is None and found.train[2].seconds is not None
     assert found.validation[3].losses == {"loss": 1.5}
+
+
+def test_a_loss_with_its_graph_is_read_without_a_warning(tmp_path: Path) -> None:
+    """The loop of docs/pytorch.md had torch's advice to detach it on the terminal."""
+    model = net(0)
+    optimizer = S3(model.parameters(), lr=1.0)
+    observer = Observer(tmp_path / "watch", optimizer)
+    step(model, optimizer, 1)
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # this one comes once a process, which another test may have had
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            observer.train(1, {"loss": 2.5 + 0 * model.weight.sum()})
+    finally:
+        torch.set_warn_always(always)
+    assert read_metrics(tmp_path / "watch").train[1].losses == {"loss": 2.5}
 
 
 def test_agreement_is_of_weights_that_move_against_their_gradient(tmp_path: Path) -> None:
