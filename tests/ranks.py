@@ -80,6 +80,8 @@ def ranks(
 
 def _start(args: list[str], environment: dict[str, str], output: Path) -> ForkServerProcess:
     """Fork a rank; the first one starts the server, whose environment is that of a rank without a test's own."""
+    for kind in ("out", "err"):
+        output.with_suffix(f".{kind}").touch()  # a rank that fails before it opens them is not a file that is missing
     process = _FORKS.Process(target=_be_rank, args=(args, environment, output))
     with patch.dict(os.environ, {**settings(None), "DS_ACCELERATOR": "cpu"}):
         process.start()
@@ -130,7 +132,7 @@ def _printed(folder: Path, order: Iterable[int]) -> tuple[str, str]:
 def _be_rank(args: list[str], environment: dict[str, str], output: Path) -> None:
     """What a forked process does: run a module or a script as python does."""
     for descriptor, kind in ((1, "out"), (2, "err")):
-        os.dup2(os.open(output.with_suffix(f".{kind}"), os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(output.with_suffix(f".{kind}"), os.O_WRONLY), descriptor)
     os.environ.clear()
     os.environ.update(environment)
     multiprocessing.set_start_method(None, force=True)  # python's own for what the rank starts, not a fork server

@@ -105,6 +105,13 @@ time.sleep(600)
     assert ("ValueError: bad" in done.stderr) == end.startswith("raise")
 
 
+def test_a_rank_that_fails_before_it_writes_is_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a FileNotFoundError of its output: Megatron-LM's folder `tests` stood before ours on PYTHONPATH."""
+    monkeypatch.setattr(pool, "_be_rank", os.getcwd)  # which takes no arguments
+    done = ranks(["script.py"], nproc=1, timeout=250)
+    assert (done.returncode, done.stdout) == (1, "[rank 0]\n")
+
+
 def test_a_rank_is_as_torchrun_makes_it_but_has_imported_its_hosts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
