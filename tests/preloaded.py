@@ -4,6 +4,7 @@ import argparse
 import functools
 import gc
 import importlib
+import os
 import sys
 import warnings
 from contextlib import suppress
@@ -53,7 +54,12 @@ def share_a_device() -> None:
     half of the machine went to them.
     """
     make = ProcessGroupGloo.__init__
-    device = functools.cache(ProcessGroupGloo.create_default_device)
+
+    @functools.cache
+    def device() -> ProcessGroupGloo.Device:
+        if names := os.environ.get("GLOO_SOCKET_IFNAME"):  # which torch goes by, too
+            return ProcessGroupGloo.create_device(interface=names.partition(",")[0])
+        return ProcessGroupGloo.create_default_device()
 
     def on_the_device(
         group: ProcessGroupGloo, store: Store, rank: int, size: int, timeout: timedelta = default_pg_timeout
