@@ -110,7 +110,8 @@ def _wait(started: Sequence[ForkServerProcess], folder: Path, timeout: float) ->
             size, end = printed, monotonic() + timeout
         elif monotonic() > end:
             return None
-    return None
+    # The last one may have failed between the look at exit codes and the one at who runs.
+    return next((number for number, process in enumerate(started) if process.exitcode), None)
 
 
 def _kill(started: Sequence[ForkServerProcess]) -> None:

@@ -34,8 +34,8 @@ def patch_for(place: Place) -> Release | None:
     Development versions have none: what they have is no release's.
     """
     near = nearest(place.host, place.version)
-    released = re.fullmatch(r"[\d.]+", place.version) and same_minor(near, place.version)
-    return load(place.host, near) if place.version == near or released else None
+    released = re.fullmatch(r"[\d.]+", place.version) is not None
+    return load(place.host, near) if released and same_minor(near, place.version) else None
 
 
 def release_of(place: Place) -> Release:

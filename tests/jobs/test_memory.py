@@ -15,7 +15,6 @@ from s3_megatron.watch.file import read_metrics
 from tests.launcher import ROOT
 from tests.ranks import ranks
 
-# One launch for nine short runs, before the first test that reads them.
 RECIPES = ("gpt2_tiny", "gpt2_345m", "gpt2_7b")
 
 

@@ -36,7 +36,6 @@ PAYLOAD = [
 RANK = "python[^ ]* -u -m s3_megatron.train.pretrain_gpt"  # as torchrun starts it; its own command line has no -u
 
 
-# Limits that only a failure meets: a CPU without bf16 instructions takes ten times as long as another for an iteration.
 @dataclass(frozen=True)
 class Reference:
     """What an undisturbed run did."""

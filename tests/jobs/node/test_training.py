@@ -15,7 +15,6 @@ from s3_megatron.watch.file import read_metrics
 from tests.agent import end, start, wait_for
 from tests.train.tiny import FLAGS, MOCK
 
-# Three launches; beside other work they have taken 200 s.
 pytestmark = pytest.mark.distributed
 
 TRACKER = "latest_checkpointed_iteration.txt"
