@@ -97,7 +97,7 @@ def submit(
     run = submission.submit(job, path)
     line(script)
     line(f"submitted {path.name} as job {', '.join(run.job_ids)}; everything about it is in {path}")
-    line(f"  s3-megatron status {path.name}\n  s3-megatron logs {path.name} -f")
+    line(f"  s3-megatron status {run.label}\n  s3-megatron logs {run.label} -f")
 
 
 @app.command()
@@ -113,7 +113,7 @@ def launch(recipe: Recipe, cluster: OnCluster = "local", settings: Settings = No
     job = submission.here(job)
     path = submission.folder(job, name)
     run = runs.create(job, path, render(job, path))
-    line(f"training in {path}; after an interruption: s3-megatron resume {path.name}")
+    line(f"training in {path}; after an interruption: s3-megatron resume {run.label}")
     raise typer.Exit(submission.start(run))
 
 
@@ -164,7 +164,7 @@ def cancel(run: RunName) -> None:
     from s3_megatron.jobs import submit as submission
 
     found = runs.find(run)
-    line(f"cancelled job {', '.join(submission.cancel(found))}; s3-megatron resume {found.path.name} takes it up again")
+    line(f"cancelled job {', '.join(submission.cancel(found))}; s3-megatron resume {found.label} takes it up again")
 
 
 @app.command()

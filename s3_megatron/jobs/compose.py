@@ -3,7 +3,7 @@
 import difflib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -67,21 +67,22 @@ def _recipe(name: str, settings: list[str]) -> Recipe:
     path = find("model", name)
     chosen = [value for key, _, value in (setting.partition("=") for setting in settings) if key == "optimizer"]
     others = [setting for setting in settings if not setting.startswith("optimizer=")]
+    source = _source(path, settings)
 
     def merged(as_written: bool) -> dict[str, Any]:
         raw = _read(path, as_written)
         optimizer = chosen[-1] if chosen else raw.get("optimizer")
         if isinstance(optimizer, str):
             raw["optimizer"] = _read(find("optimizer", optimizer), as_written)
-        return _merged(path, raw, others, as_written)
+        return _merged(source, raw, others, as_written)
 
-    return validated(Recipe, merged, _source(path, settings))
+    return validated(Recipe, merged, source)
 
 
 def _cluster(name: str, settings: list[str]) -> Cluster:
     path = find("cluster", name)
     source = _source(path, settings, "cluster.")
-    return validated(Cluster, lambda as_written: _merged(path, _read(path, as_written), settings, as_written), source)
+    return validated(Cluster, lambda as_written: _merged(source, _read(path, as_written), settings, as_written), source)
 
 
 def _source(path: Path, settings: list[str], prefix: str = "") -> str:
@@ -121,15 +122,16 @@ def _as_written(text: str | bytes) -> Any:
     return yaml.load(text, Loader=yaml.BaseLoader)
 
 
-def _merged(path: Path, config: DictConfig, settings: list[str], as_written: bool) -> dict[str, Any]:
+def _merged(source: str, config: DictConfig, settings: list[str], as_written: bool) -> dict[str, Any]:
     try:
         for setting in settings:
             key, _, value = setting.partition("=")
             parsed = _as_written(value) if as_written else OmegaConf.from_dotlist([f"value={value}"]).value
-            OmegaConf.update(config, key, parsed)
+            # What is no mapping takes a mapping's place, for the check of the whole to refuse.
+            OmegaConf.update(config, key, parsed, merge=isinstance(parsed, Mapping | DictConfig))
         return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise S3Error(f"{path} with {' '.join(settings)}: {' '.join(str(error).split())}") from error
+        raise S3Error(f"{source}: {' '.join(str(error).split())}") from error
 
 
 def validated[M: BaseModel](model: type[M], merged: Callable[[bool], dict[str, Any]], source: str) -> M:

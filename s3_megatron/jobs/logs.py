@@ -17,7 +17,7 @@ def lines(run: Run, follow: bool) -> Iterator[str]:
         S3Error: there is no log yet, and ``follow`` does not wait for one.
     """
     if not follow and not list(run.logs.glob("*.log")):
-        raise S3Error(f"{run.path.name} has written no log yet: s3-megatron status {run.path.name}, or logs -f to wait")
+        raise S3Error(f"{run.path.name} has written no log yet: s3-megatron status {run.label}, or logs -f to wait")
     offsets: dict[Path, int] = {}
     while True:
         for path in sorted(run.logs.glob("*.log")):

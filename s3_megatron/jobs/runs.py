@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import uuid
@@ -40,6 +41,15 @@ class Run(RunFolder):
     """A run that was made from a recipe, for a cluster."""
 
     @cached_property
+    def label(self) -> str:
+        """What commands take for this run, quoted for a shell: its name, or its folder where the name does not do."""
+        try:
+            by_name = find(self.path.name).path
+        except (S3Error, OSError):
+            by_name = None
+        return shlex.quote(self.path.name if by_name == self.path else str(self.path))
+
+    @cached_property
     def job(self) -> Job:
         """The recipe and the cluster; raises S3Error where an edit has broken them."""
         return Job(_read(Recipe, self.recipe), _read(Cluster, self.cluster))
@@ -66,7 +76,8 @@ def create(job: Job, path: Path, script: str) -> Run:
         S3Error: the folder is there already, or cannot be made.
     """
     if path.exists():
-        raise S3Error(f"{path} is there already: resume it (s3-megatron resume {path.name}), or choose another --name")
+        again = f"s3-megatron resume {Run(path).label}"
+        raise S3Error(f"{path} is there already: resume it ({again}), or choose another --name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.parent / f".{path.name}.{uuid.uuid4().hex}"
@@ -128,14 +139,17 @@ def find(name: str) -> Run:
     """The run that ``name``, a folder or the name of one in the user's list, means.
 
     Raises:
-        S3Error: there is none.
+        S3Error: there is none, or more than one: which of them to resume or to cancel is not for us to choose.
     """
     if os.path.isfile(RunFolder(Path(name)).recipe):
         return Run(Path(name).resolve())
     known = known_runs()
-    for run in reversed(known):
-        if run.path.name == name:
-            return run
+    named = [run for run in known if run.path.name == name]
+    if len(named) > 1:
+        folders = ", ".join(str(run.path) for run in named)
+        raise S3Error(f"{len(named)} runs are called {name!r}: give the folder of one: {folders}")
+    if named:
+        return named[0]
     few = ", ".join(run.path.name for run in known[-5:])
     raise S3Error(f"there is no run {name!r}: give its folder, or one of {few or '(none yet)'}; s3-megatron runs")
 

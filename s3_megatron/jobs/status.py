@@ -89,10 +89,10 @@ def overview(runs: Sequence[Run]) -> Table:
         try:
             found = status(run)
         except (S3Error, OSError) as error:  # the others are to be seen all the same
-            rows.add_row(escape(run.path.name), escape(f"cannot be read: {error}"))
+            rows.add_row(escape(run.label), escape(f"cannot be read: {error}"))
             continue
         rows.add_row(
-            escape(found.run.path.name),
+            escape(found.run.label),
             escape(found.state),
             f"{found.iteration:,}/{found.iterations:,}",
             _or_dash(found.loss, ".4f"),
@@ -124,17 +124,17 @@ def _state(run: Run, attempts: Sequence[Attempt]) -> str:
                 why = f" ({found.reason}): 'scontrol release {job}' lets it start"
             return f"{found.state.lower()} as job {job}{why}"
     last = f"job {queued[-1][0]} is {queued[-1][1].state}" if queued else "SLURM has forgotten its jobs"
-    return f"stopped, {last}: s3-megatron resume {run.path.name}"
+    return f"stopped, {last}: s3-megatron resume {run.label}"
 
 
 def _local_state(run: Run, attempts: Sequence[Attempt]) -> str:
     if not attempts:
-        return f"not started: s3-megatron resume {run.path.name}"
+        return f"not started: s3-megatron resume {run.label}"
     if verdicts := list(verdict.read(attempts[-1]).values()):
-        return f"stopped ({verdicts[0]['verdict']}): s3-megatron resume {run.path.name}"
+        return f"stopped ({verdicts[0]['verdict']}): s3-megatron resume {run.label}"
     signs = (attempts[-1].path, run.watch / FILE_NAME)
     silent = time.time() - max(path.stat().st_mtime for path in signs if path.exists())
-    return "running" if silent < QUIET else f"silent for {_age(silent)}: killed? s3-megatron resume {run.path.name}"
+    return "running" if silent < QUIET else f"silent for {_age(silent)}: killed? s3-megatron resume {run.label}"
 
 
 def _first_error(attempts: Sequence[Attempt]) -> str | None:

@@ -131,7 +131,7 @@ def cancel(run: Run) -> list[str]:
     """
     alive = _alive(run)
     if not alive:
-        raise S3Error(f"{run.path.name} has no job in the queue: see s3-megatron status {run.path.name}")
+        raise S3Error(f"{run.path.name} has no job in the queue: see s3-megatron status {run.label}")
     if not run.finished and run.ended is None:
         run.end("cancelled with s3-megatron cancel")
     slurm.cancel(alive)

@@ -112,6 +112,8 @@ def test_a_key_of_another_optimizer_is_no_suggestion() -> None:
         (["optimizer.betas=3"], "optimizer.betas = 3: must be a list"),
         (["cluster.shared_dirs=/a"], "must be a list"),
         (["model=3"], "model = 3: must be a mapping of keys to values"),
+        (["model=[1]"], "--set model: model: must be a mapping of keys to values"),  # was "Cannot merge ... full_key"
+        (["schedule={train_itres: 3}"], "schedule.train_itres is unknown; did you mean train_iters?"),
         (["cluster.environment=3"], "environment = 3: must be a mapping of keys to values"),
         (["optimizer.name=x"], "optimizer.name must be one of s3, softsignum, softmuon, adamw"),
         (["model.num_layers=0"], "greater than or equal to 1"),
@@ -202,6 +204,9 @@ def test_a_value_that_was_set_beside_the_file_is_not_the_files():
 
 def test_a_secrets_value_is_not_repeated():
     assert "hunter2" not in refused("gpt2_tiny", "slurm", "cluster.environment.DB_PASSWORD=hunter2")
+    # OmegaConf's own refusals came with every setting as it was given.
+    line = refused("gpt2_tiny", "slurm", "cluster.environment.DB_PASSWORD=hunter2", "cluster.name=${none}")
+    assert "hunter2" not in line and "with --set cluster.environment.DB_PASSWORD cluster.name: " in line, line
 
 
 def test_unknown_names_are_answered_with_the_known(tmp_path: Path):

@@ -115,6 +115,25 @@ def test_an_unknown_run_is_answered_with_the_known(tmp_path: Path):
         runs.find("frist")
 
 
+def test_a_name_of_two_runs_means_neither(tmp_path: Path):
+    """`resume first` and `cancel first` took the younger of two runs, in another cluster.runs_dir; for the older one,
+    status printed `s3-megatron resume first`."""
+    one, other = make(tmp_path), make(tmp_path / "other")
+    with pytest.raises(S3Error, match=f"2 runs are called 'first': give the folder of one: {one.path}, {other.path}"):
+        runs.find("first")
+    assert {run.label for run in map(runs.find, (str(one.path), str(other.path)))} == {str(one.path), str(other.path)}
+    printed = CliRunner().invoke(cli.app, ["status", str(one.path)], env={"COLUMNS": "300"})
+    assert f"s3-megatron resume {one.path}" in printed.output
+    other.path.rename(tmp_path / "gone")
+    assert runs.find("first").label == "first"
+
+
+def test_a_folder_that_is_not_listed_is_named_by_its_path_as_a_shell_takes_it(tmp_path: Path):
+    """For a copied folder status printed `resume` with a name that no command knew; with a space it was two words."""
+    copied = make(tmp_path).path.rename(tmp_path / "my runs")
+    assert runs.find(str(copied)).label == f"'{copied}'"
+
+
 def test_a_line_that_a_full_disk_cut_off_costs_no_other_line(tmp_path: Path):
     """The next number went onto the rest of the torn line, so that neither job was known any more; alike the list of
     runs, and the nodes to leave out."""

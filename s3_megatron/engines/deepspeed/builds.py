@@ -5,7 +5,6 @@ behind, and waits for it for ever, in silence. The CPU kernels of this package a
 which ends with its process.
 """
 
-import contextlib
 import functools
 import logging
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils import cpp_extension
+
+from s3_megatron.errors import S3Error
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,14 @@ def wait(name: str) -> None:
             lock,
         )
     while lock.exists():
-        with contextlib.suppress(FileNotFoundError):
+        try:
             if time.time() - lock.stat().st_mtime > _STALE_SECONDS:
                 lock.unlink()
+        except FileNotFoundError:
+            return
+        except PermissionError as error:
+            raise S3Error(
+                f"{lock}, of a build that was killed, cannot be removed ({error.strerror}): let its owner do it, or "
+                "set TORCH_EXTENSIONS_DIR to a folder of your own"
+            ) from error
         time.sleep(0.2)

@@ -1,5 +1,6 @@
 """Locks of torch's builds of extensions, those of killed ones among them."""
 
+import errno
 import os
 import threading
 import time
@@ -9,6 +10,7 @@ import pytest
 
 from s3_megatron.bench.builds import prepare
 from s3_megatron.engines.deepspeed import register, unregister
+from s3_megatron.errors import S3Error
 
 
 @pytest.fixture
@@ -27,6 +29,19 @@ def test_a_killed_builds_lock_is_removed(lock: Path) -> None:
     os.utime(lock, (old, old))
     prepare("cpu_adam")
     assert not lock.exists()
+
+
+def test_a_killed_builds_lock_of_someone_else_is_named(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a group shares TORCH_EXTENSIONS_DIR, the first rank that found an old lock was a traceback."""
+
+    def refused(path: Path) -> None:  # root, which tests may run as, may remove all
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    old = time.time() - 21 * 60
+    os.utime(lock, (old, old))
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(S3Error, match=f"{lock}, of a build that was killed, .*set TORCH_EXTENSIONS_DIR to a folder"):
+        prepare("cpu_adam")
 
 
 def test_another_build_is_waited_for(lock: Path, caplog: pytest.LogCaptureFixture) -> None:
