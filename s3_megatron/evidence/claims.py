@@ -189,6 +189,18 @@ CLAIMS = [
         ["softsign-pairs"],
         a_soft_end_lowers("softmuon"),
     ),
+    Claim(
+        "Signum at a constant rate ends lower so, too",
+        "arXiv 2605.31371",
+        ["softsign-constant"],
+        a_soft_end_lowers("softsignum"),
+    ),
+    Claim(
+        "Muon at a constant rate ends lower so, too",
+        "arXiv 2605.31371",
+        ["softsign-constant"],
+        a_soft_end_lowers("softmuon"),
+    ),
     Claim("The same at 345M and 7B weights, 50,000 steps", "Tables 2, 3", []),
 ]
 

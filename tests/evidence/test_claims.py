@@ -180,17 +180,19 @@ def test_bounded_updates(ours, theirs, begins):
     assert text == "not run yet"
 
 
-def test_a_soft_end_lowers():
+@pytest.mark.parametrize("rate", ["cosine", "constant"])
+def test_a_soft_end_lowers(rate):
     """One share that gains nothing is enough for "not reproduced"; of the pairs the other reproduces."""
+    name = {"cosine": "softsign-pairs", "constant": "softsign-constant"}[rate]
     shifts = {"softsignum-0.3": -0.05, "softsignum-0.9": -0.05, "softmuon-0.3": -0.05}
-    found = analysis("softsign-pairs", simulated.losses(0.001, shifts))
-    text = seen("softsign-pairs", found)
+    found = analysis(name, simulated.losses(0.001, shifts))
+    text = seen(name, found)
     signum, muon = text["arXiv 2605.31371: Signum"], text["arXiv 2605.31371: Muon"]
-    assert signum.startswith("reproduced: nats gained with a hard share of 0.3 at cosine +0.0")
-    assert signum.count("at cosine") == 2
-    assert muon.startswith("not reproduced: ") and "0.9 at cosine " in muon
-    begun = analysis("softsign-pairs", simulated.losses(0.001, shifts), 12)
-    assert set(seen("softsign-pairs", begun).values()) == {"not run yet"}
+    assert signum.startswith(f"reproduced: nats gained with a hard share of 0.3 at {rate} +0.0")
+    assert signum.count(f"at {rate}") == 2
+    assert muon.startswith("not reproduced: ") and f"0.9 at {rate} " in muon
+    begun = analysis(name, simulated.losses(0.001, shifts), 12)
+    assert set(seen(name, begun).values()) == {"not run yet"}
 
 
 class TestRecords:

@@ -111,6 +111,7 @@ def test_every_setting_of_every_grid_can_be_trained(name, in_process):
         ("rates-tiny", "e7cd2e5f3991e777"),
         ("softsign_small", "d00948be8c07584b"),
         ("softsign-pairs", "ed3dac3df01a3246"),
+        ("softsign-constant", "88f38efb9b02ffec"),
     ],
 )
 def test_the_rules_that_cells_were_begun_by_are_unchanged(name, rules):
