@@ -98,7 +98,8 @@ def summary(name: str, entry: dict[str, Any]) -> Iterator[str]:
             if row["name"].startswith("S3"):
                 size = f"{row['parameters']:,} in {row['tensors']:,}"
                 share = f"{row['share_of_copy']:.0%} of the copy"
-                yield f"{row['name']}, {size}: {row['ms']:.2f} ms, {share}, {row['ratio']:.2f}"
+                ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+                yield f"{row['name']}, {size}: {row['ms']:.2f} ms, {share}, {ratio}"
     elif "iterations" in measured:
         yield f"{measured['ms']:.0f} ms an iteration, {measured['optimizer_ms'] or 0:.1f} of them the optimizer's"
         if measured["peak_gib"]:

@@ -38,7 +38,7 @@ class Row:
     bytes: int
     bandwidth: float
     share_of_stream: float
-    ratio: float  # to fused AdamW in the same rounds
+    ratio: float | None  # to fused AdamW in the same rounds; None where that did not run
     ms_at_slow_cores: float  # computed: the measured time, or what the bytes take at SLOW_CORE
     share_of_copy: float
     kernel_ms: float | None = None
@@ -83,7 +83,7 @@ def measure(
             times, graphs = _times(entrants, params, device, repeats, missing)
             for one in entrants:
                 if one.name in times:
-                    adamw = times.get(ADAMW, times[one.name])
+                    adamw = times.get(ADAMW)
                     row = _row(one, size, tensors, times[one.name], adamw, result, threads, graphs.get(one.name))
                     result.rows.append(row)
             on_rows(result)
@@ -100,7 +100,7 @@ def _row(
     size: int,
     tensors: int,
     times: Times,
-    adamw: Times,
+    adamw: Times | None,
     result: Result,
     threads: int,
     graph: float | None = None,
@@ -116,11 +116,11 @@ def _row(
         bytes=contender.bytes,
         bandwidth=bandwidth,
         share_of_stream=bandwidth / result.stream,
-        ratio=times.whole / adamw.whole,
+        ratio=None if adamw is None else times.whole / adamw.whole,
         ms_at_slow_cores=max(times.whole, moved / (SLOW_CORE * threads)) * 1e3,
         share_of_copy=bandwidth / result.copy,
         kernel_ms=None if times.kernels is None else times.kernels * 1e3,
-        kernel_ratio=None if times.kernels is None or adamw.kernels is None else times.kernels / adamw.kernels,
+        kernel_ratio=None if not (times.kernels and adamw and adamw.kernels) else times.kernels / adamw.kernels,
         graph_ms=None if graph is None else graph * 1e3,
     )
 
@@ -203,7 +203,7 @@ _CAPTIONS = {
 
 def _cells(row: Row, device: str) -> dict[str, str]:
     """What is shown of a row, by the column's heading."""
-    common = {"ms": f"{row.ms:.2f}", "x AdamW": f"{row.ratio:.2f}", "bytes": f"{row.bytes}"}
+    common = {"ms": f"{row.ms:.2f}", "x AdamW": _text(row.ratio), "bytes": f"{row.bytes}"}
     if device == "cpu":
         slow = {"stream": f"{row.share_of_stream:.0%}", "ms slow": f"{row.ms_at_slow_cores:.2f}"}
         return {**common, "GB/s": f"{row.bandwidth:.1f}", **slow}

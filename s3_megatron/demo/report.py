@@ -1,9 +1,10 @@
 """What the demonstration found: report.json and a table, from the metrics files of its three runs."""
 
 import json
+import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -102,17 +103,20 @@ def _numbers(optimizer: OwnOptimizer | AdamW) -> dict[str, Any]:
 
 def _figures(metrics: Metrics) -> dict[str, Any]:
     updates = [event.updates for event in metrics.train.values()]
-    largest = [each.max for each in updates if each.max is not None]
-    means = [each.mean for each in updates if each.mean is not None]
     described = ("wrapper", "world_size", "parameters", "shard_elements")
     sizes = ("state_bytes_per_param_rank", "master_bytes_per_param_rank")
     return {
         "val_loss": _last(metrics.validation).losses["lm_loss"],
         "train_loss": _last(metrics.train).losses["lm_loss"],
         **{key: getattr(metrics.optimizer, key) for key in (*described, *sizes)},
-        "largest_update": max(largest, default=None),
-        "largest_mean_update": max(means, default=None),
+        "largest_update": _largest(each.max for each in updates),
+        "largest_mean_update": _largest(each.mean for each in updates),
     }
+
+
+def _largest(sizes: Iterable[float | None]) -> float | None:
+    known = [size for size in sizes if size is not None]
+    return math.nan if any(map(math.isnan, known)) else max(known, default=None)
 
 
 def _last[T: (Train, Evaluation)](events: Mapping[int, T]) -> T:

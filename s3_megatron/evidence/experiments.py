@@ -52,6 +52,10 @@ class Setup:
         _require(self.products in ("float32", "bfloat16"), f"products {self.products}", "float32 or bfloat16")
         _require(0 <= self.warmup < 1, f"warmup {self.warmup}", "a share of the steps in [0, 1)")
         _require(self.clip >= 0 and self.decay >= 0, "clip and decay", ">= 0")
+        kicks = self.kick != 1 or self.kick_step != -1
+        _require(not kicks or 0 <= self.kick_step < self.steps, f"kick_step {self.kick_step}", "one of the steps")
+        looks = f"watch_every {self.watch_every}"
+        _require(not kicks or self.watch_every == 1, looks, "1 with a kick_step, after which steps are counted")
         least = self.length + 1  # the last token is a target alone
         _require(self.validation >= least, f"validation {self.validation}", f"one sequence, {least} tokens, at least")
         allowed = f"{BYTES} for bytes, or more than {FIXED_PIECES} for SentencePiece"

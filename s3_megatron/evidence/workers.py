@@ -212,7 +212,7 @@ def _probe(cells: list[Cell], place: int) -> float | None:
         return step < PROBED_STEPS and times[-1] < _here.end
 
     steps = PROBED_STEPS + 1
-    short = [replace(cell, setup=replace(cell.setup, steps=steps, kick_step=-1)) for cell in cells]
+    short = [replace(cell, setup=replace(cell.setup, steps=steps, kick=1.0, kick_step=-1)) for cell in cells]
     train(short, _here.corpus, _here.device, go_on)
     return (times[-1] - times[1]) / (len(times) - 2) if len(times) > 2 else None
 

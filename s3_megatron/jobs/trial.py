@@ -1,5 +1,6 @@
 """A training run that a person watches on this machine: to its end, or through the loss of a rank."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Interruption:
         return self.killed_at - self.resumed_from
 
     def loss_gap(self, whole: Metrics, resumed: Metrics) -> float:
-        """The largest difference of training loss after the resume, resumed against uninterrupted run.
+        """The largest difference of training loss after the resume, resumed against uninterrupted run; NaN if one is.
 
         Raises:
             S3Error: the resumed run lacks an iteration that the whole one has.
@@ -46,7 +47,8 @@ class Interruption:
                 f"the resumed run has no loss of iteration {missing[0] if missing else first}, which the "
                 "uninterrupted one has: run both again"
             )
-        return max(abs(whole.train[i].losses["lm_loss"] - resumed.train[i].losses["lm_loss"]) for i in iterations)
+        gaps = [abs(whole.train[i].losses["lm_loss"] - resumed.train[i].losses["lm_loss"]) for i in iterations]
+        return math.nan if any(map(math.isnan, gaps)) else max(gaps)  # max() passes over a NaN behind a number
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,6 @@ def setup_model_and_optimizer(
     builder = cfg_container.model.get_builder_cls()(cfg_container.model)
     (model,) = builder.build_distributed_models(pg_collection=pg_collection, wrap_with_ddp=False)
     _leave_out_empty_extra_state(unwrap_model(model))
-    elements = sum(param.numel() for param in model.parameters())
     if (spec := registry.find(args.optimizer)) is not None and spec.beside:
         params = config["optimizer"]["params"]
         split_qkv = getattr(args, spec.field("split_qkv"))
@@ -129,7 +128,7 @@ def setup_model_and_optimizer(
     optimizer = EngineOptimizer(engine)
     scheduler = host.get_optimizer_param_scheduler(optimizer)
     if (run := megatron_watch.run()) is not None:
-        run.observer.add([deepspeed_watch.part(engine, args.optimizer)], elements)
+        run.observer.add([deepspeed_watch.part(engine, args.optimizer)])
     args.iteration, args.num_floating_point_operations_so_far = deepspeed_checkpoint.load(engine, scheduler)
     return [EngineModel(engine)], optimizer, scheduler
 

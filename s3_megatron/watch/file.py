@@ -76,17 +76,22 @@ class Metrics:
 def read_metrics(directory: Path) -> Metrics:
     """Read ``directory/metrics.jsonl``; of an iteration done twice (a resumed run) the last counts.
 
-    A line that is torn, or of a kind that is not known here, is passed over. A missing file reads as an empty run.
+    What it had done beyond where it was resumed from is given up, done again so far or not. A line that is torn, or of
+    a kind that is not known here, is passed over. A missing file reads as an empty run.
 
     Raises:
         S3Error: the file is there and cannot be read.
     """
-    metrics = Metrics()
+    metrics, has_begun = Metrics(), False
     for event in Tail(directory, from_start=True).events(unfinished=True):
         match event:
             case Optimizer():
-                metrics.optimizer = event
+                metrics.optimizer, has_begun = event, True
             case Train():
+                for events in (metrics.train, metrics.validation, metrics.test) if has_begun else ():
+                    for later in [each for each in events if each > event.iteration]:
+                        del events[later]
+                has_begun = False
                 metrics.train[event.iteration] = event
             case Evaluation():
                 getattr(metrics, event.kind)[event.iteration] = event

@@ -71,9 +71,9 @@ class Observer:
             self.add([Part(optimizer)], name=name)
 
     def add(self, parts: Sequence[Part], model_elements: int | None = None, name: str | None = None) -> None:
-        """Watch one more optimizer, in its parts on this rank; ``model_elements`` is the size of its model."""
+        """Watch one more optimizer, in its parts on this rank; ``model_elements``: of its model, if not the parts'."""
         if model_elements is None:
-            model_elements = sum(part.elements for part in parts)
+            model_elements = sum(part.model_elements for part in parts)
         self._watched = {key: each for key, each in self._watched.items() if any(part.alive for part in each.parts)}
         number = len(self._watched) + 1
         while name is None or name in self._watched:
@@ -99,7 +99,7 @@ class Observer:
             grad_norm: of the whole gradient.
             skipped: whether no step was made, as after an overflow; then there are no sizes.
         """
-        all_updates, each = self._reduced_updates()
+        all_updates, each = self._reduced_updates(skipped)
         if not self._sinks:
             return
         if not skipped:
@@ -127,28 +127,29 @@ class Observer:
         if self._sinks:
             self._write(events.Evaluation(kind, iteration, _read(losses)))
 
-    def _reduced_updates(self) -> tuple[events.Updates, dict[str, events.Updates]]:
+    def _reduced_updates(self, skipped: bool) -> tuple[events.Updates, dict[str, events.Updates]]:
         """Reduce sizes over all ranks: of all optimizers together, and of each by name.
 
         Every rank's elements count once, so a parameter that tensor-parallel ranks hold in common weighs more.
         """
-        table = self._reduced_table()
+        # Before the first step that is made, as after an overflow, most optimizers have no state to describe.
+        table = self._reduced_table(self._added and not skipped)
         if table[-1][0]:
             self._describe()
-            table = self._reduced_table()
+            table = self._reduced_table(False)
         together = statistics.zeros()
         for row in table[:-1]:
             statistics.merge_(together, torch.tensor(row, dtype=torch.float64))
         each = {name: statistics.updates(row) for name, row in zip(self._names, table[:-1], strict=True)}
         return statistics.updates(together.tolist()), each
 
-    def _reduced_table(self) -> list[list[float]]:
-        """Give a row of statistics for every optimizer, and one that begins with how many ranks have added some.
+    def _reduced_table(self, has_news: bool) -> list[list[float]]:
+        """Give a row of statistics for every optimizer, and one that begins with how many ranks have news to describe.
 
         Ranks may hold different optimizers, as in a model of modules, and add one at any time.
         """
         table = statistics.zeros(len(self._names) + 1, device=_device())
-        table[-1, 0] = self._added
+        table[-1, 0] = has_news
         for name, row in zip(self._names, table, strict=False):
             for part in self._watched[name].parts if name in self._watched else ():
                 statistics.merge_(row, part.statistics().to(table.device))

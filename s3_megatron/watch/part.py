@@ -26,6 +26,7 @@ class Part:
         kind: str | None = None,
         wrapper: str | None = None,
         elements: int | None = None,
+        model_elements: int | None = None,
         master_bytes: int = 0,
         statistics: Callable[[], Tensor] | None = None,
     ) -> None:
@@ -36,6 +37,7 @@ class Part:
             kind: its name, for a person.
             wrapper: the name of what shards it.
             elements: how many weights of this rank it moves.
+            model_elements: how many weights its model has, those that it was given if None; a DTensor is a whole one.
             master_bytes: of the copies that it moves instead of the model's weights.
             statistics: returns ``watch.statistics`` of the last step of all it moves, where ``update_statistics`` has
                 them of a part.
@@ -45,6 +47,7 @@ class Part:
         self.kind = kind or type(optimizer).__name__
         self.wrapper = wrapper or type(optimizer).__name__
         self.elements = sum(local(param).numel() for param in held) if elements is None else elements
+        self.model_elements = sum(param.numel() for param in held) if model_elements is None else model_elements
         self.master_bytes = master_bytes
         self._collected = statistics
         if statistics is None and hasattr(optimizer, "update_statistics"):

@@ -42,7 +42,7 @@ def updates(statistics: Sequence[float]) -> Updates:
         return Updates()
     return Updates(
         mean=total / elements,
-        max=largest,
+        max=total if total != total else largest,  # over ranks, the largest of a NaN and a number may be the number
         saturated=None if saturated != saturated else saturated / elements,
         agreement=None if agreeing != agreeing else agreeing / elements,
     )

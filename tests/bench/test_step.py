@@ -1,11 +1,13 @@
 """`s3-megatron bench`, which prints the figures: run small, and its arithmetic checked on made-up times."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from benchmarks.gpu import report
 from s3_megatron import cli
 from s3_megatron.bench import step as bench
 from s3_megatron.bench import timing
@@ -54,6 +56,18 @@ def test_bandwidth_and_ratios_are_computed_from_the_median():
     # On a GPU the bandwidth is its own, whatever Python takes beside it.
     row = bench._row(contender, 10**9, 1, Times(2.0, 1.0), Times(4.0, 0.5), result, threads=2, graph=1.5)
     assert (row.bandwidth, row.ratio, row.kernel_ms, row.kernel_ratio, row.graph_ms) == (28, 0.5, 1000, 2, 1500)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_without_fused_adamw_there_is_no_ratio_to_it(device: str) -> None:
+    """Where it did not run, as for want of memory, each contender was compared with itself: 1.00 for all."""
+    result = bench.Result({}, 56.0, 28.0, [], [], [])
+    row = bench._row(bench.Contender("S3", lambda params: None, 28), 10**9, 1, Times(2.0, 1.0), None, result, threads=2)
+    assert (row.ratio, row.kernel_ratio) == (None, None)
+    cells = bench._cells(row, device)
+    assert {cells[name] for name in ("x AdamW", "kernel x") if name in cells} == {"-"}
+    as_stored = {"figures": {"copy": 28.0, "rows": [asdict(row)]}}
+    assert list(report.summary("bench", as_stored))[1:] == ["S3, 1,000,000,000 in 1: 2000.00 ms, 100% of the copy, -"]
 
 
 def test_shards_cover_the_parameters_once_and_are_of_odd_sizes():

@@ -1,6 +1,7 @@
 """The report, from small metrics files written by the same writer that training uses."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,14 @@ def test_the_gap_is_the_largest_difference_after_the_resume(folder: Path):
     """The shifts are exact in float64 up to the rounding of the losses, 8 * 2^-53."""
     write(folder / "s3-killed", step(8, shift=-0.25), step(9, shift=0.125))
     assert summary(folder)[1]["resume"]["loss_gap"] == pytest.approx(0.25, abs=1e-14)
+
+
+def test_a_loss_that_is_no_number_is_a_gap(folder: Path):
+    """A resume after which losses were NaN had a gap of 0, and a rehearsal called it the undisturbed run."""
+    write(folder / "s3-killed", replace(step(8), losses={"lm_loss": float("nan")}))
+    write(folder / "adamw", step(8, update=float("nan")))
+    found = summary(folder)[1]
+    assert math.isnan(found["resume"]["loss_gap"]) and math.isnan(found["adamw"]["largest_update"])
 
 
 def test_iterations_before_the_resume_do_not_count(folder: Path):

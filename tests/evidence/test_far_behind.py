@@ -37,7 +37,8 @@ class TestFarBehind:
     @pytest.mark.parametrize("kick, is_flagged", [(1.0, True), (1e3, False)])
     def test_one_that_a_kick_threw_far_is_none(self, kick, is_flagged):
         """AdamW at (.9, .999) after one gradient times 1,000: to remember it is what the experiment measures."""
-        asked = simulated.experiment(tuning=None, setups={"base": Setup(steps=100, kick=kick, kick_step=50)})
+        kicked = Setup(steps=100, kick=kick, kick_step=50, watch_every=1)
+        asked = simulated.experiment(tuning=None, setups={"base": kicked})
         found = analysis.Analysis(asked, simulated.run(asked, simulated.losses(0.001, {"adamw": 0.4})))
         assert bool(found.far_behind("base")) == is_flagged
 

@@ -35,6 +35,17 @@ class TestRefusals:
                 {"setups": {"base": {"steps": 9, "validation": 128}}},
                 "setups.base: validation 128: must be one sequence, 129 tokens, at least",
             ),
+            # Looks at |u| every 20 steps were counted as steps: a run had recovered at once, or never.
+            (
+                {"setups": {"x9": {"steps": 99, "kick": 9, "kick_step": 30}}},
+                "setups.x9: watch_every 20: must be 1 with a kick_step",
+            ),
+            # Nothing was kicked, and all contenders had recovered at once, their largest |u| being no number.
+            ({"setups": {"x9": {"steps": 99, "kick": 9, "watch_every": 1}}}, "x9: kick_step -1: must be one of the st"),
+            (
+                {"setups": {"x9": {"steps": 99, "kick_step": 99, "watch_every": 1}}},
+                "setups.x9: kick_step 99: must be one of the steps",
+            ),
             (
                 {"contenders": {"s3": {"optimizer": "adamx", "rates": [1e-3]}}},
                 "contenders.s3: optimizer adamx: must be one of s3",

@@ -131,7 +131,8 @@ def check_clipping_equals_the_unsharded_run() -> None:
 
 def check_an_observer_has_the_sizes_of_all_ranks() -> None:
     """Plain PyTorch in three lines, sharded: the last rank writes, and sizes are those of the unsharded run, of S3 and
-    of AdamW. The update is computed from states that differ by 1e-6, as the weights do."""
+    of AdamW. The update is computed from states that differ by 1e-6, as the weights do. A rank's shard was taken for
+    the model: half of its weights on two ranks, and 8 bytes of state for each."""
     for kind in (S3, torch.optim.AdamW):
         sizes = []
         for sharded in (True, False):
@@ -144,7 +145,9 @@ def check_an_observer_has_the_sizes_of_all_ranks() -> None:
             found = read_metrics(folder)
             assert found.optimizer is not None and found.optimizer.world_size == dist.get_world_size()
             elements = sum(param.numel() for param in run.net.parameters())
-            assert sum(found.optimizer.shard_elements) == elements * (1 if sharded else dist.get_world_size())
+            shards, bytes_a_weight = found.optimizer.shard_elements, found.optimizer.state_bytes_per_param_rank
+            assert sum(shards) == elements * (1 if sharded else dist.get_world_size())
+            assert found.optimizer.parameters == elements and bytes_a_weight == 8 * max(shards) / elements
             sizes.append(found.train[3].updates.named())
         for name, value in sizes[0].items():
             other = sizes[1][name]

@@ -41,6 +41,20 @@ def test_a_resumed_run_overwrites_what_it_did_again(tmp_path: Path) -> None:
     assert losses(tmp_path) == {1: 5.0, 2: 3.5, 3: 2.5}
 
 
+def test_what_a_resumed_run_gave_up_is_no_part_of_it(tmp_path: Path) -> None:
+    """The last losses of a run that went back to iteration 2, and has not come further than 3, were those of iteration
+    5 and of a validation that it had left behind. A second optimizer, which is described too, gives nothing up."""
+    writer, optimizer = Writer(tmp_path), Optimizer("s3", "S3", 1, 100, [100], 8.0, 0.0)
+    for event in (optimizer, *map(train, range(1, 6)), Evaluation("validation", 2), Evaluation("validation", 4)):
+        writer.write(event)
+    for event in (optimizer, train(3, 2.0)):
+        writer.write(event)
+    assert losses(tmp_path) == {1: 5.0, 2: 5.0, 3: 2.0} and [*read_metrics(tmp_path).validation] == [2]
+    for event in (optimizer, train(4, 1.0)):
+        writer.write(event)
+    assert losses(tmp_path) == {1: 5.0, 2: 5.0, 3: 2.0, 4: 1.0}
+
+
 def test_the_newest_is_what_was_written_last(tmp_path: Path) -> None:
     """A run that went back to its checkpoint is where it writes now: ``status`` showed the iteration of its end
     before, until training had come past that again."""

@@ -190,6 +190,22 @@ def test_a_skipped_step_has_no_sizes(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert event.skipped and event.updates == Updates() and not caplog.records
 
 
+def test_an_optimizer_is_described_when_it_has_a_state(tmp_path: Path) -> None:
+    """In fp16 the first steps overflow and are skipped, and AdamW has no state yet: 0 bytes a parameter were written
+    down for the whole run."""
+    model = net(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    observer = Observer(tmp_path, optimizer)
+    for iteration in (1, 2):
+        observer.train(iteration, {"loss": 3.0}, skipped=True)
+    step(model, optimizer, 3)
+    observer.train(3, {"loss": 2.0})
+    found = read_metrics(tmp_path)
+    assert found.optimizer is not None and found.optimizer.state_bytes_per_param_rank == 8
+    assert [event.skipped for event in found.train.values()] == [True, True, False]
+    assert found.train[3].updates.mean == pytest.approx(1.0, rel=1e-3), "a first step of Adam is a sign"
+
+
 def test_optimizers_that_are_gone_are_neither_kept_nor_counted(tmp_path: Path) -> None:
     """The first optimizer's state, two thirds of a training's memory, stayed on the device for as long as the run."""
     model = net(0)

@@ -36,3 +36,9 @@ def test_what_is_not_known_is_none() -> None:
     assert statistics.updates(statistics.zeros().tolist()) == Updates()
     assert statistics.updates([5.0, 2.0, float("nan"), float("nan"), 10.0]) == Updates(mean=0.5, max=2.0)
     assert statistics.updates([5.0, 0.95, 1.0, 4.0, 10.0]) == Updates(0.5, 0.95, 0.1, 0.4)
+
+
+def test_a_nan_of_one_rank_is_the_largest_too() -> None:
+    """gloo's maximum of 2.0 on rank 0 and NaN on another is 2.0: a line had a mean of NaN and an ordinary maximum."""
+    found = statistics.updates([float("nan"), 2.0, float("nan"), float("nan"), 10.0])
+    assert found.max != found.max and found.mean != found.mean

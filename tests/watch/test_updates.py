@@ -1,8 +1,9 @@
 """The size of Adam's update, read from its state, is the distance that its step moved the weights."""
 
 import pytest
+import pytorch_optimizer
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from s3_megatron.watch import updates
 from s3_megatron.watch.statistics import ELEMENTS, FIELDS, LARGEST
@@ -40,12 +41,16 @@ def test_adams_update_exceeds_1_and_is_seen_to() -> None:
 
 # Apex's and DeepSpeed's, which need a GPU: their names are what is looked at, and their state is Adam's.
 LAMBS = [type(name, (torch.optim.Adam,), {}) for name in ("FusedLAMB", "FusedLamb")]
+# Those of another library that keep Adam's state, or have its betas and one more.
+RIVALS = [getattr(pytorch_optimizer, name) for name in ("ADOPT", "StableAdamW", "Lamb", "AdaBound", "Adan", "AdEMAMix")]
+TORCHS = [torch.optim.SGD, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax]
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax, *LAMBS])
+@pytest.mark.parametrize("kind", [*TORCHS, *LAMBS, *RIVALS])
 def test_optimizers_of_another_kind_count_as_nothing(kind: type[torch.optim.Optimizer]) -> None:
     """Of NAdam and RAdam, which keep Adam's state, the size of Adam's update was given out as theirs; Adamax was a
-    KeyError, and SGD moved by 0."""
+    KeyError, and SGD moved by 0. Then others did the same under names that were not excluded: of ADOPT a fifth of the
+    true mean was written, and Adan's three betas ended the run."""
     param = nn.Parameter(torch.ones(3))
     optimizer = kind([param], lr=0.1)
     param.grad = torch.ones(3)
@@ -70,6 +75,44 @@ def test_however_adam_keeps_its_step_and_however_large_a_weight_is(settings: dic
     torch.testing.assert_close(
         adam_statistics(optimizer)[:2], torch.stack([wanted.sum(), wanted.max()]), rtol=1e-6, atol=0.0
     )
+
+
+def test_an_adam_without_bias_correction_is_read_without() -> None:
+    """DeepSpeed's and Apex's have the setting; the update was given out as 3.2 times what it was in the first step.
+    Their state after one gradient of 1, which torch's Adam has too, is moved by 0.1 / (sqrt(0.001) + eps)."""
+    param = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = torch.optim.Adam([{"params": [param], "bias_correction": False}])
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert adam_statistics(optimizer)[LARGEST] == pytest.approx(0.1 / (0.001**0.5 + 1e-8), rel=1e-12)
+
+
+class FusedAdam(torch.optim.AdamW):
+    """Keeps its states as TransformerEngine's does with ``exp_avg_dtype=torch.float16``: in units of their scales."""
+
+    def step(self) -> None:
+        super().step()
+        for state in self.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[f"{name} scale"] = scale = state[name].abs().max() / 30000
+                state[name] = (state[name] / scale).half()
+
+    def get_unscaled_state(self, param: Tensor, name: str) -> Tensor:
+        return self.state[param][name].float() * self.state[param][f"{name} scale"]
+
+
+def test_states_with_a_scale_are_read_in_their_own_unit() -> None:
+    """Of states in float16 the numbers as stored were taken: a mean |update| of hundreds. Half precision keeps 2^-11
+    of each state."""
+    torch.manual_seed(0)
+    values = torch.randn(2, 50)
+    params = [nn.Parameter(values[0].clone()) for _ in range(2)]
+    optimizers = [torch.optim.AdamW([params[0]]), FusedAdam([params[1]])]
+    for param, optimizer in zip(params, optimizers, strict=True):
+        param.grad = values[1].sign() * (1 + values[1].abs())
+        optimizer.step()
+    plain, scaled = map(adam_statistics, optimizers)
+    torch.testing.assert_close(scaled[:2], plain[:2], rtol=2**-9, atol=0.0)
 
 
 def test_a_state_without_a_step_has_moved_nothing() -> None:

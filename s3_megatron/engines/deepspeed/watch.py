@@ -28,6 +28,8 @@ def part(engine: Any, kind: str | None = None) -> Part:
         kind=kind,
         wrapper=type(wrapper).__name__,
         elements=sum(tensor.numel() for tensor in held),
+        # ZeRO-3 leaves a parameter its partition alone.
+        model_elements=sum(getattr(param, "ds_numel", param.numel()) for param in engine.module.parameters()),
         master_bytes=copies,
         statistics=steps,
     )

@@ -229,7 +229,8 @@ def check_statistics_of_a_step_are_of_all_groups() -> None:
 
 
 def check_adams_sizes_are_known_at_every_stage() -> None:
-    """Of ZeRO-3 they were 0. A first update is g / (|g| + 1e-8), and padding has no gradient."""
+    """Of ZeRO-3 they were 0. A first update is g / (|g| + 1e-8), and padding has no gradient. In a loop of one's own a
+    rank's partition was taken for the model: its state had 8 bytes a weight on any number of ranks."""
     for stage in (0, 1, 2, 3):
         run = Run(stage, optimizer="AdamW", params={"torch_adam": True})
         watched = part(run.engine)
@@ -237,6 +238,7 @@ def check_adams_sizes_are_known_at_every_stage() -> None:
         total, largest, _, _, elements = watched.statistics().tolist()
         assert elements == watched.elements == sum(m.numel() for m in masters(run.wrapper)), stage
         assert abs(largest - 1) < 1e-5 and 0.5 < total / elements <= 1, stage
+        assert watched.model_elements == sum(p.numel() for p in Run(0).engine.module.parameters()), stage
 
 
 def check_stock_adam_is_bit_identical_with_and_without_s3() -> None:
