@@ -13,7 +13,7 @@ from s3_megatron.errors import S3Error
 from s3_megatron.jobs import slurm
 from s3_megatron.jobs.node import verdict
 from s3_megatron.jobs.runs import Run
-from s3_megatron.run_folder import Attempt
+from s3_megatron.run_folder import BATCH_SCRIPT, Attempt
 from s3_megatron.watch.events import Train
 from s3_megatron.watch.file import FILE_NAME, newest_train
 
@@ -109,21 +109,19 @@ def _state(run: Run, attempts: Sequence[Attempt]) -> str:
         return f"ended: {why}"
     if run.job.cluster.scheduler == "none":
         return _local_state(run, attempts)
-    queued = []
-    for job in run.job_ids:
-        try:
-            found = slurm.state(job)
-        except S3Error as error:
-            return f"unknown: {error}"
-        if found is not None:
-            queued.append((job, found))
-    for job, found in queued:
-        if found.state in slurm.ALIVE:
+    try:
+        queued = slurm.states(run.job_ids, run.path / BATCH_SCRIPT)
+    except S3Error as error:
+        return f"unknown: {error}"
+    for job, found in queued.items():
+        if found.alive:
             why = f" ({found.reason})" if found.state == "PENDING" else f" on {found.nodes}"
             if found.reason.startswith("JobHeld"):  # as a controller leaves it that dies while a start leaves nodes out
                 why = f" ({found.reason}): 'scontrol release {job}' lets it start"
             return f"{found.state.lower()} as job {job}{why}"
-    last = f"job {queued[-1][0]} is {queued[-1][1].state}" if queued else "SLURM has forgotten its jobs"
+    last = "SLURM has forgotten its jobs"
+    for job, found in queued.items():
+        last = f"job {job} is {found.state}"
     return f"stopped, {last}: s3-megatron resume {run.label}"
 
 

@@ -49,8 +49,9 @@ def test_status_says_how_a_held_job_starts_again(tmp_path: Path, monkeypatch: py
     stub.write_text("#!/bin/sh\necho JobId=7 JobState=PENDING Reason=JobHeldUser NodeList=\n")
     stub.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    cluster = SimpleNamespace(scheduler="slurm")
     run = SimpleNamespace(
-        finished=False, ended=None, job=SimpleNamespace(cluster=SimpleNamespace(scheduler="slurm")), job_ids=["7"]
+        finished=False, ended=None, job=SimpleNamespace(cluster=cluster), job_ids=["7"], path=tmp_path
     )
     assert status._state(run, []) == "pending as job 7 (JobHeldUser): 'scontrol release 7' lets it start"
 
