@@ -62,6 +62,8 @@ def status(run: Run) -> Status:
 def table(found: Status) -> Table:
     """One run, a fact a line."""
     rows, saved = Table(show_header=False, box=None), found.saved
+    rows.add_column(no_wrap=True)
+    rows.add_column(overflow="fold")
     facts = {
         "run": found.run.path.name,
         "state": found.state,
@@ -84,7 +86,7 @@ def overview(runs: Sequence[Run]) -> Table:
     """Every run, one a line."""
     rows = Table(box=None, caption=None if runs else "no runs yet: s3-megatron submit, or launch")
     for heading in ("run", "state", "iteration", "loss", "checkpoint", "restarts"):
-        rows.add_column(heading)
+        rows.add_column(heading, overflow="fold")  # a name that is cut off is none
     for run in runs:
         try:
             found = status(run)
@@ -153,6 +155,7 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def _age(seconds: float) -> str:
+    seconds = max(0, seconds)  # a file server's clock may be ahead of this machine's
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
