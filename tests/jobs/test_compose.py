@@ -199,6 +199,13 @@ def test_a_number_that_yaml_reads_as_another_is_refused(written: str, read: int,
         compose.load_plain(Cluster, tmp_path / "mine.yaml")
 
 
+def test_a_tilde_is_no_home_folder() -> None:
+    """``runs_dir: ~/runs`` made a folder called ~ beside the recipe, which people then remove by ``rm -r ~``."""
+    for key in ("runs_dir", "data_dir"):
+        line = refused("gpt2_tiny", "local", f"cluster.{key}=~/runs")
+        assert f"{key} '~/runs': ~ is the home folder for a shell only: write it out" in line
+
+
 def test_a_section_whose_keys_are_commented_out_can_be_set(tmp_path: Path) -> None:
     text = re.sub(r"(?m)^(slurm:)\n(  .*\n)+", r"\1\n", catalog.find("cluster", "slurm").read_text())
     assert "partition" not in text
