@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from s3_megatron.cli.output import console, errors, line, report, show
+from s3_megatron.cli.output import console, errors, line, print_table, report
 from s3_megatron.errors import S3Error
 
 app = typer.Typer()
@@ -42,7 +42,7 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name (s3-me
 
 
 @config_app.command("show")
-def config_show(recipe: Recipe, cluster: OnCluster = "local", settings: Settings = None) -> None:
+def show(recipe: Recipe, cluster: OnCluster = "local", settings: Settings = None) -> None:
     """Print every setting, the defaults included, and what follows from them."""
     from s3_megatron.jobs import compose
     from s3_megatron.jobs.catalog import as_yaml
@@ -133,9 +133,9 @@ def status(run: Annotated[str | None, typer.Argument(metavar="RUN", show_default
     from s3_megatron.jobs import status as statuses
 
     if run is None:
-        show(statuses.overview(runs.known_runs()))
+        print_table(statuses.overview(runs.known_runs()))
     else:
-        show(statuses.table(statuses.status(runs.find(run))))
+        print_table(statuses.table(statuses.status(runs.find(run))))
 
 
 @app.command("runs")

@@ -16,7 +16,7 @@ def line(text: str) -> None:
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def show(rows: Table) -> None:
+def print_table(rows: Table) -> None:
     """Print ``rows``; where that is no terminal, each on one line, for whoever searches it."""
     wide = console if console.is_terminal else Console(file=console.file, width=1000)
     wide.print(rows)
@@ -24,7 +24,7 @@ def show(rows: Table) -> None:
 
 def report(findings: Iterable[Finding]) -> None:
     """Print ``findings`` as a table."""
-    show(table(findings))
+    print_table(table(findings))
 
 
 def printable(text: str) -> str:

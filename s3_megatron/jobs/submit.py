@@ -15,7 +15,7 @@ from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.render import render
 from s3_megatron.jobs.runs import Run
 from s3_megatron.jobs.schema import valid_name
-from s3_megatron.run_folder import BATCH_SCRIPT
+from s3_megatron.run_folder import BATCH_SCRIPT, FINISHED
 
 
 def folder(job: Job, name: str | None) -> Path:
@@ -83,7 +83,8 @@ def start(run: Run) -> int:
             try:
                 with _passed_on(script):
                     for text in script.stdout:
-                        log.write(text)
+                        with suppress(OSError):  # a full disk costs the log a line, not the run
+                            log.write(text)
                         with suppress(OSError):  # a terminal that was closed: the run is none of its
                             sys.stdout.buffer.write(text)
                             sys.stdout.flush()
@@ -118,7 +119,10 @@ def resume(run: Run, show: Callable[[str], None]) -> int:
             change.
     """
     if run.finished:
-        raise S3Error(f"{run.path.name} has finished: to train on, submit its recipe with a larger train_iters")
+        raise S3Error(
+            f"{run.path.name} has finished: to train on, raise schedule.train_iters in {run.recipe}, remove "
+            f"{run.path / FINISHED}, and resume"
+        )
     if alive := _alive(run):
         raise S3Error(f"{run.path.name} is still in the queue as job {', '.join(alive)}: cancel it first")
     for change in edits.apply(run):

@@ -82,7 +82,9 @@ def test_status_shows_what_failed_first_and_not_what_was_last(tmp_path: Path):
     (run.path / "FINISHED").write_text("{}")
     found = status.status(run)
     assert (found.state, found.error) == ("finished", None)
-    with pytest.raises(S3Error, match="has finished: to train on"):
+    with pytest.raises(
+        S3Error, match=r"has finished: to train on, raise schedule.train_iters in .*, remove .*/FINISHED"
+    ):
         submit.resume(run, print)
 
 
