@@ -127,9 +127,17 @@ class RunFolder:
         write_file(self.path / ENDED, f"{why}\n".encode())
 
     def reopen(self) -> None:
-        """Forget that and why the run ended, that it was asked to stop, and what the chain of starts remembers."""
+        """Forget that and why the run ended, that it was asked to stop, and what the chain of starts remembers.
+
+        Raises S3Error where a file cannot be removed.
+        """
         for name in (ENDED, STOP, CHAIN):
-            (self.path / name).unlink(missing_ok=True)
+            try:
+                (self.path / name).unlink(missing_ok=True)
+            except OSError as error:
+                raise S3Error(
+                    f"{self.path / name} cannot be removed ({error.strerror}): remove it, and resume"
+                ) from error
 
     def attempt(self, name: str) -> "Attempt":
         """The start ``name``: JOB-N of SLURM's Nth restart of a job, local-TIME without a scheduler."""
@@ -138,7 +146,8 @@ class RunFolder:
     def attempts(self) -> list["Attempt"]:
         """Every start that was made, the first first."""
         folders = [path for path in (self.path / ATTEMPTS).glob("*") if path.is_dir()]
-        return [Attempt(path) for path in sorted(folders, key=lambda path: path.stat().st_ctime)]
+        # By mtime, which a folder keeps when it is moved to another disk: ctime is then that of the copy.
+        return [Attempt(path) for path in sorted(folders, key=lambda path: path.stat().st_mtime)]
 
 
 @dataclass(frozen=True)

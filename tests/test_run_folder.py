@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from s3_megatron import run_folder
+from s3_megatron.errors import S3Error
 from s3_megatron.files import write_file
 from s3_megatron.run_folder import RunFolder, of_this_job
 
@@ -55,6 +56,12 @@ def test_how_a_run_ends(run: RunFolder) -> None:
     run.finish(12)
     assert run.finished and json.loads((run.path / "FINISHED").read_text())["iteration"] == 12
     assert [path.name for path in run.path.iterdir()] == ["FINISHED"], "nothing half-written is left"
+
+
+def test_what_cannot_be_removed_is_one_line(run: RunFolder) -> None:
+    run.stop_request.mkdir()  # as of another user's in a folder where each may remove his own alone
+    with pytest.raises(S3Error, match=r"STOP cannot be removed \(.*\): remove it, and resume"):
+        run.reopen()
 
 
 def test_a_reason_that_is_not_utf8_is_read_all_the_same(run: RunFolder) -> None:

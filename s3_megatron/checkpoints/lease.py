@@ -31,7 +31,7 @@ def held(folder: Path, lost: Callable[[str], None]) -> Iterator[None]:
 
     A holder of this machine that has ended keeps nothing; nor does an earlier start of the same SLURM job. One on
     another machine is waited for until it has not refreshed its claim for LEASE_SECONDS. ``folder/holder`` names the
-    holder: job-restart or "-", host, process, time.
+    holder: job-restart or "-", host, process, time, and SLURM's cluster, if it is one's.
 
     Raises:
         FolderIsHeld: another run has the folder.
@@ -95,8 +95,9 @@ def _taken(lock: "BaseFileLock", folder: Path) -> Iterator[None]:
     except OSError as error:
         raise S3Error(f"{folder} cannot be held: {error.strerror or error}") from error
     try:
-        words = (_start(), platform.node(), str(os.getpid()), time.strftime("%F %T"))
-        write_file(folder / HOLDER, f"{' '.join(words)}\n".encode())
+        cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
+        words = (_start(), platform.node(), str(os.getpid()), time.strftime("%F %T"), cluster)
+        write_file(folder / HOLDER, f"{' '.join(words).rstrip()}\n".encode())
         yield
     finally:
         lock.release()
@@ -124,7 +125,8 @@ def _words(folder: Path) -> list[str]:
 
 def _holder(folder: Path) -> str:
     """Name who has ``folder``."""
-    if len(words := _words(folder)) != 5:
+    if len(words := _words(folder)) < 5:
         return "a run that has not written its name yet"
-    start, host, pid, day, clock = words
-    return f"{'' if start == '-' else f'job {start}, '}process {pid} on {host} since {day} {clock}"
+    start, host, pid, day, clock, *cluster = words
+    job = f"job {' of '.join([start, *cluster])}, "
+    return f"{'' if start == '-' else job}process {pid} on {host} since {day} {clock}"

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from s3_megatron.cli.output import console, errors, line, report
+from s3_megatron.cli.output import console, errors, line, print_table, report
 from s3_megatron.errors import S3Error
 
 app = typer.Typer()
@@ -133,9 +133,9 @@ def status(run: Annotated[str | None, typer.Argument(metavar="RUN", show_default
     from s3_megatron.jobs import status as statuses
 
     if run is None:
-        console.print(statuses.overview(runs.known_runs()))
+        print_table(statuses.overview(runs.known_runs()))
     else:
-        console.print(statuses.table(statuses.status(runs.find(run))))
+        print_table(statuses.table(statuses.status(runs.find(run))))
 
 
 @app.command("runs")

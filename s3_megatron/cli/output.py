@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from rich.console import Console
+from rich.table import Table
 
 from s3_megatron.finding import Finding, table
 
@@ -15,10 +16,15 @@ def line(text: str) -> None:
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def report(findings: Iterable[Finding]) -> None:
-    """Print ``findings`` as a table; where that is no terminal, each on one line, for whoever searches it."""
+def print_table(rows: Table) -> None:
+    """Print ``rows``; where that is no terminal, each on one line, for whoever searches it."""
     wide = console if console.is_terminal else Console(file=console.file, width=1000)
-    wide.print(table(findings))
+    wide.print(rows)
+
+
+def report(findings: Iterable[Finding]) -> None:
+    """Print ``findings`` as a table."""
+    print_table(table(findings))
 
 
 def printable(text: str) -> str:

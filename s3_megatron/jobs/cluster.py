@@ -147,6 +147,9 @@ class Cluster(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        for key in ("runs_dir", "data_dir"):
+            if getattr(self, key).startswith("~"):
+                raise ValueError(f"{key} {getattr(self, key)!r}: ~ is the home folder for a shell only: write it out")
         if self.scheduler == "slurm":
             for key in ("runs_dir", "data_dir"):
                 if not getattr(self, key).startswith("/"):

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import getitem
@@ -76,13 +77,15 @@ def _recipe(name: str, settings: list[str]) -> Recipe:
             raw["optimizer"] = _read(find("optimizer", optimizer), as_written)
         return _merged(source, raw, others, as_written)
 
-    return validated(Recipe, merged, source)
+    return _validated(Recipe, merged, source)
 
 
 def _cluster(name: str, settings: list[str]) -> Cluster:
     path = find("cluster", name)
     source = _source(path, settings, "cluster.")
-    return validated(Cluster, lambda as_written: _merged(source, _read(path, as_written), settings, as_written), source)
+    return _validated(
+        Cluster, lambda as_written: _merged(source, _read(path, as_written), settings, as_written), source
+    )
 
 
 def _source(path: Path, settings: list[str], prefix: str = "") -> str:
@@ -122,6 +125,32 @@ def _as_written(text: str | bytes) -> Any:
     return yaml.load(text, Loader=yaml.BaseLoader)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice, as OmegaConf does; PyYAML takes the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"found duplicate key {key.value}", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_plain[M: BaseModel](model: type[M], path: Path) -> M:
+    """Read a file that ``as_yaml`` wrote, and a person may have edited: nothing in it refers to anything else.
+
+    Raises:
+        S3Error: it is not there or is no YAML, or keys or values are wrong; it names all of them.
+    """
+    try:
+        text = path.read_bytes()
+        raw, written = yaml.load(text, Loader=_UniqueKeys), _as_written(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise S3Error(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    return _validated(model, lambda as_written: written if as_written else raw, str(path))
+
+
 def _merged(source: str, config: DictConfig, settings: list[str], as_written: bool) -> dict[str, Any]:
     try:
         for setting in settings:
@@ -134,20 +163,29 @@ def _merged(source: str, config: DictConfig, settings: list[str], as_written: bo
         raise S3Error(f"{source}: {' '.join(str(error).split())}") from error
 
 
-def validated[M: BaseModel](model: type[M], merged: Callable[[bool], dict[str, Any]], source: str) -> M:
+def _validated[M: BaseModel](model: type[M], merged: Callable[[bool], dict[str, Any]], source: str) -> M:
     """Check what ``merged(as_written)``, from ``source``, returns; a number where a text belongs stays as written.
 
     Raises:
         S3Error: keys or values are wrong; it names all of them.
     """
     raw = merged(False)
-    if numbers := [error["loc"] for error in _errors(model, raw) if _is_number_for_text(error)]:
-        written = merged(True)
-        for loc in numbers:
-            reduce(getitem, loc[:-1], cast(Any, raw))[loc[-1]] = reduce(getitem, loc, cast(Any, written))
-    if errors := _errors(model, raw):
-        raise S3Error(f"{source}: {'; '.join(_explained(model, one) for one in errors)}")
+    written = merged(True)
+    for loc in [error["loc"] for error in _errors(model, raw) if _is_number_for_text(error)]:
+        reduce(getitem, loc[:-1], cast(Any, raw))[loc[-1]] = reduce(getitem, loc, cast(Any, written))
+    problems = [_explained(model, one) for one in _errors(model, raw)]
+    if problems := [*problems, *_other_numbers(raw, written, [])]:
+        raise S3Error(f"{source}: {'; '.join(problems)}")
     return model.model_validate(raw)
+
+
+def _other_numbers(raw: Any, written: Any, place: list[str]) -> Iterator[str]:
+    """Yield what YAML has read as a number in base 60 (12:00:00 is 43200) or 8 (010 is 8), which nobody means."""
+    if isinstance(raw, Mapping) and isinstance(written, Mapping):
+        for key in [key for key in raw if key in written]:  # << brings more
+            yield from _other_numbers(raw[key], written[key], [*place, key])
+    elif isinstance(raw, int | float) and re.search(r":|^[-+]?0\d", str(written)):
+        yield f"{'.'.join(place)} = {written}: YAML reads {raw}: write a plain number, in the setting's own unit"
 
 
 def _errors(model: type[BaseModel], raw: dict[str, Any]) -> list[ErrorDetails]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs.runs import Run
 
+_LONGEST_LINE = 2**20  # bytes
+
 
 def lines(run: Run, follow: bool) -> Iterator[str]:
     """Yield the lines of every file in the run's ``logs``, behind the file's name: job, or a node's.
@@ -27,12 +29,15 @@ def lines(run: Run, follow: bool) -> Iterator[str]:
         time.sleep(0.5)
 
 
-def _added(path: Path, offsets: dict[Path, int], follow: bool) -> list[str]:
-    """Read what was added to ``path`` since ``offsets``; with ``follow`` whole lines only."""
+def _added(path: Path, offsets: dict[Path, int], follow: bool) -> Iterator[str]:
+    """Read what was added to ``path`` since ``offsets``, which it keeps; with ``follow`` whole lines only.
+
+    Line by line, and a longer one in parts: a log has gigabytes.
+    """
     with path.open("rb") as file:
         file.seek(offsets.get(path, 0))
-        text = file.read()
-    if follow:
-        text = text[: text.rfind(b"\n") + 1]
-    offsets[path] = offsets.get(path, 0) + len(text)
-    return text.decode(errors="replace").splitlines()
+        while text := file.readline(_LONGEST_LINE):
+            if follow and not text.endswith(b"\n") and len(text) < _LONGEST_LINE:
+                return
+            offsets[path] = file.tell()
+            yield from text.decode(errors="replace").splitlines()

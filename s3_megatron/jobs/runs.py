@@ -16,15 +16,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel
-
 import s3_megatron
 from s3_megatron.errors import S3Error
 from s3_megatron.files import append_line, user_folder, write_file
 from s3_megatron.jobs.catalog import as_yaml
 from s3_megatron.jobs.cluster import Cluster
-from s3_megatron.jobs.compose import validated
+from s3_megatron.jobs.compose import load_plain
 from s3_megatron.jobs.flags import deepspeed_file
 from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.node.environment import commit, public
@@ -52,7 +49,7 @@ class Run(RunFolder):
     @cached_property
     def job(self) -> Job:
         """The recipe and the cluster; raises S3Error where an edit has broken them."""
-        return Job(_read(Recipe, self.recipe), _read(Cluster, self.cluster))
+        return Job(load_plain(Recipe, self.recipe), load_plain(Cluster, self.cluster))
 
     @property
     def job_ids(self) -> list[str]:
@@ -125,14 +122,6 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def write_about(run: RunFolder, about: Mapping[str, Any]) -> None:
     """Write what made ``run``."""
     write_file(run.about, (json.dumps(about, indent=1) + "\n").encode())
-
-
-def _read[M: BaseModel](model: type[M], path: Path) -> M:
-    try:
-        raw = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise S3Error(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    return validated(model, lambda as_written: raw, str(path))
 
 
 def find(name: str) -> Run:

@@ -3,14 +3,17 @@
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from s3_megatron.errors import S3Error
 
-# What squeue and scontrol call a job that is, or will be, under way.
-ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD")
+# What scontrol calls a job that is over (man squeue); in any other state it is, or will be, under way.
+_OVER = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    "TIMEOUT",
+)
 
 # Variables that sbatch takes in the place of a script's own line, beyond SBATCH_ and the option's name (man sbatch).
 _ALSO = {
@@ -22,6 +25,9 @@ _ALSO = {
 _NEVER = ("SBATCH_ARRAY_INX", "SBATCH_WAIT")  # several jobs in one folder; an sbatch that waits for the job's end
 
 _SBATCH = re.compile("^#SBATCH.*", re.MULTILINE)
+# What sbatch answers with --parsable, and where a site's wrapper does not pass that on.
+_NUMBER = re.compile(r"^(?:Submitted batch job )?(\d+)(?:;.*| on cluster .*)?$", re.MULTILINE)
+_SCRIPT = re.compile(r"^ *Command=(.*)$", re.MULTILINE)
 
 # Which cluster's controller is asked, by whomever.
 _SITE = ("SLURM_CONF", "SLURM_CLUSTERS")
@@ -35,6 +41,11 @@ class JobState:
     reason: str
     nodes: str
 
+    @property
+    def alive(self) -> bool:
+        """Whether the job is, or will be, under way."""
+        return self.state not in _OVER
+
 
 def test_script(script: Path) -> None:
     """Ask whether the script would be accepted now; raises S3Error with SLURM's own words where it would not."""
@@ -42,8 +53,13 @@ def test_script(script: Path) -> None:
 
 
 def submit(script: Path) -> str:
-    """Queue ``script``; returns the job's number."""
-    return _sbatch("--parsable", script).split(";")[0].strip()
+    """Queue ``script``; returns the job's number: what a site's wrapper prints of its own comes before it."""
+    text = _sbatch("--parsable", script)
+    if not (numbers := _NUMBER.findall(text)):
+        raise S3Error(
+            f"sbatch names no job, but says {' '.join(text.split())!r}: see whether it is queued (squeue --me)"
+        )
+    return numbers[-1]
 
 
 def cancel(jobs: list[str]) -> None:
@@ -51,14 +67,28 @@ def cancel(jobs: list[str]) -> None:
     _run("scancel", *jobs)
 
 
-def state(job: str) -> JobState | None:
-    """How ``job`` is; None where SLURM has forgotten it."""
-    try:
-        text = _run("scontrol", "--oneliner", "show", "job", job)
-    except S3Error:
-        return None
-    fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
-    return JobState(fields["JobState"], fields.get("Reason", "None"), fields.get("NodeList", "(null)"))
+def states(jobs: Sequence[str], script: Path) -> dict[str, JobState]:
+    """How those of ``jobs`` are, by number, that SLURM has not forgotten and that were queued by ``script``.
+
+    A number may be another job's, too: on another cluster with the same runs_dir, or in a copied run folder the
+    original's. A job whose script is not there any more counts: its run was moved.
+
+    Raises:
+        S3Error: SLURM does not answer.
+    """
+    found = {}
+    for job in jobs:
+        try:
+            text = _run("scontrol", "show", "job", job)
+        except S3Error as error:
+            if "Invalid job id" in str(error):
+                continue
+            raise
+        queued = _SCRIPT.search(text)
+        if queued is None or Path(queued[1]) == script or not Path(queued[1]).exists():
+            fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
+            found[job] = JobState(fields["JobState"], fields.get("Reason", "None"), fields.get("NodeList", "(null)"))
+    return found
 
 
 def _sbatch(option: str, script: Path) -> str:

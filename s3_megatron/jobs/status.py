@@ -13,7 +13,7 @@ from s3_megatron.errors import S3Error
 from s3_megatron.jobs import slurm
 from s3_megatron.jobs.node import verdict
 from s3_megatron.jobs.runs import Run
-from s3_megatron.run_folder import Attempt
+from s3_megatron.run_folder import BATCH_SCRIPT, Attempt
 from s3_megatron.watch.events import Train
 from s3_megatron.watch.file import FILE_NAME, newest_train
 
@@ -62,6 +62,8 @@ def status(run: Run) -> Status:
 def table(found: Status) -> Table:
     """One run, a fact a line."""
     rows, saved = Table(show_header=False, box=None), found.saved
+    rows.add_column(no_wrap=True)
+    rows.add_column(overflow="fold")
     facts = {
         "run": found.run.path.name,
         "state": found.state,
@@ -84,7 +86,7 @@ def overview(runs: Sequence[Run]) -> Table:
     """Every run, one a line."""
     rows = Table(box=None, caption=None if runs else "no runs yet: s3-megatron submit, or launch")
     for heading in ("run", "state", "iteration", "loss", "checkpoint", "restarts"):
-        rows.add_column(heading)
+        rows.add_column(heading, overflow="fold")  # a name that is cut off is none
     for run in runs:
         try:
             found = status(run)
@@ -109,21 +111,19 @@ def _state(run: Run, attempts: Sequence[Attempt]) -> str:
         return f"ended: {why}"
     if run.job.cluster.scheduler == "none":
         return _local_state(run, attempts)
-    queued = []
-    for job in run.job_ids:
-        try:
-            found = slurm.state(job)
-        except S3Error as error:
-            return f"unknown: {error}"
-        if found is not None:
-            queued.append((job, found))
-    for job, found in queued:
-        if found.state in slurm.ALIVE:
+    try:
+        queued = slurm.states(run.job_ids, run.path / BATCH_SCRIPT)
+    except S3Error as error:
+        return f"unknown: {error}"
+    for job, found in queued.items():
+        if found.alive:
             why = f" ({found.reason})" if found.state == "PENDING" else f" on {found.nodes}"
             if found.reason.startswith("JobHeld"):  # as a controller leaves it that dies while a start leaves nodes out
                 why = f" ({found.reason}): 'scontrol release {job}' lets it start"
             return f"{found.state.lower()} as job {job}{why}"
-    last = f"job {queued[-1][0]} is {queued[-1][1].state}" if queued else "SLURM has forgotten its jobs"
+    last = "SLURM has forgotten its jobs"
+    for job, found in queued.items():
+        last = f"job {job} is {found.state}"
     return f"stopped, {last}: s3-megatron resume {run.label}"
 
 
@@ -155,6 +155,7 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def _age(seconds: float) -> str:
+    seconds = max(0, seconds)  # a file server's clock may be ahead of this machine's
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

@@ -15,6 +15,7 @@ from s3_megatron.jobs.job import Job
 from s3_megatron.jobs.render import render
 from s3_megatron.jobs.runs import Run
 from s3_megatron.jobs.schema import valid_name
+from s3_megatron.run_folder import BATCH_SCRIPT, FINISHED
 
 
 def folder(job: Job, name: str | None) -> Path:
@@ -50,7 +51,14 @@ def queue(run: Run) -> None:
     """Queue the run's script: once, or with ``restart.how: chain`` as often as it may start."""
     restart = run.job.cluster.restart
     for _ in range(restart.max_restarts + 1 if restart.how == "chain" else 1):
-        run.submitted(slurm.submit(run.script))
+        job = slurm.submit(run.script)
+        try:
+            run.submitted(job)
+        except OSError as error:  # no command would find the job again
+            slurm.cancel([job])
+            raise S3Error(
+                f"job {job} was taken out of the queue again, for {run.jobs} cannot be written: {error}"
+            ) from error
 
 
 def here(job: Job) -> Job:
@@ -75,7 +83,8 @@ def start(run: Run) -> int:
             try:
                 with _passed_on(script):
                     for text in script.stdout:
-                        log.write(text)
+                        with suppress(OSError):  # a full disk costs the log a line, not the run
+                            log.write(text)
                         with suppress(OSError):  # a terminal that was closed: the run is none of its
                             sys.stdout.buffer.write(text)
                             sys.stdout.flush()
@@ -106,10 +115,14 @@ def resume(run: Run, show: Callable[[str], None]) -> int:
     the exit code of a run without a scheduler, 0 for a queued one.
 
     Raises:
-        S3Error: it has finished, is still in the queue, or was edited where a run cannot change.
+        S3Error: it has finished, is still in the queue, SLURM does not answer, or it was edited where a run cannot
+            change.
     """
     if run.finished:
-        raise S3Error(f"{run.path.name} has finished: to train on, submit its recipe with a larger train_iters")
+        raise S3Error(
+            f"{run.path.name} has finished: to train on, raise schedule.train_iters in {run.recipe}, remove "
+            f"{run.path / FINISHED}, and resume"
+        )
     if alive := _alive(run):
         raise S3Error(f"{run.path.name} is still in the queue as job {', '.join(alive)}: cancel it first")
     for change in edits.apply(run):
@@ -127,7 +140,7 @@ def cancel(run: Run) -> list[str]:
     Returns the numbers of the jobs that were in the queue.
 
     Raises:
-        S3Error: it has no job in the queue.
+        S3Error: it has no job in the queue, or SLURM does not answer.
     """
     alive = _alive(run)
     if not alive:
@@ -139,4 +152,4 @@ def cancel(run: Run) -> list[str]:
 
 
 def _alive(run: Run) -> list[str]:
-    return [job for job in run.job_ids if (state := slurm.state(job)) and state.state in slurm.ALIVE]
+    return [job for job, found in slurm.states(run.job_ids, run.path / BATCH_SCRIPT).items() if found.alive]

@@ -5,7 +5,7 @@ back. ``FINISHED`` is there once the last iteration is done, ``ENDED`` once a jo
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class _Requests:
         self._run = run
         self._iteration = 0
         self._stopped = False
+        self._obeyed: dict[Path, int] = {}  # requests that cannot be removed, and their times
 
     def checkpoint_and_decide_exit(self, original: Callable[..., bool]) -> Callable[..., bool]:
         """Wrap ``megatron.training.training.checkpoint_and_decide_exit`` (0.19.2), called after every iteration."""
@@ -77,7 +78,7 @@ class _Requests:
         """Look, on rank 0 alone, which sees what all others might see a moment later, and broadcast it."""
         bits = 0
         if dist.get_rank() == 0:
-            bits = _SAVE * self._run.save_request.exists() | _STOP * self._run.stop_request.exists()
+            bits = _SAVE * self._is_there(self._run.save_request) | _STOP * self._is_there(self._run.stop_request)
         asked = torch.tensor([bits], dtype=torch.int32, device="cuda")
         dist.broadcast(asked, src=0)
         return int(asked.item())
@@ -95,6 +96,18 @@ class _Requests:
         if dist.get_rank() == 0 and not args.skip_train and iteration >= args.train_iters:
             self._run.finish(iteration)
 
+    def _is_there(self, request: Path) -> bool:
+        with suppress(OSError):
+            return request.stat().st_mtime_ns != self._obeyed.get(request)
+        return False
+
     def _remove(self, request: Path) -> None:
-        if dist.get_rank() == 0:
+        """Remove an obeyed request; one that is another's, or a folder, is passed over until it is touched again."""
+        if dist.get_rank() != 0:
+            return
+        try:
             request.unlink(missing_ok=True)
+        except OSError as error:
+            print(f"{request} was obeyed and cannot be removed: {error.strerror}", flush=True)
+            with suppress(OSError):
+                self._obeyed[request] = request.stat().st_mtime_ns

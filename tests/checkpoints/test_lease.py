@@ -54,7 +54,7 @@ def test_a_requeued_job_takes_over_from_its_own_start_that_runs_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A node that loses its network goes on training while SLURM has started the job anew elsewhere."""
-    other = holder(tmp_path, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="0")
+    other = holder(tmp_path, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="0", SLURM_CLUSTER_NAME="alpha")
     try:
         for count, mine in (("0", False), ("1", True)):
             monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -63,7 +63,7 @@ def test_a_requeued_job_takes_over_from_its_own_start_that_runs_on_where_it_was(
                 with held(tmp_path, print):
                     assert (tmp_path / "holder").read_text().startswith("7-1 ")
             else:
-                with pytest.raises(FolderIsHeld, match="held by job 7-0, process"), held(tmp_path, print):
+                with pytest.raises(FolderIsHeld, match="held by job 7-0 of alpha, process"), held(tmp_path, print):
                     pytest.fail("two commands in one allocation are two runs")
     finally:
         other.kill()

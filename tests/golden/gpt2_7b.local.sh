@@ -8,6 +8,7 @@ attempt=local-$(date +%Y%m%d-%H%M%S)
 mkdir -p "$run/attempts/$attempt" "$run/logs/ranks"
 
 export PYTHONUNBUFFERED=1
+export PYTHONOPTIMIZE=''
 export OMP_NUM_THREADS=1
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export S3_RUN_DIR=$run

@@ -102,11 +102,12 @@ on_every_node() {
 [[ ! -e $run/FINISHED ]] || finish 0 'this run had finished already'
 [[ ! -e $run/ENDED ]] || finish 2 "this run had ended already: $(<"$run/ENDED")"
 
-# Two jobs in one run folder would train over each other. What SLURM knows to be over has left its lease behind.
-holder=- checkpoints=$run/checkpoints
-[[ ! -s $checkpoints/holder ]] || read -r holder _ <"$checkpoints/holder"
+# Two jobs in one run folder would train over each other. What SLURM knows to be over has left its lease behind. Of
+# another cluster's jobs it knows nothing: the agent then waits for the lease.
+holder=- cluster='' checkpoints=$run/checkpoints
+[[ ! -s $checkpoints/holder ]] || read -r holder _ _ _ _ cluster <"$checkpoints/holder"
 holder=${holder%-*} # of JOB-RESTART
-if [[ $holder =~ ^[0-9]+$ && $holder != "$SLURM_JOB_ID" ]]; then
+if [[ $holder =~ ^[0-9]+$ && $holder != "$SLURM_JOB_ID" && ${cluster:-${SLURM_CLUSTER_NAME-}} == "${SLURM_CLUSTER_NAME-}" ]]; then
     alive=$(patiently squeue --noheader --states=RUNNING,SUSPENDED,STOPPED,SIGNALING --format=%A) || alive=$holder
     if grep -qx "$holder" <<<"$alive"; then
         say "refused: job $(<"$checkpoints/holder") has this run folder"
@@ -136,6 +137,7 @@ mapfile -t nodes < <(patiently scontrol show hostnames "$SLURM_JOB_NODELIST")
 say "start $((starts + 1)) on ${nodes[*]}, from iteration $saved"
 
 export PYTHONUNBUFFERED=1
+export PYTHONOPTIMIZE=''
 export OMP_NUM_THREADS=1
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 # Compiled kernels stay on the node: a shared folder would be a lock that all ranks wait for.

@@ -13,6 +13,7 @@ from s3_megatron.finding import ERROR, OK, WARNING, Finding, table
 from s3_megatron.jobs import catalog, checks, compose
 from s3_megatron.jobs.checks import data, engines, numbers, places, resources
 from s3_megatron.jobs.job import Job
+from s3_megatron.jobs.render import render
 
 RUN = Path("/shared/s3/runs/run")
 
@@ -289,6 +290,19 @@ def test_a_gpu_job_is_accepted_on_a_machine_without_one(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         assert "no GPU here: checked on the rehearsal's stand-in" in finding.found
     assert not list(tmp_path.iterdir()), "it writes nothing"
+
+
+@pytest.mark.slow
+def test_megatrons_assertions_are_asked_whatever_python_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under PYTHONOPTIMIZE=1 Megatron accepted everything, in the check and on the nodes: it validates by asserting."""
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    flags = ["cluster.accelerator=cpu", "flags=[--distribute-saved-activations]"]
+    (finding,) = engines.parser(compose.load("gpt2_tiny", "local", flags), tmp_path)
+    assert finding.state == ERROR and "tensor model parallel" in finding.found
+    for cluster in ("local", "slurm"):
+        assert "\nexport PYTHONOPTIMIZE=''\n" in render(compose.load("gpt2_tiny", cluster), tmp_path)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import yaml
 
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs import catalog, compose
+from s3_megatron.jobs.cluster import Cluster
 from s3_megatron.jobs.flags import megatron_flags
 
 
@@ -184,6 +185,42 @@ def test_a_number_in_the_place_of_a_text_stays_as_written(tmp_path: Path):
     assert account.slurm.account == "1e5"
     (tmp_path / "again.yaml").write_text(catalog.as_yaml(account))
     assert compose.load("gpt2_345m", str(tmp_path / "again.yaml")).cluster == account, "as a run folder keeps it"
+
+
+@pytest.mark.parametrize(("written", "read"), [("12:00:00", 43200), ("1:30", 90), ("0100", 64)])
+def test_a_number_that_yaml_reads_as_another_is_refused(written: str, read: int, tmp_path: Path) -> None:
+    """``time_limit_minutes: 12:00:00``, as people write it for sbatch, became 43,200 minutes: a month."""
+    line = f"time_limit_minutes = {written}: YAML reads {read}: write a plain number"
+    assert line in refused("gpt2_tiny", "slurm", f"cluster.slurm.time_limit_minutes={written}")
+    cluster = catalog.find("cluster", "slurm").read_text()
+    (tmp_path / "mine.yaml").write_text(cluster.replace("minutes: 1440", f"minutes: {written}"))
+    assert line in refused("gpt2_tiny", str(tmp_path / "mine.yaml"))
+    with pytest.raises(S3Error, match=line):
+        compose.load_plain(Cluster, tmp_path / "mine.yaml")
+
+
+def test_a_tilde_is_no_home_folder() -> None:
+    """``runs_dir: ~/runs`` made a folder called ~ beside the recipe, which people then remove by ``rm -r ~``."""
+    for key in ("runs_dir", "data_dir"):
+        line = refused("gpt2_tiny", "local", f"cluster.{key}=~/runs")
+        assert f"{key} '~/runs': ~ is the home folder for a shell only: write it out" in line
+
+
+def test_a_section_whose_keys_are_commented_out_can_be_set(tmp_path: Path) -> None:
+    text = re.sub(r"(?m)^(slurm:)\n(  .*\n)+", r"\1\n", catalog.find("cluster", "slurm").read_text())
+    assert "partition" not in text
+    (tmp_path / "mine.yaml").write_text(f"\ufeff{text}".replace("\n", "\r\n"), encoding="utf-8", newline="")
+    job = compose.load("gpt2_tiny", str(tmp_path / "mine.yaml"), ["cluster.slurm.partition=012"])
+    assert job.cluster.slurm.partition == "012"
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    """In a run's recipe.yaml the last one won in silence: an edit of the first changed nothing at the resume."""
+    text = catalog.find("cluster", "slurm").read_text() + "runs_dir: /other\n"
+    (tmp_path / "twice.yaml").write_text(text)
+    assert "duplicate key runs_dir" in refused("gpt2_tiny", str(tmp_path / "twice.yaml"))
+    with pytest.raises(S3Error, match="duplicate key runs_dir"):
+        compose.load_plain(Cluster, tmp_path / "twice.yaml")
 
 
 def test_what_yaml_reads_as_a_truth_value_needs_quotes():

@@ -92,3 +92,12 @@ def test_a_terminal_that_is_gone_does_not_end_a_run(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("sys.stdout", Gone)
     assert submit.start(run) == 0
     assert run.job_log.read_text() == "one\ntwo\n"
+
+
+def test_a_log_that_cannot_be_written_does_not_end_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """On a full disk ``launch`` ended with a traceback, and the run of its next print into a pipe without a reader."""
+    run = make(tmp_path)
+    run.script.write_text("for i in {1..500}; do echo line $i; done; exit 3\n")
+    run.job_log.symlink_to("/dev/full")
+    assert submit.start(run) == 3
+    assert capfd.readouterr().out.endswith("line 499\nline 500\n")

@@ -249,6 +249,19 @@ def test_a_second_job_in_a_run_folder_is_refused_while_the_first_runs(stubs: Pat
     assert not (checkpoints / "lease").exists()
 
 
+def test_a_job_of_another_cluster_is_left_its_lease(stubs: Path, tmp_path: Path):
+    """Of two clusters with one runs_dir the second did not find the first's job in its queue, removed the lease, and
+    both trained. Whether that run is alive the lease itself says, by its refreshes."""
+    text, checkpoints = script("gpt2_345m", "slurm", run=tmp_path / "run"), tmp_path / "run/checkpoints"
+    checkpoints.mkdir(parents=True)
+    for cluster, is_left in (("alpha", True), ("beta", False)):
+        (checkpoints / "holder").write_text(f"6-0 node9 123 2026-11-28 12:00:00 {cluster}\n")
+        (checkpoints / "lease").touch()
+        done = shell(text, stubs, tmp_path, STATE="5", SLURM_CLUSTER_NAME="beta")
+        assert "training is not complete" in done.stdout, done.stdout + done.stderr
+        assert (checkpoints / "lease").exists() == is_left
+
+
 def test_what_is_exported_reaches_the_ranks(stubs: Path, tmp_path: Path):
     """With ``--export=NONE`` for sbatch SLURM sets SLURM_EXPORT_ENV=NONE, and srun handed on nothing: no S3_RUN_DIR,
     no NCCL_SOCKET_IFNAME. tests/slurm runs a job under it."""

@@ -2,14 +2,18 @@
 
 import json
 import os
+import shutil
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from s3_megatron import cli
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs import edits, logs, runs, status, submit
 from s3_megatron.jobs.runs import Run
@@ -49,8 +53,9 @@ def test_status_says_how_a_held_job_starts_again(tmp_path: Path, monkeypatch: py
     stub.write_text("#!/bin/sh\necho JobId=7 JobState=PENDING Reason=JobHeldUser NodeList=\n")
     stub.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    cluster = SimpleNamespace(scheduler="slurm")
     run = SimpleNamespace(
-        finished=False, ended=None, job=SimpleNamespace(cluster=SimpleNamespace(scheduler="slurm")), job_ids=["7"]
+        finished=False, ended=None, job=SimpleNamespace(cluster=cluster), job_ids=["7"], path=tmp_path
     )
     assert status._state(run, []) == "pending as job 7 (JobHeldUser): 'scontrol release 7' lets it start"
 
@@ -77,7 +82,9 @@ def test_status_shows_what_failed_first_and_not_what_was_last(tmp_path: Path):
     (run.path / "FINISHED").write_text("{}")
     found = status.status(run)
     assert (found.state, found.error) == ("finished", None)
-    with pytest.raises(S3Error, match="has finished: to train on"):
+    with pytest.raises(
+        S3Error, match=r"has finished: to train on, raise schedule.train_iters in .*, remove .*/FINISHED"
+    ):
         submit.resume(run, print)
 
 
@@ -141,3 +148,53 @@ def test_logs_of_all_nodes_in_one_stream(tmp_path: Path):
     with (run.path / "logs/node1.log").open("a") as file:
         file.write(" no more\n")
     assert next(following) == "node1: [local_rank1]: torn no more"
+
+
+def test_a_log_is_not_held_in_memory(tmp_path: Path):
+    """``s3-megatron logs`` took four times the size of the log in memory: 20 GB of a log of 5, on a login node."""
+    run = make(tmp_path)
+    size = 2**25
+    with (run.path / "logs/node1.log").open("wb") as file:
+        file.write(b"first\n")
+        file.truncate(size)  # a line without an end, of zeros
+        file.seek(size)
+        file.write(b"\nlast\n")
+    for follow in (False, True):
+        tracemalloc.start()
+        lines = logs.lines(run, follow)
+        assert next(lines) == "node1: first"
+        assert sum(len(next(lines)) - len("node1: ") for _ in range(size // 2**20)) == size - len("first\n")
+        assert next(lines) == "node1: last"
+        assert tracemalloc.get_traced_memory()[1] < size / 4
+        tracemalloc.stop()
+
+
+def test_the_list_of_runs_cuts_no_name_off(tmp_path: Path):
+    """In 80 columns a default name ended in an ellipsis, and so did the command that was to be pasted."""
+    name = "gpt2_345m-softsignum-20261129-144500"
+    run = make(tmp_path, name)
+    for rows in (status.overview([run]), status.table(status.status(run))):
+        console = Console(width=80)
+        with console.capture() as capture:
+            console.print(rows)
+        assert "…" not in capture.get()
+    done = CliRunner().invoke(cli.app, ["runs"])
+    assert f"not started: s3-megatron resume {name}" in done.stdout, "on one line, for a file or a pipe"
+
+
+def test_a_run_that_was_moved_to_another_disk_has_its_starts_in_order(tmp_path: Path):
+    """The order of the copy was the order of the starts: status showed an old error as that of the last one."""
+    run = make(tmp_path)
+    for name in ("9-0", "10-0", "7-0"):
+        attempt(run, name)
+    copy = tmp_path / "runs/copy"
+    (copy / "attempts").mkdir(parents=True)
+    for name in ("7-0", "9-0", "10-0"):
+        shutil.copytree(run.path / "attempts" / name, copy / "attempts" / name)
+        time.sleep(0.02)
+    assert [one.path.name for one in Run(copy).attempts()] == ["9-0", "10-0", "7-0"]
+
+
+def test_a_file_of_the_future_is_of_now():
+    """On a file server whose clock is ahead a checkpoint was saved "-3 s ago"."""
+    assert (status._age(-3), status._age(7300)) == ("0 s", "2 h")

@@ -1,4 +1,7 @@
-"""Trains with both engines in one launch: ``STOP`` ends the first run of each, the second comes to its end."""
+"""Trains with both engines in one launch: ``STOP`` ends the first run of each, the second comes to its end.
+
+``SAVE`` is there, too, and cannot be removed.
+"""
 
 import json
 import os
@@ -32,6 +35,7 @@ def main() -> None:
         if dist.get_rank() == 0 if dist.is_initialized() else os.environ["RANK"] == "0":
             run.mkdir(exist_ok=True)
             (run / "STOP").touch()
+            (run / "SAVE").mkdir()  # a request that cannot be removed, as another user's
         for _ in range(2):
             sys.argv = [engine, *prepare(flags, rehearse=True)]
             try:

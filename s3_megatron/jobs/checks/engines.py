@@ -130,7 +130,7 @@ def parser(job: Job, run: Path) -> Iterator[Finding]:
         "rehearse": job.rehearsed,
     }
     # As the job's script sets it; what the cluster says instead is checked with the layout.
-    settings = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "S3_REHEARSAL": "0"}
+    settings = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "S3_REHEARSAL": "0", "PYTHONOPTIMIZE": ""}
     if job.rehearsed:
         settings["CUDA_VISIBLE_DEVICES"] = ""
     done = _python(["-m", "s3_megatron.jobs.check_args"], settings, json.dumps(task))
