@@ -85,10 +85,17 @@ def states(jobs: Sequence[str], script: Path) -> dict[str, JobState]:
                 continue
             raise
         queued = _SCRIPT.search(text)
-        if queued is None or Path(queued[1]) == script or not Path(queued[1]).exists():
+        if queued is None or _same_or_gone(Path(queued[1]), script):
             fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
             found[job] = JobState(fields["JobState"], fields.get("Reason", "None"), fields.get("NodeList", "(null)"))
     return found
+
+
+def _same_or_gone(queued: Path, script: Path) -> bool:
+    try:
+        return queued.samefile(script)  # whatever it is called: login nodes mount a folder in several places
+    except OSError:
+        return True
 
 
 def _sbatch(option: str, script: Path) -> str:

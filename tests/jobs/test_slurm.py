@@ -147,6 +147,8 @@ def test_another_job_of_the_same_number_is_let_alone(tmp_path: Path, monkeypatch
         submit.cancel(copy)
     assert "stopped, SLURM has forgotten its jobs" in status.status(copy).state
     assert not (tmp_path / "cancelled").exists()
+    (tmp_path / "mounted").symlink_to(tmp_path / "runs")
+    assert status.status(Run(tmp_path / "mounted/first")).state == "running as job 7 on node1"
     moved = Run(run.path.rename(tmp_path / "runs/moved"))
     assert submit.cancel(moved) == ["7"], "its job goes on under the old name"
     assert (tmp_path / "cancelled").read_text() == "7\n"
