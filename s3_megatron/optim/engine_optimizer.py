@@ -59,6 +59,15 @@ class EngineOptimizer(torch.optim.Optimizer):
         # torch's own leaves out what it does not know, and a copy would lack it.
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
 
+    def refuse_capture(self, advice: str) -> None:
+        """Raise S3Error while a CUDA graph captures a step whose numbers are the host's: replays would repeat them."""
+        if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise S3Error(
+                f"a CUDA graph captures a step of {self.spec.title}, and would repeat its rate for ever: {advice}"
+            )
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with their own hyperparameters."""
         self.check_group({**self.defaults, **param_group})

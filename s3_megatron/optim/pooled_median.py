@@ -84,8 +84,8 @@ def _summed(counts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Add up an int64 tensor over ranks; on the CPU."""
     if group is None:
         return counts
-    on_host = any(backend in dist.get_backend(group) for backend in ("gloo", "mpi"))
-    device = torch.accelerator.current_accelerator() if not on_host else None
-    counts = counts.to(device or "cpu")
+    # By its devices: a group that was made without a backend has one for each, and none by name.
+    on_host = "cpu:" in dist.get_backend_config(group)
+    counts = counts.to("cpu" if on_host else torch.accelerator.current_accelerator())
     dist.all_reduce(counts, group=group)
     return counts.cpu()

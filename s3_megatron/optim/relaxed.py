@@ -163,6 +163,7 @@ class RelaxedOptimizer(EngineOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Move every parameter that has a gradient; returns the closure's loss, if one is given."""
+        self.refuse_capture("leave the optimizer's step out of the graph, for its temperature changes with every step")
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -102,6 +102,8 @@ class S3(EngineOptimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Move every parameter that has a gradient; returns the closure's loss, if one is given."""
+        if not self.capturable:
+            self.refuse_capture("make the optimizer with capturable=True")
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -163,9 +163,14 @@ class SoftMuon(RelaxedOptimizer):
                 f"of {sum(qkv)}, those of a head group"
             )
 
+    def step_groups(self, tau: float) -> None:
+        """Move all groups' matrices, once what callbacks write into groups is looked at."""
+        for group in self.param_groups:  # of all, before the first moves
+            self.check_group(group)
+        super().step_groups(tau)
+
     def step_group(self, group: dict[str, Any], tau: float) -> None:
         """Move a group's matrices that have a gradient, by the temperature ``tau``; infinity is a hard step."""
-        self.check_group(group)  # callbacks write into groups
         params = [param for param in group["params"] if param.grad is not None]
         if any(param.grad.is_sparse for param in params):
             raise S3Error("a gradient is sparse: SoftMuon takes dense ones; build the embedding with sparse=False")
@@ -196,10 +201,16 @@ class SoftMuon(RelaxedOptimizer):
         self._add_updates(updates, grads)
         for (x, m, new), update in zip(rows, updates, strict=True):
             # A matrix that could not be mapped is NaN everywhere, on every rank that has a part of it.
-            keep, before = update[..., :1, :1].isnan(), x.to(m.dtype)
-            moved = before * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update.to(m.dtype)
-            x.copy_(torch.where(keep, before, moved))
-            m.copy_(torch.where(keep, m, new))
+            self._move(x, m, new, update.to(m.dtype), group, keep=update[..., :1, :1].isnan())
+
+    def _move(self, x: Tensor, m: Tensor, new: Tensor, update: Tensor, group: dict[str, Any], *, keep: Tensor) -> None:
+        """Write a weight, moved by ``update``, and its ``new`` m; both stay where ``keep`` is true."""
+        lr, before = group["lr"], x.to(m.dtype)
+        if isinstance(lr, Tensor):
+            lr = lr.reshape(())  # of another shape, one on the host goes with no weight on a GPU
+        moved = before * (1 - lr * group["weight_decay"]) - lr * update
+        x.copy_(torch.where(keep, before, moved))
+        m.copy_(torch.where(keep, m, new))
 
     def _add_updates(self, updates: list[Tensor], grads: list[Tensor]) -> None:
         """Add what this rank has of ``updates``, NaN where a matrix stays, to ``update_statistics``, where these are.
@@ -233,13 +244,14 @@ class SoftMuon(RelaxedOptimizer):
         # Norm, singular value, and whether an entry is not finite.
         counted, sizes = [], torch.zeros(3, device=self._device())
         together = (self, *others)
-        for piece, is_counted in (found for each in together for found in each._measured()):
+        for piece, is_counted in (one for each in together for one in each._measured()):
             if not piece.numel():  # a stack with fewer matrices than ranks
                 continue
             is_bad = ~piece.isfinite().all()
             values = torch.linalg.svdvals(piece.nan_to_num(0.0, 0.0, 0.0))
             norms = torch.linalg.vector_norm(values, dim=-1)
-            sizes = torch.maximum(sizes, torch.stack([norms.max(), values.max(), is_bad.float()]))
+            found = torch.stack([norms.max(), values.max(), is_bad.float()])
+            sizes = torch.maximum(sizes, found.to(sizes.device))
             if is_counted:
                 counted.append(values)
         if ranks is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from s3_megatron.errors import S3Error
-from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3
+from s3_megatron.optim import EXP_AVG, EXP_AVG_ROOT, S3, SoftMuon, SoftSignum
 
 BRAIN = torch.bfloat16
 
@@ -100,6 +100,21 @@ def test_capturable_keeps_rate_and_seed_where_a_graph_reads_them():
             schedule.step()
     assert group["lr"] is lr and group["rounding_seed"] is seed and seed == 10
     torch.testing.assert_close(param, plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [S3, SoftSignum, SoftMuon])
+def test_a_step_by_the_hosts_numbers_is_not_captured(monkeypatch, kind):
+    """A graph took it in silence and repeated its rate and temperature for ever; torch's Adam refuses it."""
+    param = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = kind([param], lr=0.1, **({} if kind is S3 else {"soft_start": 1}))
+    param.grad = torch.ones(3, 2)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(S3Error, match=f"a CUDA graph captures a step of {kind.__name__}") as caught:
+        optimizer.step()
+    assert ("capturable=True" in str(caught.value)) == (kind is S3)
+    assert torch.equal(param, torch.ones(3, 2)) and not optimizer.state
+    trained(capturable=True)
 
 
 @pytest.mark.parametrize(

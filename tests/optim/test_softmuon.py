@@ -227,11 +227,16 @@ def test_a_state_that_is_not_finite_is_one_line_where_the_soft_phase_begins():
     assert "\n" not in str(caught.value)
 
 
-def test_a_value_that_a_callback_wrote_is_looked_at():
-    optimizer = SoftMuon(matrices(), LR, soft_start=1)
-    optimizer.param_groups[0]["beta"] = 1.5
-    with pytest.raises(S3Error, match=r"beta is 1\.5"):
+@pytest.mark.parametrize(("name", "bad"), [("beta", 1.5), ("lr", math.nan), ("weight_decay", -0.1)])
+def test_a_value_that_a_callback_wrote_is_looked_at(name, bad):
+    """In the second group: the first had moved before the step was refused."""
+    params = matrices()
+    before = [param.detach().clone() for param in params]
+    optimizer = SoftMuon([{"params": params[:1]}, {"params": params[1:]}], LR, DECAY, soft_start=1)
+    optimizer.param_groups[1][name] = bad
+    with pytest.raises(S3Error, match=f"{name} is {bad}"):
         train(optimizer, [0])
+    assert same(params, before)
 
 
 @pytest.mark.parametrize("saved_at", [2, 4, 5, 7])

@@ -7,6 +7,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from s3_megatron.errors import S3Error
@@ -203,3 +204,14 @@ def test_a_float64_part_makes_all_of_them_float64() -> None:
 
 def test_no_element_at_all() -> None:
     assert median_and_deviation([]) == (0.0, 0.0) == median_and_deviation([Tensor(), Tensor(0, 3)])
+
+
+@pytest.mark.parametrize("backend", [None, "gloo", "cpu:gloo"])
+def test_ranks_without_a_gpu_count_on_the_host(backend: str | None) -> None:
+    """Incident: ``init_process_group()`` names no backend, so the counts went to the accelerator that torch was built
+    for, and the first soft step ended in "Found no NVIDIA driver"."""
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert median_and_deviation([torch.tensor([3.0, -1.0, 2.0])], dist.group.WORLD) == (2.0, 1.0)
+    finally:
+        dist.destroy_process_group()

@@ -1,10 +1,12 @@
 """A step never waits for the GPU: the class and the foreach kernel on a GPU that is not there (tests/fake_gpu.py)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from s3_megatron.kernels import op, triton
 from s3_megatron.kernels.call import Step
@@ -100,6 +102,21 @@ def test_softmuon_does_not_wait(precision: str) -> None:
                 optimizer.write_to_groups(steps_taken=taken, soft_norm=2e-4, soft_largest=1e-4, **soft)
                 optimizer.step()
                 assert optimizer.param_groups[0]["steps_taken"] == taken + 1
+
+
+@pytest.mark.parametrize("rate", [lambda: torch.tensor([0.1]), lambda: torch.full((1,), 0.1, device="cuda")])
+def test_softmuon_takes_a_rate_from_the_host_and_matrices_on_two_devices(rate: Callable[[], Tensor]) -> None:
+    """A rate of shape [1] on the host, which S3 takes, met weights on the GPU; and so did singular values of another
+    device, at the first soft step. What reads them first is the end of that measurement."""
+    with fake_gpu():
+        params = [torch.nn.Parameter(torch.randn(4, 3, device=device)) for device in ("cuda", "cpu")]
+        optimizer = SoftMuon(params[:1], rate(), 0.1, total_steps=2, soft_start=0.5)
+        optimizer.add_param_group({"params": params[1:], "lr": 0.1})
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        with pytest.raises(DataDependentOutputException, match="_local_scalar_dense"):
+            optimizer.step()
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ",".join(settings) or "defaults")

@@ -167,6 +167,7 @@ def configure_optimizer(original: Callable[..., None]) -> Callable[..., None]:
         _refuse_what_cannot_work(self)
         if spec.beside:
             softmuon.refuse(self, client_optimizer)
+        stepped_by = vars(client_optimizer).get("step") if client_optimizer is not None else None  # torch's scheduler
         if client_optimizer is not None:
             self._config.zero_force_ds_cpu_optimizer = False  # "use DeepSpeedCPUAdam": S3 has its own C++ kernel
             _freeze_step_during_init(client_optimizer)
@@ -177,6 +178,8 @@ def configure_optimizer(original: Callable[..., None]) -> Callable[..., None]:
         finally:
             for optimizer in (client_optimizer, getattr(self, "basic_optimizer", None)):
                 getattr(optimizer, "__dict__", {}).pop("step", None)
+            if stepped_by is not None:
+                client_optimizer.step = stepped_by
         optimizer = self.basic_optimizer
         if type(optimizer) is not kind or getattr(self.optimizer, "optimizer", optimizer) is not optimizer:
             raise S3Error(

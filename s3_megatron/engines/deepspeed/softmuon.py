@@ -132,7 +132,6 @@ class ZeroMatrices(SoftMuon):
                 assert self.update_statistics is not None
                 statistics.merge_(self.update_statistics, self._s3.update_statistics)
             return
-        self.check_group(group)
         for partition in group["params"]:
             if partition.grad is not None:
                 self._step_partition(partition, group, tau)
@@ -152,10 +151,7 @@ class ZeroMatrices(SoftMuon):
                 update[piece.mine] = mapped[piece.part].to(update)
                 mine.append(piece.mine)
         self._add_updates([update[place] for place in mine], [grad[place] for place in mine])
-        keep, before = update.isnan(), x.to(m.dtype)
-        moved = before * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
-        x.copy_(torch.where(keep, before, moved))
-        m.copy_(torch.where(keep, m, new))
+        self._move(x, m, new, update, group, keep=update.isnan())
 
     def _device(self) -> torch.device | None:
         return next(piece.device for pieces in self.pieces.values() for piece in pieces)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import warnings
 from typing import Any
 from unittest import SkipTest
 
@@ -304,6 +305,18 @@ def check_schedulers_keep_to_the_rate() -> None:
     stays_in_bounds(run)
     assert run.s3.param_groups[0]["lr"] < LR
     Run(1, optimizer="AdamW", params={"torch_adam": True}, scheduler={"type": "OneCycle", "params": one})
+
+
+def check_a_scheduler_made_before_the_engine_sees_its_steps() -> None:
+    """torch's scheduler puts itself in the place of the optimizer's step. The engine threw it away, and a run with an
+    S3 object began with torch's warning that step() had been overridden; one with AdamW does not."""
+    client = S3(groups(net := Net()), lr=LR, weight_decay=DECAY)
+    run = Run(1, client=client, net=net, schedule=schedules.LambdaLR(client, lambda step: 1 / (1 + step)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert run.step(gradients(0))
+    assert not [each for each in caught if "optimizer.step()" in str(each.message)]
+    assert client.param_groups[0]["lr"] == LR / 2
 
 
 def stays_in_bounds(run: Run) -> None:
