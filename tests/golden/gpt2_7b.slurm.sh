@@ -57,9 +57,10 @@ go_on() {
     local bad
     bad=$(find "$run/attempts" -name bad_nodes -exec cut -f1 {} + | sort -u | paste -sd,)
     # After scancel, and at the time limit, it is COMPLETING: a requeue would bring it back against its owner's will.
+    # SIGNALING is a running job with a signal under way, such as the one that made it save.
     local state before
     state=$(ours %T) || no_answer
-    if [[ $state != RUNNING ]]; then
+    if [[ $state != RUNNING && $state != SIGNALING ]]; then
         say "not requeued: the job is ${state:-gone}"
         exit 1
     fi

@@ -204,6 +204,13 @@ def test_a_controller_that_comes_back_costs_nothing(stubs: Path, tmp_path: Path)
     assert not (tmp_path / "run/ENDED").exists()
 
 
+def test_a_job_whose_signal_is_under_way_is_requeued(stubs: Path, tmp_path: Path):
+    """Of a job that a signal is on its way to, squeue says SIGNALING (its manual page): it was "not requeued", and its
+    run was over. SLURM 22.05 was not seen to say it."""
+    text = script("gpt2_345m", "slurm", run=tmp_path / "run")
+    assert shell(text, stubs, tmp_path, STATE="SIGNALING").stdout.endswith("requeued\n")
+
+
 @pytest.mark.parametrize("how", ["requeue", "chain"])
 def test_a_controller_that_stays_away_is_the_end_with_a_reason(how: str, stubs: Path, tmp_path: Path):
     text = script("gpt2_345m", "slurm", f"cluster.restart.how={how}", run=tmp_path / "run")
