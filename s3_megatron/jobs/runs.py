@@ -132,19 +132,18 @@ def find(name: str) -> Run:
     """
     if os.path.isfile(RunFolder(Path(name)).recipe):
         return Run(Path(name).resolve())
-    known = known_runs()
-    named = [run for run in known if run.path.name == name]
+    named = known_runs(name)
     if len(named) > 1:
         folders = ", ".join(str(run.path) for run in named)
         raise S3Error(f"{len(named)} runs are called {name!r}: give the folder of one: {folders}")
     if named:
         return named[0]
-    few = ", ".join(run.path.name for run in known[-5:])
+    few = ", ".join(run.path.name for run in known_runs()[-5:])
     raise S3Error(f"there is no run {name!r}: give its folder, or one of {few or '(none yet)'}; s3-megatron runs")
 
 
-def known_runs() -> list[Run]:
-    """The runs that this user has made and that are still there, the oldest first.
+def known_runs(name: str | None = None) -> list[Run]:
+    """The runs that this user has made and that are still there, the oldest first; those of one ``name``, if given.
 
     Raises:
         S3Error: the list cannot be read, or there is no home folder for one.
@@ -157,8 +156,9 @@ def known_runs() -> list[Run]:
         raise S3Error(
             f"the list of runs cannot be read ({error}): set XDG_STATE_HOME to the folder that yours is in"
         ) from error
-    known = [Run(Path(os.fsdecode(path))) for path in dict.fromkeys(paths)]
-    return [run for run in known if os.path.isfile(run.recipe)]  # Path.is_file raises where a server is away
+    listed = [Run(Path(os.fsdecode(path))) for path in dict.fromkeys(paths)]
+    asked = [run for run in listed if name in (None, run.path.name)]  # before a file server is asked about each
+    return [run for run in asked if os.path.isfile(run.recipe)]  # Path.is_file raises where a server is away
 
 
 def _list() -> Path:
