@@ -1,7 +1,6 @@
 """What the demonstration found: report.json and a table, from the metrics files of its three runs."""
 
 import json
-import math
 import os
 import platform
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 import s3_megatron
@@ -116,7 +116,7 @@ def _figures(metrics: Metrics) -> dict[str, Any]:
 
 def _largest(sizes: Iterable[float | None]) -> float | None:
     known = [size for size in sizes if size is not None]
-    return math.nan if any(map(math.isnan, known)) else max(known, default=None)
+    return float(np.max(known)) if known else None  # NaN where one is, as in Interruption.loss_gap
 
 
 def _last[T: (Train, Evaluation)](events: Mapping[int, T]) -> T:

@@ -122,7 +122,8 @@ def _read(path: Path, as_written: bool) -> DictConfig:
 
 
 def _as_written(text: str | bytes) -> Any:
-    return yaml.load(text, Loader=yaml.BaseLoader)
+    # libyaml's, where PyYAML has it, is the faster: every file is read in both ways, and `runs` reads two a run.
+    return yaml.load(text, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -10,10 +10,7 @@ from pathlib import Path
 from s3_megatron.errors import S3Error
 
 # What scontrol calls a job that is over (man squeue); in any other state it is, or will be, under way.
-_OVER = (
-    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
-    "TIMEOUT",
-)
+_OVER = re.compile("BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_OF_MEMORY|PREEMPTED|TIMEOUT")
 
 # Variables that sbatch takes in the place of a script's own line, beyond SBATCH_ and the option's name (man sbatch).
 _ALSO = {
@@ -44,7 +41,7 @@ class JobState:
     @property
     def alive(self) -> bool:
         """Whether the job is, or will be, under way."""
-        return self.state not in _OVER
+        return not _OVER.fullmatch(self.state)
 
 
 def test_script(script: Path) -> None:

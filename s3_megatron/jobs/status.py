@@ -115,14 +115,13 @@ def _state(run: Run, attempts: Sequence[Attempt]) -> str:
         queued = slurm.states(run.job_ids, run.path / BATCH_SCRIPT)
     except S3Error as error:
         return f"unknown: {error}"
+    last = "SLURM has forgotten its jobs"
     for job, found in queued.items():
         if found.alive:
             why = f" ({found.reason})" if found.state == "PENDING" else f" on {found.nodes}"
             if found.reason.startswith("JobHeld"):  # as a controller leaves it that dies while a start leaves nodes out
                 why = f" ({found.reason}): 'scontrol release {job}' lets it start"
             return f"{found.state.lower()} as job {job}{why}"
-    last = "SLURM has forgotten its jobs"
-    for job, found in queued.items():
         last = f"job {job} is {found.state}"
     return f"stopped, {last}: s3-megatron resume {run.label}"
 

@@ -167,7 +167,7 @@ def configure_optimizer(original: Callable[..., None]) -> Callable[..., None]:
         _refuse_what_cannot_work(self)
         if spec.beside:
             softmuon.refuse(self, client_optimizer)
-        stepped_by = vars(client_optimizer).get("step") if client_optimizer is not None else None  # torch's scheduler
+        stepped_by = getattr(client_optimizer, "__dict__", {}).get("step")  # torch's scheduler
         if client_optimizer is not None:
             self._config.zero_force_ds_cpu_optimizer = False  # "use DeepSpeedCPUAdam": S3 has its own C++ kernel
             _freeze_step_during_init(client_optimizer)
