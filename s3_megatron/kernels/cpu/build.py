@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 # Compiled once for every loop, and once.
 STEPS, OTHERS = ("step.cpp", "softsignum.cpp"), ("dispatch.cpp", "metadata.cpp")
-SOURCES = ("step.h", "lanes.h", "formats.h", "powers.h", "tally.h", "metadata.h", *STEPS, *OTHERS)
+SOURCES = ("step.h", "lanes.h", "formats.h", "powers.h", "tally.h", "walk.h", "metadata.h", *STEPS, *OTHERS)
 
 # No -march=native: the library chooses its loop where it runs. Compiled without traps and errno, which vectors do not
 # keep; without contraction, so that every copy of the loop rounds alike; and without the scheduler's first pass, which

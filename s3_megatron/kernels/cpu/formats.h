@@ -6,17 +6,6 @@
 namespace S3_LOOP {
 S3_INLINE int64_t bytes_of(S3Type type) { return type == S3_FLOAT32 ? 4 : 2; }
 
-// Asks for what is 512 elements ahead, once a cache line: the CPU's own prefetcher falls behind four streams read in
-// strides of several registers (without it the AVX-512 loop took 1.3 times as long, measured on Sapphire Rapids). Not with
-// AVX2, whose loops read two registers at a time: float32 took 1.2 times as long with it, and bfloat16 states as long,
-// measured on Zen 4.
-S3_INLINE void prefetch(const void *from, int64_t at, S3Type type) {
-#if defined(__AVX512F__) || !defined(__AVX2__)
-    const uint8_t *ahead = (const uint8_t *)from + (at + 512) * bytes_of(type);
-    for (int64_t line = 0; line < WIDTH * bytes_of(type); line += 64) __builtin_prefetch(ahead + line, 1);
-#endif
-}
-
 // 16-bit numbers as 32-bit ones and back, of which the upper half is 0. Written out: what the compiler makes of a
 // conversion of vectors takes twice the instructions.
 S3_INLINE Bits fetch_halves(const uint16_t *from) {
@@ -174,24 +163,6 @@ S3_INLINE void store_state(Floats x, void *to, int64_t at, const S3Settings &s, 
 S3_INLINE void store_states(States x, const S3Row &row, int64_t at, const S3Settings &s, Bits random) {
     store_state(x.m, row.at[S3_EXP_AVG], at, s, random & 0xffffu);
     store_state(x.r, row.at[S3_ROOT], at, s, random >> 16u);
-}
-
-// Moves the last elements of a row, fewer than WIDTH, from `at` on: through the same arithmetic, in a copy padded with
-// zeros, so that a result depends on nothing but its own element.
-template <class Move>
-S3_INLINE void move_rest(const S3Row &row, int64_t at, int64_t end, const S3Settings &s, Move move) {
-    uint8_t copy[S3_KINDS][WIDTH * 4] = {};
-    S3Row rest = {{}, WIDTH};
-    const auto place = [&](int kind) { return (uint8_t *)row.at[kind] + at * bytes_of(s.types[kind]); };
-    const auto length = [&](int kind) { return (end - at) * bytes_of(s.types[kind]); };
-    for (int kind = 0; kind < S3_KINDS; ++kind) {
-        if (!row.at[kind]) continue;
-        rest.at[kind] = copy[kind];
-        memcpy(copy[kind], place(kind), length(kind));
-    }
-    move(rest);
-    for (int kind = 0; kind < S3_KINDS; ++kind)
-        if (row.at[kind] && kind != S3_GRAD) memcpy(place(kind), copy[kind], length(kind));
 }
 
 // 32 random bits an element, 16 for each of its states: a hash of its number and the step's two keys. AVX2 multiplies

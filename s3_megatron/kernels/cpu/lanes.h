@@ -16,7 +16,8 @@
 #include <arm_neon.h>
 #endif
 
-#define S3_INLINE __attribute__((always_inline)) static inline
+#define S3_INLINED __attribute__((always_inline))
+#define S3_INLINE S3_INLINED static inline
 
 namespace S3_LOOP {
 

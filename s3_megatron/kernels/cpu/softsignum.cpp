@@ -1,8 +1,7 @@
-// The SoftSignum step over one run of contiguous elements, compiled as step.cpp is. It is bound by memory: 20 bytes an
-// element in float32, and some thirty operations.
+// The SoftSignum step over one run of contiguous elements, compiled as step.cpp is. A hard step is bound by memory, 20
+// bytes an element in float32; a soft one has some thirty operations, which take about as long.
 
-#include "formats.h"
-#include "tally.h"
+#include "walk.h"
 
 namespace S3_LOOP {
 
@@ -39,15 +38,23 @@ S3_INLINE Floats average(Floats from, Floats to, const S3Settings &s) {
     return mul_add(s.beta1, from - to, to);
 }
 
+S3_INLINE Floats update(Floats n, const S3Settings &s) {
+    return s.tau < __builtin_inff() ? tanh_of(n * s.tau) : sign_of(n);
+}
+
+S3_INLINE Bits random_of(int64_t number, const S3Settings &s) {
+    return s.stochastic ? noise(s.seed, number) & 0xffffu : every(0);
+}
+
+// WIDTH elements, of any gradients.
 S3_INLINE void move(const S3Row &row, int64_t at, int64_t number, const S3Settings &s, Tally *tally) {
+    for (int kind = S3_PARAM; kind <= S3_EXP_AVG; ++kind) prefetch(row, kind, at, s);
     const Floats g = gradient(row, at, s), m0 = load(row, S3_EXP_AVG, at, s);
     const Ints ok = magnitude(g) <= LARGEST;
-    const Floats m = average(m0, g, s), n = s.nesterov ? average(m, g, s) : m;
-    const Floats u = s.tau < __builtin_inff() ? tanh_of(n * s.tau) : sign_of(n);
+    const Floats m = average(m0, g, s), u = update(s.nesterov ? average(m, g, s) : m, s);
     const Floats x = load(row, S3_PARAM, at, s);
     store_weight(select(ok, moved(x, u, s), x), row, at, s);
-    const Bits random = s.stochastic ? noise(s.seed, number) & 0xffffu : every(0);
-    store_state(select(ok, m, m0), row.at[S3_EXP_AVG], at, s, random);
+    store_state(select(ok, m, m0), row.at[S3_EXP_AVG], at, s, random_of(number, s));
     if (tally) count(*tally, select(ok, u, all(0.0f)), g);
 }
 
@@ -57,22 +64,35 @@ __attribute__((noinline)) static void move_any(const S3Row &row, int64_t at, int
     move(row, at, number, s, tally);
 }
 
+// Moves elements from `at` on, until fewer than WIDTH are left before `end`, or a span ends or in it a gradient is beyond
+// LARGEST, and returns where it stopped.
+S3_INLINE int64_t move_sound(const S3Row &row, int64_t at, int64_t end, int64_t first, const S3Settings &s,
+                             Tally *tally) {
+    if (WIDE) {
+        for (; at + WIDTH <= end; at += WIDTH) move(row, at, first + at, s, tally);
+        return at;
+    }
+    alignas(64) float n[SPAN];
+    int64_t count = 0;
+    const int64_t most = end - at < SPAN ? end - at : SPAN;
+    for (; count + WIDTH <= most; count += WIDTH) {
+        const Floats g = gradient(row, at + count, s);
+        if (any_above(magnitude(g), LARGEST)) break;
+        const Floats m = average(load(row, S3_EXP_AVG, at + count, s), g, s);
+        put(s.nesterov ? average(m, g, s) : m, n + count);
+        store_state(m, row.at[S3_EXP_AVG], at + count, s, random_of(first + at + count, s));
+    }
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        for (int kind = S3_PARAM; kind <= S3_EXP_AVG; ++kind) prefetch(row, kind, at + i, s);
+        const Floats u = update(fetch<FloatRegister>(n + i), s);
+        store_weight(moved(load(row, S3_PARAM, at + i, s), u, s), row, at + i, s);
+        if (tally) S3_LOOP::count(*tally, u, gradient(row, at + i, s));
+    }
+    return at + count;
+}
+
 // What the usual run is like, known when compiled: float32 weights and gradients.
 enum SoftKind { SOFT_ANY, SOFT_FLOAT32, SOFT_BFLOAT16 };
-
-// Moves elements from `at` on, until fewer than WIDTH are left before `end`; returns where it stopped.
-template <SoftKind KIND>
-S3_INLINE int64_t move_whole(const S3Row &row, int64_t at, int64_t end, int64_t first, const S3Settings &s,
-                             Tally *tally) {
-    for (; at + WIDTH <= end; at += WIDTH) {
-        for (int kind = S3_PARAM; kind <= S3_EXP_AVG; ++kind) prefetch(row.at[kind], at, s.types[kind]);
-        if (KIND == SOFT_ANY)
-            move_any(row, at, first + at, s, tally);
-        else
-            move(row, at, first + at, s, tally);
-    }
-    return at;
-}
 
 template <SoftKind KIND>
 static void run_soft(const S3Row &its_row, int64_t begin, int64_t end, int64_t first, const S3Settings &settings,
@@ -84,20 +104,14 @@ static void run_soft(const S3Row &its_row, int64_t begin, int64_t end, int64_t f
         s.types[S3_PARAM] = s.types[S3_GRAD] = S3_FLOAT32;
         s.types[S3_EXP_AVG] = KIND == SOFT_FLOAT32 ? S3_FLOAT32 : S3_BFLOAT16;
     }
-    int64_t at = begin;
-    Tally tally;
-    if (!out) at = move_whole<KIND>(row, at, end, first, s, nullptr);
-    while (at + WIDTH <= end) {
-        at = move_whole<KIND>(row, at, end - at < COUNTED ? end : at + COUNTED, first, s, &tally);
-        tally.empty_into(*out);
-    }
-    if (at < end)
-        move_rest(its_row, at, end, settings, [&](const S3Row &rest) {
-            move_any(rest, 0, first + at, settings, out ? &tally : nullptr);
+    walk(
+        its_row, begin, end, settings, out,
+        [&](int64_t at, int64_t stop, Tally *tally) S3_INLINED {
+            return KIND == SOFT_ANY ? at : move_sound(row, at, stop, first, s, tally);
+        },
+        [&](const S3Row &its, int64_t at, int64_t number, Tally *tally) {
+            move_any(its, at, first + number, settings, tally);
         });
-    if (!out) return;
-    tally.empty_into(*out);
-    out->elements += end - begin;
 }
 
 void softsignum_range(const S3Row &row, int64_t begin, int64_t end, int64_t first, const S3Settings &s,

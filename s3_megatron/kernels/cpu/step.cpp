@@ -4,18 +4,10 @@
 // Where memory is fast this loop is bound by arithmetic, so operations are counted: no division for p = 2 and 3, and
 // both roots from a guess by the exponent's bits and one polynomial.
 
-#include "formats.h"
 #include "powers.h"
-#include "tally.h"
+#include "walk.h"
 
 namespace S3_LOOP {
-
-S3_INLINE void prefetch(const S3Row &row, int64_t at, const S3Settings &s) {
-    prefetch(row.at[S3_PARAM], at, s.types[S3_PARAM]);
-    prefetch(row.at[S3_GRAD], at, s.types[S3_GRAD]);
-    prefetch(row.at[S3_EXP_AVG], at, s.types[S3_EXP_AVG]);
-    prefetch(row.at[S3_ROOT], at, s.types[S3_ROOT]);
-}
 
 // m and its look-ahead, n.
 struct Average {
@@ -73,7 +65,7 @@ template <int P> S3_INLINE Floats update(Floats n, Floats c, Floats whole, const
 template <int P>
 __attribute__((noinline)) static void move_any(const S3Row &row, int64_t at, int64_t number, const S3Settings &s,
                                                Tally *tally) {
-    prefetch(row, at, s);
+    for (int kind = S3_PARAM; kind <= S3_ROOT; ++kind) prefetch(row, kind, at, s);
     const Floats x0 = load(row, S3_PARAM, at, s), g = gradient(row, at, s), a = magnitude(g);
     const States old = load_states(row, at, s);
     const Ints ok = a <= LARGEST;
@@ -101,20 +93,11 @@ static Kind kind_of(const S3Settings &s) {
 
 // These two move elements from `at` on, until fewer than WIDTH are left before `end` or a gradient is beyond LARGEST, and
 // return where they stopped.
-//
-// With AVX-512, whose 32 registers hold the constants beside four chains: in one loop. In three it took 1.08 times as
-// long in float32 (30 million elements, Zen 4).
-#if defined(__AVX512F__)
-constexpr bool WIDE = true;
-#else
-constexpr bool WIDE = false;
-#endif
-
 template <int P>
 S3_INLINE int64_t move_at_once(const S3Row &row, int64_t at, int64_t end, int64_t first, const S3Settings &s,
                                Tally *tally) {
     for (; at + WIDTH <= end; at += WIDTH) {
-        prefetch(row, at, s);
+        for (int kind = S3_PARAM; kind <= S3_ROOT; ++kind) prefetch(row, kind, at, s);
         const Floats g = gradient(row, at, s), a = magnitude(g);
         if (any_above(a, LARGEST)) break;
         const States old = load_states(row, at, s);
@@ -129,10 +112,6 @@ S3_INLINE int64_t move_at_once(const S3Row &row, int64_t at, int64_t end, int64_
     return at;
 }
 
-// Up to SPAN elements, in three short loops: the step is one chain of some thirty dependent operations, of which a CPU
-// sees no more than two at a time, and each loop keeps its constants in registers.
-constexpr int64_t SPAN = 256;
-
 template <int P>
 S3_INLINE int64_t move_sound(const S3Row &row, const int64_t at, int64_t end, int64_t first, const S3Settings &s,
                              Tally *tally) {
@@ -142,7 +121,7 @@ S3_INLINE int64_t move_sound(const S3Row &row, const int64_t at, int64_t end, in
     int64_t count = 0;
     const int64_t most = end - at < SPAN ? end - at : SPAN;
     for (; count + WIDTH <= most; count += WIDTH) {
-        prefetch(row, at + count, s);
+        prefetch(row, S3_GRAD, at + count, s);
         const Floats g = gradient(row, at + count, s), a = magnitude(g);
         if (any_above(a, LARGEST)) break;
         const States old = load_states(row, at + count, s);
@@ -156,11 +135,14 @@ S3_INLINE int64_t move_sound(const S3Row &row, const int64_t at, int64_t end, in
         if (s.stochastic) put(noise(s.seed, first + at + count), random + count);
     }
     for (int64_t i = 0; i < count; i += WIDTH) {
+        prefetch(row, S3_EXP_AVG, at + i, s);
+        prefetch(row, S3_ROOT, at + i, s);
         const Floats r = root<P>(fetch<FloatRegister>(q + i), fetch<FloatRegister>(whole + i), s);
         const Bits z = s.stochastic ? fetch<BitRegister>(random + i) : every(0);
         store_states({fetch<FloatRegister>(m + i), r}, row, at + i, s, z);
     }
     for (int64_t i = 0; i < count; i += WIDTH) {
+        prefetch(row, S3_PARAM, at + i, s);
         const Floats u = update<P>(fetch<FloatRegister>(n + i), fetch<FloatRegister>(c + i),
                                    fetch<FloatRegister>(whole + i), s);
         store_weight(moved(load(row, S3_PARAM, at + i, s), u, s), row, at + i, s);
@@ -182,31 +164,15 @@ static void run(const S3Row &its_row, int64_t begin, int64_t end, int64_t first,
         s.nesterov = 1;
         s.forgets = 0;
     }
-    Tally tally, others;
-    int64_t at = begin;
-    while (at + WIDTH <= end) {
-        const int64_t stop = end - at < COUNTED ? end : at + COUNTED;
-        while (at + WIDTH <= stop) {
-            const int64_t from = at;
-            if (KIND != ANY && out)
-                at = move_sound<P>(row, at, stop, first, s, &tally);
-            else if (KIND != ANY)
-                at = move_sound<P>(row, at, stop, first, s, nullptr);
-            if (at > from) continue;
-            move_any<P>(its_row, at, first + at, settings, out ? &others : nullptr);
-            at += WIDTH;
-        }
-        if (out) others.empty_into(*out);
-        if (out) tally.empty_into(*out);
-    }
-    if (at < end) {
+    walk(
+        its_row, begin, end, settings, out,
+        [&](int64_t at, int64_t stop, Tally *tally) S3_INLINED {
+            return KIND == ANY ? at : move_sound<P>(row, at, stop, first, s, tally);
+        },
         // Not of the copies: an index that is no constant would put those into memory.
-        move_rest(its_row, at, end, settings, [&](const S3Row &rest) {
-            move_any<P>(rest, 0, first + at, settings, out ? &tally : nullptr);
+        [&](const S3Row &its, int64_t at, int64_t number, Tally *tally) {
+            move_any<P>(its, at, first + number, settings, tally);
         });
-        if (out) tally.empty_into(*out);
-    }
-    if (out) out->elements += end - begin;
 }
 
 template <Kind KIND>
