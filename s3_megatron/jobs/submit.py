@@ -72,35 +72,35 @@ def here(job: Job) -> Job:
 def start(run: Run) -> int:
     """Run the script of a job without a scheduler, to its end; returns its exit code, see docs/jobs.md.
 
-    What it prints is printed, and appended to the run's logs/job.log. Ctrl-C reaches the script, too, and ends it;
-    SIGTERM and SIGHUP are passed on to it, and it saves and ends.
+    What it prints is printed, and appended to the run's logs/job.log. SIGINT, SIGTERM and SIGHUP are passed on to it:
+    it ends, and saves before unless it is SIGINT.
     """
     command = ["bash", str(run.script)]
     pipe = subprocess.PIPE
     with run.job_log.open("ab", buffering=0) as log:
         with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT) as script:
             assert script.stdout is not None
-            try:
-                with _passed_on(script):
-                    for text in script.stdout:
-                        with suppress(OSError):  # a full disk costs the log a line, not the run
-                            log.write(text)
-                        with suppress(OSError):  # a terminal that was closed: the run is none of its
-                            sys.stdout.buffer.write(text)
-                            sys.stdout.flush()
-            except KeyboardInterrupt:
+            with _passed_on(script):
+                for text in script.stdout:
+                    with suppress(OSError):  # a full disk costs the log a line, not the run
+                        log.write(text)
+                    with suppress(OSError):  # a terminal that was closed: the run is none of its
+                        sys.stdout.buffer.write(text)
+                        sys.stdout.flush()
                 script.wait()
     return script.returncode
 
 
 @contextmanager
 def _passed_on(script: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Pass SIGTERM and SIGHUP on to ``script``: it would train on by itself, where no one sees it.
+    """Pass what ends a command on to ``script``: it would train on by itself, where no one sees it.
 
-    One that is ignored stays so: nohup wants no SIGHUP to end a run.
+    Ctrl-C of a terminal reaches it as well, and it takes two for one; but what it says of its end must be read.
+    A signal that is ignored stays so: nohup wants no SIGHUP to end a run.
     """
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda *_: script.terminate()) for number in numbers}
+    passed = {int(signal.SIGINT): signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
+    numbers = [number for number in passed if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda n, _: script.send_signal(passed[n])) for number in numbers}
     try:
         yield
     finally:

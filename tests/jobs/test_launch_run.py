@@ -25,18 +25,21 @@ def test_what_a_local_run_prints_is_printed_and_kept(tmp_path: Path, capfd: pyte
 
 
 # A script that says what reaches it, as a node agent that saves and ends would.
-LISTENS = """trap 'echo asked; exit 143' TERM
+LISTENS = """trap 'echo asked; exit 143' TERM INT
 echo trains
 touch "$0.trains"
 for _ in {1..600}; do sleep 0.1; done
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_launch_that_is_asked_to_end_asks_its_run(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
-    """``timeout 560 s3-megatron launch`` ended alone: agent, torchrun and ranks trained on without a terminal."""
+    """``timeout 560 s3-megatron launch`` ended alone: agent, torchrun and ranks trained on without a terminal.
+
+    After Ctrl-C what the agent said of the end was not read.
+    """
     run = make(tmp_path)
     run.script.write_text(LISTENS)
 
@@ -63,7 +66,8 @@ def test_nohup_keeps_a_launch_and_its_agent_from_the_terminals_end(
     """The agent listened to SIGHUP again: a run under nohup ended with the terminal."""
     run = make(tmp_path)
     run.script.write_text("trap '' HUP; kill -HUP $PPID; echo trains\n")
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert submit.start(run) == 0
         agent = Agent(run.path, "local-1", 1, 1)
@@ -74,8 +78,8 @@ def test_nohup_keeps_a_launch_and_its_agent_from_the_terminals_end(
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) == agent._remember
     finally:
-        signal.signal(signal.SIGHUP, before)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_terminal_that_is_gone_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,8 @@ def main() -> int:
         print(f"s3_megatron: error: {error}", file=sys.stderr)
         return 1
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the verdict is written: a late SIGTERM changes nothing
+        for number in (signal.SIGTERM, signal.SIGINT):  # the verdict is written: a late one changes nothing
+            signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -35,14 +35,14 @@ class Agent:
         self._failures = self._attempt.failures(self._host)
         self._start_seconds, self._hang_seconds = start_minutes * 60, hang_minutes * 60
         self._started = time.time()
-        self._stopped = False
+        self._stopped = self._interrupted = False
         self._lost: str | None = None  # who has taken the run folder
         self._signalled: set[psutil.Process] = set()
 
     def main(self, command: Sequence[str]) -> int:
         """Run ``command`` (torchrun) to its end; returns the exit code of docs/jobs.md's contract."""
         # SIGHUP: the terminal of a run on one's own machine was closed. Under nohup it is ignored, and stays so.
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._remember)
         adopt_orphans()
@@ -69,15 +69,15 @@ class Agent:
             code = self._watch(command)
             if code is None:
                 code, hung = -signal.SIGKILL, True
-        except KeyboardInterrupt:
-            code, self._stopped = -signal.SIGINT, True
         finally:
             kill_descendants()
         first = verdict.first_failure(self._failures) if self._lost is None else self._error(self._lost)
         return self._end(code, hung, first)
 
-    def _remember(self, _number: int, _frame: FrameType | None) -> None:
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        # No exception: a second Ctrl-C would end this process while it ends the others.
         self._stopped = True
+        self._interrupted |= number == signal.SIGINT
 
     def _prepare(self) -> None:
         for line in environment.report():
@@ -101,6 +101,8 @@ class Agent:
                 pass
             if self._lost is not None:
                 return 1
+            if self._interrupted:
+                return -signal.SIGINT
             if self._stopped:
                 self._forward_sigterm(child.pid)
             if (silent := watchdog.silence()) is not None:

@@ -161,10 +161,14 @@ def test_nothing_outlives_the_agent(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("listens_to_ctrl_c")
-def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [1, 100])
+def test_ctrl_c_ends_everything(tmp_path: Path, times: int) -> None:
+    """Pressed twice it ended the agent in the middle of ending the others: torchrun trained on, with no verdict."""
     agent = start(tmp_path, torchrun(tmp_path, SLEEP))
     ranks = pids(tmp_path)
-    agent.send_signal(signal.SIGINT)
+    for _ in range(times):
+        agent.send_signal(signal.SIGINT)
+        time.sleep(0.01)
     code, report, printed = end(tmp_path, agent)
     assert (code, report["verdict"]) == (143, "stopped")
     assert not any(psutil.pid_exists(pid) for pid in ranks)
