@@ -20,15 +20,20 @@ help: ## list the targets
 
 venv: $(STAMP) ## build .venv (every other target does it by itself)
 
-# A complete environment is brought up to date in place; anything else is built from nothing.
-$(STAMP): pyproject.toml constraints.txt setup.py
-	@if [ -f $(STAMP) ]; then rm $(STAMP); else \
+# A complete environment is brought up to date in place; anything else is built from nothing. By one make at a time, where
+# there is flock: of two in two terminals each deleted what the other had installed.
+SOURCES = pyproject.toml constraints.txt setup.py
+$(STAMP): $(SOURCES)
+	@exec 9<Makefile; flock -n -E 99 9 2>/dev/null; \
+	if [ $$? = 99 ]; then echo "another make is building $(VENV): waiting for it" && flock 9; fi; \
+	if [ -n "$$(find $(STAMP) $(SOURCES:%=-newer %) 2>/dev/null)" ]; then exit 0; fi; \
+	if [ -f $(STAMP) ]; then rm $(STAMP); else \
 	    python=$$(launch/find-python.sh) && echo "building $(VENV) with $$python" && \
-	    rm -rf $(VENV) && "$$python" -m venv $(VENV); fi
-	@echo "installing torch, megatron-core and deepspeed: takes 2-6 minutes the first time"
-	@$(INSTALL) $(BUILD)
-	@$(INSTALL) --no-build-isolation --editable '.[megatron,deepspeed,data,jobs,demo,evidence,softmuon,dev]'
-	@touch $(STAMP)
+	    rm -rf $(VENV) && "$$python" -m venv $(VENV); fi && \
+	echo "installing torch, megatron-core and deepspeed: takes 2-6 minutes the first time" && \
+	$(INSTALL) $(BUILD) && \
+	$(INSTALL) --no-build-isolation --editable '.[megatron,deepspeed,data,jobs,demo,evidence,softmuon,dev]' && \
+	touch $(STAMP)
 
 # A mistyped variable would be ignored, and the other engine trained.
 ifneq ($(filter demo,$(MAKECMDGOALS)),)

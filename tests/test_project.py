@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -98,14 +99,25 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def start(tree: Path) -> subprocess.Popen[str]:
+    """Start ``make venv``."""
+    # An outer make would hand its flags and its PYTHON down.
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "PYTHON"))}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(["make", "venv"], cwd=tree, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
 def build(tree: Path) -> tuple[int, list[str]]:
     """Run ``make venv``; returns its status and what the interpreters were asked to do: venv, pip."""
     (tree / "calls").unlink(missing_ok=True)
-    # An outer make would hand its flags and its PYTHON down.
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "PYTHON"))}
-    status = subprocess.run(["make", "venv"], cwd=tree, env=env, capture_output=True, timeout=250).returncode
-    calls = tree / "calls"
-    return status, re.findall(r"^-m (venv|pip)", calls.read_text(), re.MULTILINE) if calls.exists() else []
+    make = start(tree)
+    make.communicate(timeout=250)
+    return make.returncode, calls(tree)
+
+
+def calls(tree: Path) -> list[str]:
+    file = tree / "calls"
+    return re.findall(r"^-m (venv|pip)", file.read_text(), re.MULTILINE) if file.exists() else []
 
 
 def test_make_reuses_a_complete_environment(tree: Path):
@@ -115,6 +127,19 @@ def test_make_reuses_a_complete_environment(tree: Path):
         os.utime(tree / name, (2**31, 2**31))
         assert build(tree) == (0, ["pip", "pip"]), "brought up to date in place"
         os.utime(tree / name, (0, 0))
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="flock is util-linux's: macOS has none")
+def test_of_two_makes_one_builds_the_environment(tree: Path):
+    """``make demo`` and ``make test`` in two terminals of a fresh clone: each began with rm -rf .venv."""
+    python = tree / "python"
+    python.write_text(python.read_text().replace("[ ! -e BROKEN ]", "sleep 0.5"))
+    makes = [start(tree) for _ in range(2)]
+    printed = [make.communicate(timeout=250)[0] for make in makes]
+    assert [make.returncode for make in makes] == [0, 0], printed
+    assert calls(tree) == ["venv", "pip", "pip"]
+    assert sum("another make is building .venv: waiting for it" in text for text in printed) == 1
+    assert build(tree) == (0, [])
 
 
 def test_an_interrupted_install_does_not_look_complete(tree: Path):
