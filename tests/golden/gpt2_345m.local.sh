@@ -2,6 +2,8 @@
 # gpt2_345m on this machine: 8 GPUs. Made by s3-megatron 0.1.0, whose
 # command line it does not need. Run it again, and it goes on from its last checkpoint.
 set -euo pipefail
+# A run of this machine alone, in a shell on one of a job's nodes, too.
+unset "${!SLURM_@}"
 
 run=/shared/s3/runs/gpt2_345m
 attempt=local-$(date +%Y%m%d-%H%M%S)

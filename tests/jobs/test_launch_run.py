@@ -24,6 +24,19 @@ def test_what_a_local_run_prints_is_printed_and_kept(tmp_path: Path, capfd: pyte
     assert list(logs.lines(run, follow=False)) == ["job: trains", "job: fails"] * 2
 
 
+def test_a_launch_on_a_node_of_a_job_is_no_part_of_the_job(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a shell on a job's second node the agent left the folder's lease to the first: two launches trained in one."""
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho ${SLURM_NODEID-none} ${SLURM_JOB_ID-none}\n")
+    python.chmod(0o755)
+    assert submit.start(make(tmp_path, "first", f"cluster.python={python}")) == 0
+    assert capfd.readouterr().out == "none none\n"
+
+
 # A script that says what reaches it, as a node agent that saves and ends would.
 LISTENS = """trap 'echo asked; exit 143' TERM INT
 echo trains
