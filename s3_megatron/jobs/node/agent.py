@@ -41,10 +41,8 @@ class Agent:
 
     def main(self, command: Sequence[str]) -> int:
         """Run ``command`` (torchrun) to its end; returns the exit code of docs/jobs.md's contract."""
-        # SIGHUP: the terminal of a run on one's own machine was closed. Under nohup it is ignored, and stays so.
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._remember)
+        # SIGHUP: the terminal of a run on one's own machine was closed.
+        self._listen(signal.SIGTERM, signal.SIGHUP)
         adopt_orphans()
         if os.environ.get("SLURM_NODEID", "0") != "0":
             return self._train(command)
@@ -60,6 +58,7 @@ class Agent:
         self._lost = why
 
     def _train(self, command: Sequence[str], prepare: Callable[[], None] = lambda: None) -> int:
+        self._listen(signal.SIGINT)  # until now it ends the wait for the folder
         try:
             prepare()
         except S3Error as error:
@@ -73,6 +72,12 @@ class Agent:
             kill_descendants()
         first = verdict.first_failure(self._failures) if self._lost is None else self._error(self._lost)
         return self._end(code, hung, first)
+
+    def _listen(self, *numbers: signal.Signals) -> None:
+        """Remember these signals, but for one that is ignored, as SIGHUP under nohup."""
+        for number in numbers:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._remember)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         # No exception: a second Ctrl-C would end this process while it ends the others.

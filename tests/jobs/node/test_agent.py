@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from s3_megatron.checkpoints import lease
 from s3_megatron.jobs.node import verdict, watchdog
 from s3_megatron.run_folder import Attempt
 from tests.agent import end, start, wait_for
@@ -173,6 +174,21 @@ def test_ctrl_c_ends_everything(tmp_path: Path, times: int) -> None:
     assert (code, report["verdict"]) == (143, "stopped")
     assert not any(psutil.pid_exists(pid) for pid in ranks)
     assert "Traceback" not in printed
+
+
+@pytest.mark.usefixtures("listens_to_ctrl_c")
+def test_ctrl_c_ends_the_wait_for_a_folder(tmp_path: Path) -> None:
+    """A holder on another machine is waited for as long as its lease lasts, two minutes."""
+    folder = tmp_path / "checkpoints"
+    with lease.held(folder, print):
+        (folder / lease.HOLDER).write_text("- elsewhere 1 2026-11-29 12:00:00\n")
+        agent = start(tmp_path, ["true"])
+        status = Path("/proc", str(agent.pid), "status")
+        wait_for(lambda: int(status.read_text().split("SigCgt:")[1].split()[0], 16) & 1 << (signal.SIGTERM - 1))
+        agent.send_signal(signal.SIGINT)
+        agent.communicate(timeout=60)
+    assert agent.returncode == -signal.SIGINT
+    assert not (tmp_path / "attempts").exists()
 
 
 def test_a_hang_is_found_dumped_and_ended_even_where_a_rank_is_stopped(tmp_path: Path) -> None:
