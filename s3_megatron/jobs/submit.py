@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 
 from s3_megatron.errors import S3Error
 from s3_megatron.jobs import edits, runs, slurm
@@ -98,9 +99,13 @@ def _passed_on(script: "subprocess.Popen[bytes]") -> Iterator[None]:
     Ctrl-C of a terminal reaches it as well, and it takes two for one; but what it says of its end must be read.
     A signal that is ignored stays so: nohup wants no SIGHUP to end a run.
     """
-    passed = {int(signal.SIGINT): signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
-    numbers = [number for number in passed if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda n, _: script.send_signal(passed[n])) for number in numbers}
+    endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [number for number in endings if signal.getsignal(number) != signal.SIG_IGN]
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        script.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+    before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         yield
     finally:

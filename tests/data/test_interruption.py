@@ -15,6 +15,7 @@ import pytest
 from s3_megatron.data import encoding, inspect, prepare, writer
 from s3_megatron.data.sources import RawDocument
 from s3_megatron.errors import S3Error
+from tests.signals import is_in
 
 pytestmark = pytest.mark.usefixtures("listens_to_ctrl_c")
 
@@ -52,11 +53,6 @@ def gone(pid: int) -> bool:
         return True
 
 
-def ignores_sigint(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return bool(int(status.split("SigIgn:")[1].split()[0], 16) & 1 << (signal.SIGINT - 1))
-
-
 @pytest.mark.slow
 def test_killed_and_interrupted_runs_leave_no_dataset(corpus: Path, model: Path, tmp_path: Path) -> None:
     """Both at once, each in the middle of its writing: an import of Megatron takes 10 s."""
@@ -72,7 +68,10 @@ def test_killed_and_interrupted_runs_leave_no_dataset(corpus: Path, model: Path,
         assert len(workers) >= 2
         if sent == signal.SIGINT:
             # Ctrl-C reaches the whole group, and a worker that has just started would say so.
-            wait_for(lambda workers=workers: all(map(ignores_sigint, workers)), "the start of the workers")
+            wait_for(
+                lambda workers=workers: all(is_in(each, "SigIgn", signal.SIGINT) for each in workers),
+                "the start of the workers",
+            )
             os.killpg(run.pid, sent)
         else:
             run.send_signal(sent)

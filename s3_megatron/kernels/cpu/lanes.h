@@ -90,8 +90,8 @@ S3_INLINE FloatRegister rooted(FloatRegister x) {
 template <class Register> struct Lanes {
     Register of[REGISTERS];
     Lanes() = default;
-    __attribute__((always_inline)) Lanes(const Lanes &from) { *this = from; }
-    __attribute__((always_inline)) Lanes &operator=(const Lanes &from) {
+    S3_INLINED Lanes(const Lanes &from) { *this = from; }
+    S3_INLINED Lanes &operator=(const Lanes &from) {
         for (int k = 0; k < REGISTERS; ++k) of[k] = from.of[k];
         return *this;
     }

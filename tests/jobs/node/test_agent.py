@@ -17,6 +17,7 @@ from s3_megatron.jobs.node import verdict, watchdog
 from s3_megatron.run_folder import Attempt
 from tests.agent import end, start, wait_for
 from tests.launcher import ROOT
+from tests.signals import is_in
 
 FAILURE = [{"rank": 1, "host": "n", "message": "no such file: x", "time": 5.0, "exitcode": 2, "local_rank": 1}]
 
@@ -183,8 +184,7 @@ def test_ctrl_c_ends_the_wait_for_a_folder(tmp_path: Path) -> None:
     with lease.held(folder, print):
         (folder / lease.HOLDER).write_text("- elsewhere 1 2026-11-29 12:00:00\n")
         agent = start(tmp_path, ["true"])
-        status = Path("/proc", str(agent.pid), "status")
-        wait_for(lambda: int(status.read_text().split("SigCgt:")[1].split()[0], 16) & 1 << (signal.SIGTERM - 1))
+        wait_for(lambda: is_in(agent.pid, "SigCgt", signal.SIGTERM))
         agent.send_signal(signal.SIGINT)
         agent.communicate(timeout=60)
     assert agent.returncode == -signal.SIGINT
