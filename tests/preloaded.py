@@ -62,7 +62,12 @@ def share_a_device() -> None:
         return ProcessGroupGloo.create_default_device()
 
     def on_the_device(
-        group: ProcessGroupGloo, store: Store, rank: int, size: int, timeout: timedelta = default_pg_timeout
+        group: ProcessGroupGloo,
+        store: Store,
+        rank: int,
+        size: int,
+        timeout: timedelta = default_pg_timeout,
+        **_: object,  # of torch 2.14: options that c10d leaves at their defaults
     ) -> None:
         options = ProcessGroupGloo._Options()
         options._devices, options._timeout = [device()], timeout

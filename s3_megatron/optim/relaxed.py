@@ -158,8 +158,6 @@ class RelaxedOptimizer(EngineOptimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    # Compiled code calls it as it is: another number in every step, and at one of them talk with other ranks.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Move every parameter that has a gradient; returns the closure's loss, if one is given."""
@@ -168,6 +166,13 @@ class RelaxedOptimizer(EngineOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    # Compiled code calls it as it is: another number in every step, and at one of them talk with other ranks. Not step
+    # itself: torch hooks it, and up to 2.10 then calls what was disabled there without its object.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _step(self) -> None:
         # ZeroRedundancyOptimizer writes state and groups into the optimizer that it wraps, past every method.
         check_groups(self.param_groups, self.spec)
         if self.update_statistics is not None:
@@ -175,11 +180,10 @@ class RelaxedOptimizer(EngineOptimizer):
         found_inf = None if self.next_step is None else self.next_step.found_inf
         if found_inf is not None and found_inf.item():  # read, for the schedule is kept on the host, and stands still
             self.next_step = None
-            return loss
+            return
         self.step_groups(self.tau)
         if not self.is_stepped_in_parts:
             self.end_step()
-        return loss
 
     @torch.no_grad()
     def end_step(self, *others: Self) -> None:

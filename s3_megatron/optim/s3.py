@@ -16,6 +16,14 @@ from s3_megatron.optim.spec import Spec
 from s3_megatron.optim.state import check_groups
 
 
+def _compiled_from_2_12[**P, R](method: Callable[P, R]) -> Callable[P, R]:
+    """Have code that an older torch compiles call ``method`` as it is: that one's compiler ends in errors of its own.
+
+    Up to 2.11 it raises where an optimizer sets an attribute, up to 2.9 in other places too.
+    """
+    return method if torch.__version__ >= "2.12" else torch.compiler.disable(method)
+
+
 class S3(EngineOptimizer):
     """SoftSignSGD (arXiv 2507.06464, Algorithm 1): each weight moves by at most the learning rate.
 
@@ -108,6 +116,12 @@ class S3(EngineOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    # Not step itself: torch hooks it, and up to 2.10 then calls what was disabled there without its object.
+    @_compiled_from_2_12
+    def _step(self) -> None:
         # ZeroRedundancyOptimizer writes state and groups into the optimizer that it wraps, past every method.
         check_groups(self.param_groups, self.spec)
         if self.update_statistics is not None:
@@ -119,7 +133,6 @@ class S3(EngineOptimizer):
             check_step(group)  # of all, before the first moves
         for group in self.param_groups:
             self._step_group(group, given, lookups)
-        return loss
 
     def _step_group(self, group: dict[str, Any], given: Step, lookups: Lookups | None) -> None:
         self._keep_on_device(group, {})

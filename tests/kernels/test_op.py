@@ -1,11 +1,14 @@
 """One op, whichever kernel runs: what torch's compiler knows, how the kernel is chosen, and what is logged."""
 
+import importlib.util
 import logging
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.torch_version import TorchVersion
 
 import s3_megatron.kernels.op as op
 from s3_megatron.errors import S3Error
@@ -83,6 +86,24 @@ def test_a_compiled_step_takes_a_float_rate_as_adamw_does():
         return counter.frame_count
 
     assert graphs(S3) <= graphs(torch.optim.AdamW) < 5
+
+
+def test_code_that_an_older_torch_compiles_calls_the_step_as_it_is(monkeypatch):
+    """Incident: with torch 2.6 to 2.11, which pip may install, `torch.compile` of a step ended in its own errors."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
+    spec = importlib.util.spec_from_file_location("s3_of_an_older_torch", str(sys.modules[S3.__module__].__file__))
+    older = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(older)
+
+    def graphs(kind: type[S3]) -> int:
+        optimizer = kind([torch.nn.Parameter(torch.ones(3))], lr=0.1, weight_decay=0.1)
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+        counter = CompileCounter()
+        torch.compile(lambda: optimizer.step(), backend=counter)()
+        assert optimizer.state, "it stepped"
+        return counter.frame_count
+
+    assert graphs(S3) > 0 and graphs(older.S3) == 0
 
 
 def test_autograd_hears_of_a_step():
