@@ -106,9 +106,9 @@ def _muon(weights: Weights, rate: float, decay: float, **settings: Any) -> list[
 
 
 def _softmuon(weights: Weights, rate: float, decay: float, **settings: Any) -> list[torch.optim.Optimizer]:
-    """SoftMuon in the place of torch's Muon: its hard steps are that one's, and all else is as there."""
+    """SoftMuon in the place of torch's Muon: its hard steps are that one's by default, and all else is as there."""
     matrices, rest = _parted(weights)
-    softmuon = SoftMuon(matrices.values(), lr=rate, weight_decay=decay, coefficient_type="simple", **settings)
+    softmuon = SoftMuon(matrices.values(), rate, weight_decay=decay, **{"coefficient_type": "simple"} | settings)
     return [softmuon, _beside_muon(rest, rate, decay)]
 
 
@@ -142,7 +142,10 @@ CONTENDERS = {
     "adafactor": Contender(_torch(torch.optim.Adafactor), ("beta2_decay", "d"), stacked=False),
     "muon": Contender(_muon, ("momentum", "nesterov"), stacked=False),
     "softmuon": Contender(
-        _softmuon, ("beta", "nesterov", "soft_start", "eps", "tmax"), stacked=False, takes_length=True
+        _softmuon,
+        ("beta", "nesterov", "soft_start", "eps", "tmax", "coefficient_type"),
+        stacked=False,
+        takes_length=True,
     ),
     "lion": Contender(_library("Lion"), ("betas",)),
     "signum": Contender(_library("SignSGD"), ("momentum",)),

@@ -112,6 +112,7 @@ def test_every_setting_of_every_grid_can_be_trained(name, in_process):
         ("softsign_small", "d00948be8c07584b"),
         ("softsign-pairs", "ed3dac3df01a3246"),
         ("softsign-constant", "88f38efb9b02ffec"),
+        ("softmuon-quintic", "b8b613200b81494e"),
     ],
 )
 def test_the_rules_that_cells_were_begun_by_are_unchanged(name, rules):

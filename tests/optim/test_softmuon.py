@@ -40,6 +40,25 @@ def test_the_hard_phase_is_torchs_muon(nesterov, mode):
         assert (x - start).abs().max() > 10 * BF16 * LR * factor, "both moved further than the tolerance"
 
 
+@pytest.mark.parametrize("polynomials, length", [("quintic", 0.996), ("simple", 0.89)])
+def test_a_hard_step_by_the_default_polynomials_is_as_long_as_the_first_soft_one(polynomials, length):
+    """Incident: after torch's polynomials, which comparisons take, steps became an eighth longer at the switch."""
+    x = torch.nn.Parameter(torch.zeros(128, 128))
+    x.grad = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
+    optimizer = SoftMuon(
+        [x], lr=1.0, weight_decay=DECAY, total_steps=2, soft_start=0.5, scale_mode="unit_rms_norm",
+        extra_scale_factor=1.0, coefficient_type=polynomials,
+    )  # fmt: skip
+    lengths = []
+    for _ in range(2):
+        with torch.no_grad():
+            x.zero_()
+        optimizer.step()
+        lengths.append(x.detach().square().mean().sqrt().item() * 128**0.5)  # root mean square of singular values
+    # Of another random matrix of this size the first differs by .002; bfloat16 and the smallest values are the rest.
+    assert lengths == pytest.approx([length, 1.0], abs=0.01)
+
+
 @pytest.mark.parametrize("mode", ["spectral", "unit_rms_norm", "shape_scaling"])
 @pytest.mark.parametrize("precision", ["medium", "highest"])
 def test_the_hard_phase_is_megatrons_muon(mode, precision):
