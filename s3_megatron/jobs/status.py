@@ -115,7 +115,7 @@ def _state(run: Run, attempts: Sequence[Attempt]) -> str:
         queued = slurm.states(run.job_ids, run.path / BATCH_SCRIPT)
     except S3Error as error:
         return f"unknown: {error}"
-    last = "SLURM has forgotten its jobs"
+    last = "unless on another cluster (SLURM here knows none of its jobs)"
     for job, found in queued.items():
         if found.alive:
             why = f" ({found.reason})" if found.state == "PENDING" else f" on {found.nodes}"
