@@ -78,36 +78,45 @@ def start(run: Run) -> int:
     """
     command = ["bash", str(run.script)]
     pipe = subprocess.PIPE
-    with run.job_log.open("ab", buffering=0) as log:
+    with run.job_log.open("ab", buffering=0) as log, _passing_on() as to:
         with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT) as script:
+            to(script)
             assert script.stdout is not None
-            with _passed_on(script):
-                for text in script.stdout:
-                    with suppress(OSError):  # a full disk costs the log a line, not the run
-                        log.write(text)
-                    with suppress(OSError):  # a terminal that was closed: the run is none of its
-                        sys.stdout.buffer.write(text)
-                        sys.stdout.flush()
-                script.wait()
+            for text in script.stdout:
+                with suppress(OSError):  # a full disk costs the log a line, not the run
+                    log.write(text)
+                with suppress(OSError):  # a terminal that was closed: the run is none of its
+                    sys.stdout.buffer.write(text)
+                    sys.stdout.flush()
     return script.returncode
 
 
 @contextmanager
-def _passed_on(script: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Pass what ends a command on to ``script``: it would train on by itself, where no one sees it.
+def _passing_on() -> Iterator[Callable[["subprocess.Popen[bytes]"], None]]:
+    """Pass what ends a command on to the script that is handed over: it would train on by itself, where no one sees it.
 
-    Ctrl-C of a terminal reaches it as well, and it takes two for one; but what it says of its end must be read.
-    A signal that is ignored stays so: nohup wants no SIGHUP to end a run.
+    What comes before a script is there reaches it then. Ctrl-C of a terminal reaches it as well, and it takes two for
+    one; but what it says of its end must be read. A signal that is ignored stays so, as under nohup.
     """
     endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     numbers = [number for number in endings if signal.getsignal(number) != signal.SIG_IGN]
+    scripts: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
-        script.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+        if not scripts:
+            early.append(number)
+        for script in scripts:
+            script.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+    def to(script: "subprocess.Popen[bytes]") -> None:
+        scripts.append(script)
+        for number in early:
+            pass_on(number, None)
 
     before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
-        yield
+        yield to
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -71,6 +72,25 @@ def test_a_launch_that_is_asked_to_end_asks_its_run(
         assert signal.getsignal(number) == signal.SIG_DFL
     finally:
         signal.signal(number, before)
+
+
+def test_a_launch_that_is_asked_while_it_starts_its_run_asks_it_too(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a loaded machine SIGHUP met a launch whose script ran and whose handlers were not there: it ended alone."""
+    run = make(tmp_path)
+    run.script.write_text(LISTENS)
+
+    class Asked(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            while not run.script.with_name(f"{run.script.name}.trains").exists():
+                time.sleep(0.01)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Asked)
+    assert submit.start(run) == 143
+    assert capfd.readouterr().out == "trains\nasked\n"
 
 
 def test_nohup_keeps_a_launch_and_its_agent_from_the_terminals_end(
