@@ -1,8 +1,8 @@
 """One op, whichever kernel runs: what torch's compiler knows, how the kernel is chosen, and what is logged."""
 
 import importlib.util
+import inspect
 import logging
-import sys
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_a_compiled_step_takes_a_float_rate_as_adamw_does():
 def test_code_that_an_older_torch_compiles_calls_the_step_as_it_is(monkeypatch):
     """Incident: with torch 2.6 to 2.11, which pip may install, `torch.compile` of a step ended in its own errors."""
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
-    spec = importlib.util.spec_from_file_location("s3_of_an_older_torch", str(sys.modules[S3.__module__].__file__))
+    spec = importlib.util.spec_from_file_location("s3_of_an_older_torch", inspect.getfile(S3))
     older = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(older)
 

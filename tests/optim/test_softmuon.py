@@ -41,7 +41,7 @@ def test_the_hard_phase_is_torchs_muon(nesterov, mode):
 
 
 @pytest.mark.parametrize("polynomials, length", [("quintic", 0.996), ("simple", 0.89)])
-def test_a_hard_step_by_the_default_polynomials_is_as_long_as_the_first_soft_one(polynomials, length):
+def test_how_long_a_hard_step_is_beside_the_first_soft_one(polynomials, length):
     """Incident: after torch's polynomials, which comparisons take, steps became 8% longer at the switch."""
     x = torch.nn.Parameter(torch.zeros(128, 128))
     x.grad = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
